@@ -1,0 +1,165 @@
+"""DeepSpeed around a model: start the ranks, step, save, load. The only place that imports deepspeed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmlg_scale import recipe
+from mmlg_scale.errors import UserError
+
+
+def start_ranks(settings: recipe.Engine) -> torch.device:
+    """Join the process group (of one rank where torchrun started none), set the thread count, and return this rank's device."""
+    use_cuda = torch.cuda.is_available()
+    if not use_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed probes for accelerators and warns
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if use_cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            # A store in this process: no port that another run on this host could hold.
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    return device
+
+
+def stop_ranks() -> None:
+    """Leave the process group. A ZeRO-3 process that ends without this can abort at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Engine:
+    """A model under DeepSpeed.
+
+    Args:
+        model: owns every trained parameter; its forward is the only place where they are used (ZeRO-3 gathers them there).
+        parameter_groups: torch optimiser groups; each may carry `lr` (its peak rate) and `weight_decay`.
+        settings: ZeRO stage and precision.
+        batch_size: global; must be a multiple of the world size.
+        optimizer: rates, decays, clipping. `name` "adamw" is what recipes use; "sgd" is for exactness tests, because AdamW amplifies
+            rounding noise in small gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameter_groups: list[dict[str, Any]],
+        *,
+        settings: recipe.Engine,
+        batch_size: int,
+        optimizer: recipe.Optimizer,
+        name: str = "adamw",
+    ) -> None:
+        import deepspeed
+
+        world_size = dist.get_world_size()
+        if batch_size % world_size:
+            raise UserError(f"recipe key batch_size: {batch_size} is not a multiple of the {world_size} ranks. Change either.")
+        # DeepSpeed would compile a shared-memory all-reduce for CPU ranks: a minute at the first run, and a stale lock that hangs
+        # every later run if that one is killed. gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.precision = settings.precision
+        self.device = next(model.parameters()).device
+        if name == "sgd":
+            torch_optimizer: torch.optim.Optimizer = torch.optim.SGD(parameter_groups, lr=optimizer.learning_rate)
+        else:
+            torch_optimizer = torch.optim.AdamW(
+                parameter_groups,
+                lr=optimizer.learning_rate,
+                betas=(optimizer.beta1, optimizer.beta2),
+                eps=optimizer.epsilon,
+                weight_decay=optimizer.weight_decay,
+                fused=True,
+            )
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch_optimizer,
+            config=deepspeed_config(settings, batch_size=batch_size, world_size=world_size, clipping=optimizer.gradient_clipping),
+            dist_init_required=False,
+        )
+        self.model: nn.Module = self._engine.module
+        self._peak_rates = [group["lr"] for group in self._engine.optimizer.param_groups]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, under autocast in bf16."""
+        return self._engine(*args, **kwargs)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which a model outside the engine (a teacher, an evaluation) computes as inside."""
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def step(self, loss: Tensor, rate_factor: float) -> None:
+        """Backward, average over ranks, clip, and one optimiser step at `rate_factor` times each group's peak rate."""
+        for group, peak in zip(self._engine.optimizer.param_groups, self._peak_rates, strict=True):
+            group["lr"] = peak * rate_factor
+        self._engine.backward(loss)
+        self._engine.step()
+
+    @property
+    def learning_rate(self) -> float:
+        """The first group's present rate."""
+        return float(self._engine.optimizer.param_groups[0]["lr"])
+
+    def save(self, folder: Path, client_state: Mapping[str, Any]) -> None:
+        """Write every rank's share to `folder`. Collective."""
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=dict(client_state), save_latest=False)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Read what `save` wrote (by the same world size and stage); return the client state. Collective.
+
+        The files hold pickles: only folders that this run wrote itself are ever passed here.
+        """
+        path, client_state = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+        return client_state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole model's parameters and buffers in fp32 on the CPU, gathered under ZeRO-3. Collective."""
+        if self._engine.zero_optimization_partition_weights():
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+                return {name: tensor.detach().float().cpu().clone() for name, tensor in self.model.state_dict().items()}
+        return {name: tensor.detach().float().cpu().clone() for name, tensor in self.model.state_dict().items()}
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers."""
+        self._engine.destroy()
+
+
+def deepspeed_config(settings: recipe.Engine, *, batch_size: int, world_size: int, clipping: float) -> dict[str, Any]:
+    """The DeepSpeed configuration; everything that DeepSpeed would otherwise choose silently is stated."""
+    config: dict[str, Any] = {
+        "train_batch_size": batch_size,
+        "train_micro_batch_size_per_gpu": batch_size // world_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clipping,  # DeepSpeed clips at 1.0 when this is left out
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            "memory_efficient_linear": False,  # it would replace torch.nn.functional.linear in the whole process
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if settings.precision == "bf16":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        config["communication_data_type"] = "fp32"
+    return config

@@ -1,0 +1,137 @@
+"""The training loop: batches in, steps, evaluations, checkpoints. It knows nothing of modalities, learngenes or baselines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmlg_scale import towers
+from mmlg_scale.errors import UserError
+from mmlg_scale.training.checkpoint import Checkpoints
+from mmlg_scale.training.engine import Engine
+from mmlg_scale.training.meters import Meters
+from mmlg_scale.training.stages import Stage
+
+Curve = list[dict[str, Any]]
+
+
+class Batch(Protocol):
+    """What the loop needs of a batch."""
+
+    image_uint8_BCHW: Tensor
+    text_BT: Tensor
+
+
+@dataclass
+class Progress:
+    """Where a run stands: everything besides the engine's tensors that a resumed run needs."""
+
+    step: int = 0
+    flops: int = 0
+    teacher_flops: int = 0
+    curve: Curve = field(default_factory=list)
+    meters: dict[str, Any] = field(default_factory=dict)
+    stopped_early: bool = False
+
+
+def rate_factor(step: int, training_steps: int, warmup_fraction: float) -> float:
+    """Linear warm-up, then cosine to zero (Loshchilov & Hutter 2017, equation 5 with one cycle), as a share of the peak rate.
+
+    `step` counts from 0; the first step already has a positive rate and the last one is just above zero.
+    """
+    warmup = max(1, round(warmup_fraction * training_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, training_steps - warmup)))
+
+
+def train(
+    stage: Stage,
+    engine: Engine,
+    *,
+    batches: Callable[[int], Iterable[Batch]],
+    evaluate: Callable[[], dict[str, float]],
+    preprocess: towers.Preprocess,
+    checkpoints: Checkpoints,
+    meters: Meters,
+    evaluate_first: bool = False,
+    stop: Callable[[Curve], bool] = lambda curve: False,
+) -> Progress:
+    """Train `stage` to the end of its schedule, from its newest checkpoint where there is one.
+
+    Args:
+        batches: given a step, the endless stream of this rank's batches from that step on.
+        evaluate: metrics of the present weights on the validation split.
+        evaluate_first: whether the curve begins at step 0.
+        stop: asked after each evaluation; True ends the run.
+
+    Raises:
+        UserError: the loss is not a number; names the rank and the step.
+    """
+    training = stage.training
+    progress = Progress()
+    saved = checkpoints.load_latest(engine)
+    if saved is not None:
+        progress = Progress(**saved["progress"])
+        meters.load_state_dict(progress.meters)
+    meters.resume_from(progress.step)
+    if evaluate_first and not progress.curve:
+        _evaluate(progress, stage, meters, evaluate)
+
+    stream = iter(batches(progress.step))
+    while progress.step < training.steps and not progress.stopped_early:
+        step = progress.step
+        with meters.loader_wait():
+            batch = next(stream)
+        images_BCHW = preprocess(batch.image_uint8_BCHW.to(engine.device, non_blocking=True))
+        text_BT = batch.text_BT.to(engine.device, non_blocking=True)
+        loss, terms = stage.loss(engine, engine.autocast, images_BCHW, text_BT, step)
+        engine.step(loss, rate_factor(step, training.steps, training.optimizer.warmup_fraction))
+
+        student_flops, teacher_flops = (per_sample * training.batch_size for per_sample in stage.flops(step))
+        progress.step += 1
+        progress.flops += student_flops
+        progress.teacher_flops += teacher_flops
+        figures = {"loss": loss.detach(), "learning_rate": engine.learning_rate, **{k: v.detach() for k, v in terms.items()}}
+        meters.step(progress.step, figures, num_samples=training.batch_size, flops=student_flops + teacher_flops)
+
+        if progress.step % training.eval_every == 0 or progress.step == training.steps:
+            _check_finite(loss, progress.step)
+            _evaluate(progress, stage, meters, evaluate)
+            progress.stopped_early = stop(progress.curve)
+            progress.meters = meters.state_dict()
+            checkpoints.save(engine, progress.step, {"progress": vars(progress)})
+    return progress
+
+
+def _check_finite(loss: Tensor, step: int) -> None:
+    """Stop every rank when any rank's loss is not finite: weights that went through such a step are lost."""
+    bad = torch.full((dist.get_world_size(),), 0.0, device=loss.device)
+    bad[dist.get_rank()] = 0.0 if torch.isfinite(loss.detach()).all() else 1.0
+    dist.all_reduce(bad)
+    if bad.any():
+        ranks = ", ".join(str(rank) for rank in bad.nonzero().flatten().tolist())
+        raise UserError(f"the loss is not finite at step {step} on rank {ranks}. Lower the learning rate; the last checkpoint is kept.")
+
+
+def _evaluate(progress: Progress, stage: Stage, meters: Meters, evaluate: Callable[[], dict[str, float]]) -> None:
+    seconds = meters.seconds
+    metrics = evaluate()
+    point = {
+        "step": progress.step,
+        "samples": progress.step * stage.training.batch_size,
+        "flops": progress.flops + progress.teacher_flops,
+        "seconds": seconds,
+        **metrics,
+    }
+    progress.curve.append(point)
+    meters.evaluation(progress.step, metrics)
+
+

@@ -1,0 +1,323 @@
+"""One training run in a folder of its own: role -> stage -> loop -> exported model and result.json.
+
+result.json holds the curve (validation split), the metrics at step 0 and at the end (test split), and what the run cost.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmlg_scale import recipe, towers
+from mmlg_scale.accounting import first_reached
+from mmlg_scale.data.pipeline import EvalSplit, TrainStream, load_eval_split
+from mmlg_scale.data.tokens import Tokenizer, load_tokenizer
+from mmlg_scale.errors import UserError
+from mmlg_scale.evaluation.evaluate import evaluate_pairs
+from mmlg_scale.files import write_json_atomic
+from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
+from mmlg_scale.learngene.baselines import initialise
+from mmlg_scale.learngene.file import Learngene, load_learngene
+from mmlg_scale.training.checkpoint import Checkpoints, claim_run_folder
+from mmlg_scale.training.engine import Engine, start_ranks, stop_ranks
+from mmlg_scale.training.loop import Curve, Progress, train
+from mmlg_scale.training.meters import Meters
+from mmlg_scale.training.stages import ClipStage, ExtractionStage, Stage, Teacher
+
+METRIC = "mean_recall@1"
+
+
+@dataclass
+class Corpus:
+    """A data set with its tokenizer, as runs use it."""
+
+    root: Path
+    tokenizer: Tokenizer
+    config: dict[str, Any]
+    """The ancestor's open_clip configuration, its vocabulary size filled in."""
+
+    def eval_split(self, split: str) -> EvalSplit:
+        image_size, context_length = self._sizes()
+        return load_eval_split(self.root / split, self.tokenizer, image_size, context_length)
+
+    def stream(self, settings: recipe.Data, batch_size: int, seed: int, start_step: int) -> TrainStream:
+        image_size, context_length = self._sizes()
+        return TrainStream(
+            self.root / "train",
+            self.tokenizer,
+            image_size=image_size,
+            context_length=context_length,
+            global_batch_size=batch_size,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            seed=seed,
+            num_workers=settings.num_workers,
+            augment=settings.augment,
+            start_step=start_step,
+        )
+
+    def _sizes(self) -> tuple[int, int]:
+        return int(self.config["vision_cfg"]["image_size"]), int(self.config["text_cfg"]["context_length"])
+
+
+def open_corpus(settings: recipe.Recipe, data_root: Path) -> Corpus:
+    """The data set at `data_root` with the recipe's architecture, the vocabulary size taken from the tokenizer where it is left out."""
+    tokenizer = load_tokenizer(data_root)
+    config = json.loads(json.dumps(settings.model.config)) if settings.model.config is not None else settings.model.architecture
+    if isinstance(config, dict) and isinstance(config.get("text_cfg"), dict):
+        config["text_cfg"].setdefault("vocab_size", tokenizer.vocab_size)
+    config = towers.model_config(config)
+    vocabulary = config["text_cfg"]["vocab_size"]
+    if tokenizer.vocab_size > vocabulary:
+        raise UserError(
+            f"the tokenizer of {data_root} has {tokenizer.vocab_size} tokens, recipe key model has vocab_size {vocabulary}. "
+            "Leave vocab_size out to take the tokenizer's."
+        )
+    return Corpus(data_root, tokenizer, config)
+
+
+def train_ancestor(settings: recipe.Recipe, data_root: Path, out: Path) -> dict[str, Any]:
+    """Train the ancestor; writes OUT/model (an open_clip folder) and OUT/result.json, and returns the result."""
+
+    def build(run: Run) -> Stage:
+        state = towers.build_clip(run.corpus.config, seed=settings.seed).state_dict()
+        return ClipStage("ancestor", run.corpus.config, state, settings.ancestor, run.device)
+
+    return Run(settings, data_root, out, {"role": "ancestor"}).execute(build, _export_clip)
+
+
+def extract(settings: recipe.Recipe, data_root: Path, ancestor: Path, out: Path) -> dict[str, Any]:
+    """Distil the learngene out of the open_clip folder `ancestor`; writes OUT/learngene.safetensors and OUT/result.json."""
+
+    def build(run: Run) -> Stage:
+        config, state = towers.load_clip(ancestor)
+        extraction = settings.extraction
+        auxiliary = AuxiliaryCLIP.from_ancestor(
+            state,
+            config,
+            num_multimodal=extraction.num_multimodal,
+            num_unimodal=extraction.num_unimodal,
+            num_knots=extraction.num_knots,
+            seed=settings.seed,
+        )
+        return ExtractionStage(extraction, auxiliary, Teacher(config, state, run.device), run.device, seed=settings.seed)
+
+    def finish(run: Run, stage: Stage, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        assert isinstance(stage, ExtractionStage)
+        learngene = Learngene.from_auxiliary(
+            stage.auxiliary,
+            stage.auxiliary_state(state),
+            tokenizer_dir=run.corpus.tokenizer.files_dir,
+            extraction=asdict(settings.extraction),
+        )
+        learngene.save(run.out / "learngene.safetensors")
+        return {
+            "params": learngene.num_params,
+            "bytes": (run.out / "learngene.safetensors").stat().st_size,
+            "block_params": learngene.block_params,
+            "stem_params": learngene.stem_params,
+        }
+
+    return Run(settings, data_root, out, {"role": "extraction"}).execute(build, finish)
+
+
+def train_descendant(
+    settings: recipe.Recipe,
+    data_root: Path,
+    out: Path,
+    *,
+    init: str,
+    size: recipe.Size,
+    ancestor: Path | None = None,
+    learngene: Path | None = None,
+    target: float | None = None,
+) -> dict[str, Any]:
+    """Write a descendant (or a baseline at its size), evaluate it as written, train it, export it to OUT/model.
+
+    Args:
+        init: mmlg, scratch, even or distil.
+        target: validation metric at which even and distil may stop (two consecutive evaluations).
+    """
+
+    def build(run: Run) -> Stage:
+        config = towers.with_layers(run.corpus.config, size.image_layers, size.text_layers)
+        teacher_config, teacher_state = towers.load_clip(ancestor) if ancestor is not None else (run.corpus.config, None)
+        gene = load_learngene(learngene) if learngene is not None else None
+        state = initialise(
+            init,
+            config=run.corpus.config,
+            image_layers=size.image_layers,
+            text_layers=size.text_layers,
+            ancestor_state=teacher_state,
+            learngene=gene,
+            seed=settings.seed,
+        )
+        training, weights = _training_of(settings, init)
+        teacher = None
+        if weights is not None and training.steps:
+            assert teacher_state is not None
+            teacher = Teacher(teacher_config, teacher_state, run.device)
+        return ClipStage(init, config, state, training, run.device, teacher=teacher, weights=weights if teacher else None)
+
+    identity = {"role": "descendant", "init": init, "size": asdict(size)}
+    stop_early = settings.baselines.stop_at_target and init in ("even", "distil") and target is not None
+
+    def stop(curve: Curve) -> bool:
+        return stop_early and first_reached(curve, target, METRIC) is not None
+
+    return Run(settings, data_root, out, identity).execute(build, _export_clip, stop=stop, evaluate_first=init in ("mmlg", "even"))
+
+
+def _training_of(settings: recipe.Recipe, init: str) -> tuple[recipe.Training, recipe.DistillationLoss | None]:
+    if init == "mmlg":
+        return settings.adaptation.training, settings.adaptation.loss
+    training = getattr(settings.baselines, init)
+    if training is None:
+        raise UserError(f"recipe key baselines.{init} is null: this baseline is left out. Give it settings to train it.")
+    return training, settings.baselines.distil_loss if init == "distil" else None
+
+
+def _export_clip(run: Run, stage: Stage, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    assert isinstance(stage, ClipStage)
+    clip_state = stage.clip_state(state)
+    towers.export(clip_state, stage.config, run.out / "model", tokenizer_dir=run.corpus.tokenizer.files_dir, overwrite=True)
+    return {
+        "params": sum(tensor.numel() for tensor in clip_state.values()),
+        "image_layers": stage.config["vision_cfg"]["layers"],
+        "text_layers": stage.config["text_cfg"]["layers"],
+        "image_width": stage.config["vision_cfg"]["width"],
+        "text_width": stage.config["text_cfg"]["width"],
+    }
+
+
+Build = Callable[["Run"], Stage]
+Finish = Callable[["Run", Stage, Mapping[str, Tensor]], dict[str, Any]]
+
+
+class Run:
+    """One run folder and what all roles do alike: claim it, build, train or resume, evaluate, export, write result.json."""
+
+    def __init__(self, settings: recipe.Recipe, data_root: Path, out: Path, identity: Mapping[str, Any]) -> None:
+        self.settings, self.out, self.data_root = settings, out, data_root
+        self.identity = {**identity, "recipe": settings.to_dict()}
+
+    def execute(
+        self, build: Build, finish: Finish, *, stop: Callable[[Curve], bool] = lambda curve: False, evaluate_first: bool = False
+    ) -> dict[str, Any]:
+        """Run to the end and return the result; a complete folder returns its result at once."""
+        self.corpus = open_corpus(self.settings, self.data_root)
+        self.device = start_ranks(self.settings.engine)
+        try:
+            result = self._claim()
+            if result is None:
+                result = self._train(build, finish, stop, evaluate_first)
+            return result
+        finally:
+            stop_ranks()
+
+    def _claim(self) -> dict[str, Any] | None:
+        """Rank 0 claims the folder and tells the others; a UserError is raised on every rank."""
+        answer: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                answer[0] = claim_run_folder(self.out, self.identity)
+            except UserError as error:
+                answer[1] = str(error)
+        dist.broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise UserError(answer[1])
+        return answer[0]
+
+    def _train(self, build: Build, finish: Finish, stop: Callable[[Curve], bool], evaluate_first: bool) -> dict[str, Any]:
+        stage = build(self)
+        training = stage.training
+        preprocess = towers.Preprocess()
+        validation, test = self.corpus.eval_split("val"), self.corpus.eval_split("test")
+        engine = Engine(
+            stage.model,
+            stage.parameter_groups(),
+            settings=self.settings.engine,
+            batch_size=training.batch_size,
+            optimizer=training.optimizer,
+        )
+        meters = Meters(self.out, training.steps, name=stage.name, enabled=dist.get_rank() == 0)
+
+        def evaluate(split: EvalSplit) -> dict[str, float]:
+            return evaluate_sizes(engine, stage, split, preprocess)
+
+        at_start = self.out / "metrics_at_0.json"
+        if evaluate_first and not at_start.exists() and not Checkpoints(self.out).steps():
+            metrics = evaluate(test)
+            if dist.get_rank() == 0:
+                write_json_atomic(at_start, metrics)
+        progress = train(
+            stage,
+            engine,
+            batches=lambda step: self.corpus.stream(self.settings.data, training.batch_size, self.settings.seed, step),
+            evaluate=lambda: evaluate(validation),
+            preprocess=preprocess,
+            checkpoints=Checkpoints(self.out),
+            meters=meters,
+            evaluate_first=evaluate_first,
+            stop=stop,
+        )
+        metrics = evaluate(test)
+        state = engine.state_dict()
+        engine.close()
+        result = self._result(progress, metrics, meters.seconds)
+        if dist.get_rank() == 0:
+            if at_start.exists():
+                result["metrics_at_0"] = json.loads(at_start.read_text())
+            result.update(finish(self, stage, state))
+            write_json_atomic(self.out / "result.json", result)
+        meters.close()
+        dist.barrier()
+        Checkpoints(self.out).remove()
+        return result
+
+    def _result(self, progress: Progress, metrics: dict[str, float], seconds: float) -> dict[str, Any]:
+        return {
+            **{key: value for key, value in self.identity.items() if key != "recipe"},
+            "seed": self.settings.seed,
+            "steps": progress.step,
+            "stopped_early": progress.stopped_early,
+            "flops": progress.flops,
+            "teacher_flops": progress.teacher_flops,
+            "seconds": seconds,
+            "metrics": metrics,
+            "metrics_at_0": None,
+            "curve": progress.curve,
+        }
+
+
+@torch.no_grad()
+def evaluate_sizes(engine: Engine, stage: Stage, split: EvalSplit, preprocess: towers.Preprocess) -> dict[str, float]:
+    """Retrieval metrics of the stage's model on `split`; several sizes are averaged, and each is given under `...@iA-tB` too."""
+    model: nn.Module = engine.model
+    was_training = model.training
+    model.eval()
+    total: dict[str, float] = {}
+    sizes = stage.evaluated_sizes()
+    with engine.autocast():
+        for size in sizes:
+            depths = {} if size is None else {"image_layers": size[0], "text_layers": size[1]}
+            metrics = evaluate_pairs(
+                lambda images, d=depths: model(image=images, **d)["image_features"],
+                lambda texts, d=depths: model(text=texts, **d)["text_features"],
+                split,
+                preprocess,
+                engine.device,
+            )
+            for name, value in metrics.items():
+                total[name] = total.get(name, 0.0) + value / len(sizes)
+                if size is not None:
+                    total[f"{name}/i{size[0]}-t{size[1]}"] = value
+    model.train(was_training)
+    return total

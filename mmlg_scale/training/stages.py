@@ -1,0 +1,269 @@
+"""The kinds of training: what each builds, optimises and charges. The loop knows none of them.
+
+A stage owns a model whose forward takes images and tokens and returns a dictionary of features, hidden states and the logit
+multiplier; it turns a batch into a loss, says what a step costs, and gives the encoders that evaluation calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmlg_scale import recipe, towers
+from mmlg_scale.accounting import forward_flops
+from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
+from mmlg_scale.objectives import contrastive, distillation
+
+Forward = Callable[..., dict[str, Any]]
+Autocast = Callable[[], AbstractContextManager[Any]]
+Terms = dict[str, Tensor]
+
+
+class Stage(Protocol):
+    """What the loop needs."""
+
+    name: str
+    training: recipe.Training
+    model: nn.Module
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """torch optimiser groups with their peak rates."""
+        ...
+
+    def loss(self, forward: Forward, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, step: int) -> tuple[Tensor, Terms]:
+        """The loss of one local batch and its terms; `forward` is the engine around `model`."""
+        ...
+
+    def flops(self, step: int) -> tuple[int, int]:
+        """FLOPs per sample that this step costs: (student forward and backward, teacher forward)."""
+        ...
+
+    def evaluated_sizes(self) -> list[tuple[int, int] | None]:
+        """The (image, text) depths to evaluate; None where the model has one size only."""
+        ...
+
+
+def tap_layers(depths: Sequence[float], num_layers: int) -> tuple[int, ...]:
+    """The layer nearest to each relative depth, counted from 1 (halves round up, and layer 0 is never compared)."""
+    return tuple(max(1, int(depth * num_layers + 0.5)) for depth in depths)
+
+
+class PlainCLIP(nn.Module):
+    """An open_clip CLIP with the forward that stages share."""
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(
+        self,
+        image: Tensor | None = None,
+        text: Tensor | None = None,
+        *,
+        tap_image: Sequence[int] = (),
+        tap_text: Sequence[int] = (),
+    ) -> dict[str, Any]:
+        outputs: dict[str, Any] = {"logit_scale": towers.logit_multiplier(self.clip.logit_scale)}
+        if image is not None:
+            outputs["image_features"], outputs["image_hidden"] = towers.encode_image_with_hidden(self.clip, image, tap_image)
+        if text is not None:
+            outputs["text_features"], outputs["text_hidden"] = towers.encode_text_with_hidden(self.clip, text, tap_text)
+        return outputs
+
+
+class WithHiddenMaps(nn.Module):
+    """A model plus one linear map per tower from its width to the teacher's, the identity at the start, used in training only.
+
+    The maps are applied inside this forward because ZeRO-3 gathers parameters only in the forward of the module that owns them.
+    """
+
+    def __init__(self, model: nn.Module, *, image_widths: tuple[int, int], text_widths: tuple[int, int]) -> None:
+        super().__init__()
+        self.model = model
+        self.image_map = self._identity(*image_widths)
+        self.text_map = self._identity(*text_widths)
+
+    @staticmethod
+    def _identity(width: int, teacher_width: int) -> nn.Linear:
+        linear = nn.Linear(width, teacher_width, bias=False)
+        nn.init.eye_(linear.weight)
+        return linear
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        outputs = self.model(*args, **kwargs)
+        if "image_hidden" in outputs:
+            outputs["image_hidden"] = [self.image_map(hidden) for hidden in outputs["image_hidden"]]
+        if "text_hidden" in outputs:
+            outputs["text_hidden"] = [self.text_map(hidden) for hidden in outputs["text_hidden"]]
+        return outputs
+
+
+def _widths(config: Mapping[str, Any], tower: str) -> int:
+    return int(config[f"{tower}_cfg"]["width"])
+
+
+def _with_maps(model: nn.Module, config: Mapping[str, Any], teacher_config: Mapping[str, Any]) -> WithHiddenMaps:
+    return WithHiddenMaps(
+        model,
+        image_widths=(_widths(config, "vision"), _widths(teacher_config, "vision")),
+        text_widths=(_widths(config, "text"), _widths(teacher_config, "text")),
+    )
+
+
+class Teacher:
+    """The frozen ancestor: a plain module outside the engine."""
+
+    def __init__(self, config: dict[str, Any], state: Mapping[str, Tensor], device: torch.device) -> None:
+        self.config = config
+        self.image_layers = int(config["vision_cfg"]["layers"])
+        self.text_layers = int(config["text_cfg"]["layers"])
+        self.flops = forward_flops(config)["total"]
+        clip = towers.build_clip(config, seed=0)
+        clip.load_state_dict(dict(state))
+        self._model = PlainCLIP(clip).to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, text: Tensor, autocast: Autocast, depths: Sequence[float]) -> dict[str, Any]:
+        with autocast():
+            return self._model(
+                image, text, tap_image=tap_layers(depths, self.image_layers), tap_text=tap_layers(depths, self.text_layers)
+            )
+
+
+# Biases, norms, positions, embeddings and the logit scale are not decayed (open_clip decays its token embedding; a row that a batch does
+# not use would shrink without a gradient to hold it).
+_UNDECAYED = ("positional_embedding", "class_embedding", "token_embedding", "logit_scale")
+
+
+def decay_groups(model: nn.Module, optimizer: recipe.Optimizer, factor: float = 1.0) -> list[dict[str, Any]]:
+    """Two groups, matrices with weight decay and the rest without, at `factor` times the recipe's rate."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim >= 2 and not any(word in name for word in _UNDECAYED)
+        (decayed if is_matrix else free).append(parameter)
+    rate = optimizer.learning_rate * factor
+    groups = [
+        {"params": decayed, "lr": rate, "weight_decay": optimizer.weight_decay},
+        {"params": free, "lr": rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class ClipStage:
+    """Training a plain CLIP: by the contrastive loss alone (ancestor, scratch, even), or with a teacher (distillation, adaptation)."""
+
+    def __init__(
+        self,
+        name: str,
+        config: dict[str, Any],
+        state: Mapping[str, Tensor],
+        training: recipe.Training,
+        device: torch.device,
+        *,
+        teacher: Teacher | None = None,
+        weights: recipe.DistillationLoss | None = None,
+    ) -> None:
+        assert (teacher is None) == (weights is None)
+        self.name, self.config, self.training, self.teacher, self.weights = name, config, training, teacher, weights
+        clip = towers.build_clip(config, seed=0)
+        clip.load_state_dict(dict(state))
+        model: nn.Module = PlainCLIP(clip)
+        if teacher is not None and weights is not None and weights.hidden:
+            model = _with_maps(model, config, teacher.config)
+        self.model = model.to(device)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return decay_groups(self.model, self.training.optimizer)
+
+    def loss(self, forward: Forward, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, step: int) -> tuple[Tensor, Terms]:
+        if self.teacher is None or self.weights is None:
+            loss = contrastive(forward(image_BCHW, text_BT))
+            return loss, {"contrastive": loss}
+        depths = self.weights.hidden_depths if self.weights.hidden else []
+        student = forward(
+            image_BCHW,
+            text_BT,
+            tap_image=tap_layers(depths, int(self.config["vision_cfg"]["layers"])),
+            tap_text=tap_layers(depths, int(self.config["text_cfg"]["layers"])),
+        )
+        return distillation(student, self.teacher(image_BCHW, text_BT, autocast, depths), text_BT, self.weights)
+
+    def flops(self, step: int) -> tuple[int, int]:
+        return 3 * forward_flops(self.config)["total"], self.teacher.flops if self.teacher else 0
+
+    def evaluated_sizes(self) -> list[tuple[int, int] | None]:
+        return [None]
+
+    def clip_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The open_clip part of the engine's gathered state."""
+        return _strip(state, "clip.")
+
+
+class ExtractionStage:
+    """Training the auxiliary CLIP, whose layers are weighted sums of the learngene's blocks, at a random depth each step."""
+
+    name = "extraction"
+
+    def __init__(self, settings: recipe.Extraction, auxiliary: AuxiliaryCLIP, teacher: Teacher, device: torch.device, *, seed: int) -> None:
+        self.settings, self.training, self.teacher, self.seed = settings, settings.training, teacher, seed
+        self.max_layers = settings.max_layers or max(teacher.image_layers, teacher.text_layers)
+        self.auxiliary = auxiliary
+        model: nn.Module = auxiliary
+        if settings.loss.hidden:
+            model = _with_maps(auxiliary, teacher.config, teacher.config)
+        self.model = model.to(device)
+
+    def depth(self, step: int) -> int:
+        """The depth of both towers at `step`: the same on every rank, and after every resume."""
+        generator = np.random.default_rng([self.seed, step])
+        return int(generator.integers(self.settings.min_layers, self.max_layers, endpoint=True))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        optimizer = self.training.optimizer
+        rates = {"blocks": 1.0, "coefficients": self.settings.coefficient_rate, "vectors": 1.0}
+        groups = [
+            {
+                "params": parameters,
+                "lr": optimizer.learning_rate * rates.get(name, self.settings.stem_rate),
+                "weight_decay": optimizer.weight_decay if name in ("blocks", "stem_matrices") else 0.0,
+            }
+            for name, parameters in self.auxiliary.parameter_groups().items()
+            if parameters
+        ]
+        if isinstance(self.model, WithHiddenMaps):
+            maps = [*self.model.image_map.parameters(), *self.model.text_map.parameters()]
+            groups.append({"params": maps, "lr": optimizer.learning_rate * self.settings.stem_rate, "weight_decay": 0.0})
+        return groups
+
+    def loss(self, forward: Forward, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, step: int) -> tuple[Tensor, Terms]:
+        layers, weights = self.depth(step), self.settings.loss
+        depths = weights.hidden_depths if weights.hidden else []
+        taps = tap_layers(depths, layers)
+        student = forward(image_BCHW, text_BT, image_layers=layers, text_layers=layers, tap_image=taps, tap_text=taps)
+        return distillation(student, self.teacher(image_BCHW, text_BT, autocast, depths), text_BT, weights)
+
+    def flops(self, step: int) -> tuple[int, int]:
+        layers = self.depth(step)
+        return 3 * forward_flops(self.teacher.config, image_layers=layers, text_layers=layers)["total"], self.teacher.flops
+
+    def evaluated_sizes(self) -> list[tuple[int, int] | None]:
+        middle = (self.settings.min_layers + self.max_layers) // 2
+        return [(n, n) for n in sorted({self.settings.min_layers, middle, self.max_layers})]
+
+    def auxiliary_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The learngene's part of the engine's gathered state (the maps are left behind)."""
+        return _strip(state, "model.") if isinstance(self.model, WithHiddenMaps) else dict(state)
+
+
+def _strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Entries below `prefix` (wherever a wrapper put it), without it."""
+    return {
+        name.removeprefix("model.").removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.removeprefix("model.").startswith(prefix) or name.startswith(prefix)
+    }
