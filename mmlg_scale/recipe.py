@@ -102,8 +102,12 @@ class Training:
 
     def check(self, key: str, *, allow_zero_steps: bool = False) -> None:
         """Raise UserError when a field is out of its range; `key` is where this object sits in the recipe."""
-        _require(self.steps >= (0 if allow_zero_steps else 1), f"{key}.steps", f"is {self.steps}", "Use a positive count.")
-        _require(self.batch_size >= 2, f"{key}.batch_size", f"is {self.batch_size}", "A contrastive loss needs 2 or more.")
+        _require(
+            self.steps >= (0 if allow_zero_steps else 1), f"{key}.steps", f"is {self.steps}", "Use a positive count."
+        )
+        _require(
+            self.batch_size >= 2, f"{key}.batch_size", f"is {self.batch_size}", "A contrastive loss needs 2 or more."
+        )
         _require(self.eval_every >= 1, f"{key}.eval_every", f"is {self.eval_every}", "Use 1 or more.")
         rate = self.optimizer.learning_rate
         _require(rate > 0, f"{key}.optimizer.learning_rate", f"is {rate}", "Use a positive rate.")
@@ -268,12 +272,22 @@ class Recipe:
         extraction = self.extraction
         for key in ("num_multimodal", "num_unimodal"):
             _require(getattr(extraction, key) >= 0, f"extraction.{key}", "is negative", "Use 0 or more.")
-        _require(extraction.num_multimodal + extraction.num_unimodal > 0, "extraction", "has no blocks", "Set num_unimodal to 1.")
+        _require(
+            extraction.num_multimodal + extraction.num_unimodal > 0,
+            "extraction",
+            "has no blocks",
+            "Set num_unimodal to 1.",
+        )
         _require(extraction.num_knots >= 2, "extraction.num_knots", f"is {extraction.num_knots}", "Use 2 or more.")
         _require(extraction.min_layers >= 1, "extraction.min_layers", f"is {extraction.min_layers}", "Use 1 or more.")
         for index, size in enumerate(self.family.sizes):
             for key in ("image_layers", "text_layers"):
-                _require(getattr(size, key) >= 1, f"family.sizes[{index}].{key}", f"is {getattr(size, key)}", "Use 1 or more.")
+                _require(
+                    getattr(size, key) >= 1,
+                    f"family.sizes[{index}].{key}",
+                    f"is {getattr(size, key)}",
+                    "Use 1 or more.",
+                )
         names = [size.name for size in self.family.sizes]
         _require(len(set(names)) == len(names), "family.sizes", "holds a size twice", "Remove the repeated one.")
 

@@ -45,14 +45,21 @@ def evaluate_pairs(
     if classes is not None and split.labels_N is not None:
         assert tokenize is not None
         class_CD = class_embeddings(
-            lambda texts: encode_in_chunks(encode_text, texts, device), tokenize, classes["classnames"], classes["templates"]
+            lambda texts: encode_in_chunks(encode_text, texts, device),
+            tokenize,
+            classes["classnames"],
+            classes["templates"],
         )
         metrics |= zero_shot_metrics(image_ND, class_CD, split.labels_N)
     return metrics
 
 
 def retrieval_features(
-    encode_image: Encoder, encode_text: Encoder, split: EvalSplit, preprocess: Callable[[Tensor], Tensor], device: torch.device
+    encode_image: Encoder,
+    encode_text: Encoder,
+    split: EvalSplit,
+    preprocess: Callable[[Tensor], Tensor],
+    device: torch.device,
 ) -> dict[str, Any]:
     """Features of a whole split, for drawing retrieval samples: {"image_ND", "text_MD"}."""
     return {

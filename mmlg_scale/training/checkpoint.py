@@ -84,7 +84,9 @@ def claim_run_folder(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any
         found = json.loads(marker.read_text())
         if found != identity:
             keys = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
-            raise UserError(f"{folder} holds another recipe's run (differs in: {', '.join(keys)}). Give another --out, or remove that folder.")
+            raise UserError(
+                f"{folder} holds another recipe's run (differs in: {', '.join(keys)}). Give another --out, or remove that folder."
+            )
         result = folder / "result.json"
         return json.loads(result.read_text()) if result.is_file() else None
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -99,7 +99,11 @@ def train(
         progress.step += 1
         progress.flops += student_flops
         progress.teacher_flops += teacher_flops
-        figures = {"loss": loss.detach(), "learning_rate": engine.learning_rate, **{k: v.detach() for k, v in terms.items()}}
+        figures = {
+            "loss": loss.detach(),
+            "learning_rate": engine.learning_rate,
+            **{k: v.detach() for k, v in terms.items()},
+        }
         meters.step(progress.step, figures, num_samples=training.batch_size, flops=student_flops + teacher_flops)
 
         if progress.step % training.eval_every == 0 or progress.step == training.steps:
@@ -118,7 +122,9 @@ def _check_finite(loss: Tensor, step: int) -> None:
     dist.all_reduce(bad)
     if bad.any():
         ranks = ", ".join(str(rank) for rank in bad.nonzero().flatten().tolist())
-        raise UserError(f"the loss is not finite at step {step} on rank {ranks}. Lower the learning rate; the last checkpoint is kept.")
+        raise UserError(
+            f"the loss is not finite at step {step} on rank {ranks}. Lower the learning rate; the last checkpoint is kept."
+        )
 
 
 def _evaluate(progress: Progress, stage: Stage, meters: Meters, evaluate: Callable[[], dict[str, float]]) -> None:
@@ -133,5 +139,3 @@ def _evaluate(progress: Progress, stage: Stage, meters: Meters, evaluate: Callab
     }
     progress.curve.append(point)
     meters.evaluation(progress.step, metrics)
-
-

@@ -70,7 +70,11 @@ class Corpus:
 def open_corpus(settings: recipe.Recipe, data_root: Path) -> Corpus:
     """The data set at `data_root` with the recipe's architecture, the vocabulary size taken from the tokenizer where it is left out."""
     tokenizer = load_tokenizer(data_root)
-    config = json.loads(json.dumps(settings.model.config)) if settings.model.config is not None else settings.model.architecture
+    config = (
+        json.loads(json.dumps(settings.model.config))
+        if settings.model.config is not None
+        else settings.model.architecture
+    )
     if isinstance(config, dict) and isinstance(config.get("text_cfg"), dict):
         config["text_cfg"].setdefault("vocab_size", tokenizer.vocab_size)
     config = towers.model_config(config)
@@ -107,7 +111,9 @@ def extract(settings: recipe.Recipe, data_root: Path, ancestor: Path, out: Path)
             num_knots=extraction.num_knots,
             seed=settings.seed,
         )
-        return ExtractionStage(extraction, auxiliary, Teacher(config, state, run.device), run.device, seed=settings.seed)
+        return ExtractionStage(
+            extraction, auxiliary, Teacher(config, state, run.device), run.device, seed=settings.seed
+        )
 
     def finish(run: Run, stage: Stage, state: Mapping[str, Tensor]) -> dict[str, Any]:
         assert isinstance(stage, ExtractionStage)
@@ -148,7 +154,9 @@ def train_descendant(
 
     def build(run: Run) -> Stage:
         config = towers.with_layers(run.corpus.config, size.image_layers, size.text_layers)
-        teacher_config, teacher_state = towers.load_clip(ancestor) if ancestor is not None else (run.corpus.config, None)
+        teacher_config, teacher_state = (
+            towers.load_clip(ancestor) if ancestor is not None else (run.corpus.config, None)
+        )
         gene = load_learngene(learngene) if learngene is not None else None
         state = initialise(
             init,
@@ -164,7 +172,9 @@ def train_descendant(
         if weights is not None and training.steps:
             assert teacher_state is not None
             teacher = Teacher(teacher_config, teacher_state, run.device)
-        return ClipStage(init, config, state, training, run.device, teacher=teacher, weights=weights if teacher else None)
+        return ClipStage(
+            init, config, state, training, run.device, teacher=teacher, weights=weights if teacher else None
+        )
 
     identity = {"role": "descendant", "init": init, "size": asdict(size)}
     stop_early = settings.baselines.stop_at_target and init in ("even", "distil") and target is not None
@@ -172,7 +182,9 @@ def train_descendant(
     def stop(curve: Curve) -> bool:
         return stop_early and first_reached(curve, target, METRIC) is not None
 
-    return Run(settings, data_root, out, identity).execute(build, _export_clip, stop=stop, evaluate_first=init in ("mmlg", "even"))
+    return Run(settings, data_root, out, identity).execute(
+        build, _export_clip, stop=stop, evaluate_first=init in ("mmlg", "even")
+    )
 
 
 def _training_of(settings: recipe.Recipe, init: str) -> tuple[recipe.Training, recipe.DistillationLoss | None]:
@@ -180,14 +192,18 @@ def _training_of(settings: recipe.Recipe, init: str) -> tuple[recipe.Training, r
         return settings.adaptation.training, settings.adaptation.loss
     training = getattr(settings.baselines, init)
     if training is None:
-        raise UserError(f"recipe key baselines.{init} is null: this baseline is left out. Give it settings to train it.")
+        raise UserError(
+            f"recipe key baselines.{init} is null: this baseline is left out. Give it settings to train it."
+        )
     return training, settings.baselines.distil_loss if init == "distil" else None
 
 
 def _export_clip(run: Run, stage: Stage, state: Mapping[str, Tensor]) -> dict[str, Any]:
     assert isinstance(stage, ClipStage)
     clip_state = stage.clip_state(state)
-    towers.export(clip_state, stage.config, run.out / "model", tokenizer_dir=run.corpus.tokenizer.files_dir, overwrite=True)
+    towers.export(
+        clip_state, stage.config, run.out / "model", tokenizer_dir=run.corpus.tokenizer.files_dir, overwrite=True
+    )
     return {
         "params": sum(tensor.numel() for tensor in clip_state.values()),
         "image_layers": stage.config["vision_cfg"]["layers"],
@@ -209,7 +225,12 @@ class Run:
         self.identity = {**identity, "recipe": settings.to_dict()}
 
     def execute(
-        self, build: Build, finish: Finish, *, stop: Callable[[Curve], bool] = lambda curve: False, evaluate_first: bool = False
+        self,
+        build: Build,
+        finish: Finish,
+        *,
+        stop: Callable[[Curve], bool] = lambda curve: False,
+        evaluate_first: bool = False,
     ) -> dict[str, Any]:
         """Run to the end and return the result; a complete folder returns its result at once."""
         self.corpus = open_corpus(self.settings, self.data_root)
@@ -235,7 +256,9 @@ class Run:
             raise UserError(answer[1])
         return answer[0]
 
-    def _train(self, build: Build, finish: Finish, stop: Callable[[Curve], bool], evaluate_first: bool) -> dict[str, Any]:
+    def _train(
+        self, build: Build, finish: Finish, stop: Callable[[Curve], bool], evaluate_first: bool
+    ) -> dict[str, Any]:
         stage = build(self)
         training = stage.training
         preprocess = towers.Preprocess()

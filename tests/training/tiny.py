@@ -1,0 +1,42 @@
+"""A CLIP small enough for exact comparisons, its stages, and fixed batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmlg_scale import recipe, towers
+from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
+from mmlg_scale.training.stages import ClipStage, ExtractionStage, Stage, Teacher
+
+CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "head_width": 8, "layers": 3},
+    "text_cfg": {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 3},
+}
+BATCH, STEPS = 8, 3
+OPTIMIZER = recipe.Optimizer(learning_rate=0.05, weight_decay=0.0, gradient_clipping=0.0)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """Images [8, 3, 16, 16] and token ids [8, 8] whose end token (19) stands at different places."""
+    generator = torch.Generator().manual_seed(100 + step)
+    images = torch.randn(BATCH, 3, 16, 16, generator=generator)
+    texts = torch.randint(3, 19, (BATCH, 8), generator=generator)
+    for row in range(BATCH):
+        end = 3 + row % 5
+        texts[row, end] = 19
+        texts[row, end + 1 :] = 0
+    return images, texts
+
+
+def build_stage(kind: str, device: torch.device) -> Stage:
+    """`ancestor` (contrastive alone) or `extraction` (auxiliary model, teacher, hidden states, all terms)."""
+    training = recipe.Training(steps=STEPS, batch_size=BATCH, optimizer=OPTIMIZER)
+    config = towers.model_config(CONFIG)
+    state = towers.build_clip(config, seed=1).state_dict()
+    if kind == "ancestor":
+        return ClipStage("ancestor", config, state, training, device)
+    auxiliary = AuxiliaryCLIP.from_ancestor(state, config, num_multimodal=1, num_unimodal=1, num_knots=4, seed=2)
+    settings = recipe.Extraction(training=training, min_layers=2)
+    return ExtractionStage(settings, auxiliary, Teacher(config, state, device), device, seed=3)
