@@ -25,8 +25,9 @@ The whole job, from image-text shards to a report:
 Step by step:
   mmlg data scenes --out DIR                write the procedural image-text set as webdataset shards
   mmlg data pack SOURCE --out DIR           pack your CSV/TSV (filepath,caption) or folder per class
-  mmlg train RECIPE --data DIR --out DIR    train the ancestor
-  mmlg extract RECIPE --data DIR --ancestor DIR --out DIR
+  mmlg train RECIPE --data.path DIR --out DIR
+                                            train the ancestor
+  mmlg extract RECIPE --data.path DIR --ancestor-model DIR --out DIR
                                             distil the learngene
   mmlg descend LEARNGENE --image-layers A --text-layers B --out DIR
                                             write a descendant as an ordinary open_clip model
@@ -130,9 +131,7 @@ def _parse_recipe(parser: ArgumentParser, arguments: list[str]) -> tuple[Any, Re
 def _data_scenes(arguments: list[str]) -> int:
     from mmlg_scale.recipe import Scenes
 
-    parser = _parser(
-        "data scenes", "Write the procedural image-text set as webdataset shards: train, val and test share no scene."
-    )
+    parser = _parser("data scenes", "Write the procedural image-text set as webdataset shards: train, val and test share no scene.")
     parser.add_argument("--out", type=str, required=True, help="Folder to write; made whole or not at all.")
     parser.add_argument("--image-size", type=int, default=32, help="Side of the square images in pixels.")
     parser.add_class_arguments(Scenes, as_group=False)
@@ -152,23 +151,17 @@ def _data_scenes(arguments: list[str]) -> int:
 
 
 def _data_pack(arguments: list[str]) -> int:
-    parser = _parser(
-        "data pack", "Pack a CSV/TSV table (filepath,caption) or a folder per class into webdataset shards."
-    )
+    parser = _parser("data pack", "Pack a CSV/TSV table (filepath,caption) or a folder per class into webdataset shards.")
     parser.add_argument("source", type=str, help="The table, or the folder that holds one folder per class.")
     parser.add_argument("--out", type=str, required=True, help="Folder to write; made whole or not at all.")
-    parser.add_argument(
-        "--image-column", type=str, default="filepath", help="Table column with image paths, relative to the table."
-    )
+    parser.add_argument("--image-column", type=str, default="filepath", help="Table column with image paths, relative to the table.")
     parser.add_argument(
         "--caption-column",
         type=str,
         default="caption",
         help="Table column with captions; rows of one image are its captions.",
     )
-    parser.add_argument(
-        "--template", type=list[str], default=["a photo of {}."], help="Caption templates for folders; {} is the class."
-    )
+    parser.add_argument("--template", type=list[str], default=["a photo of {}."], help="Caption templates for folders; {} is the class.")
     parser.add_argument(
         "--val",
         type=float,
@@ -176,12 +169,8 @@ def _data_pack(arguments: list[str]) -> int:
         help="Share of images for validation where the source has no split of its own.",
     )
     parser.add_argument("--test", type=float, default=0.1, help="Share of images for the test split, likewise.")
-    parser.add_argument(
-        "--tokenizer", type=str, default="words", help="words: a vocabulary made of the captions; bpe: open_clip's."
-    )
-    parser.add_argument(
-        "--resize", type=int | None, default=None, help="Resize images to this many pixels (shorter side, centre crop)."
-    )
+    parser.add_argument("--tokenizer", type=str, default="words", help="words: a vocabulary made of the captions; bpe: open_clip's.")
+    parser.add_argument("--resize", type=int | None, default=None, help="Resize images to this many pixels (shorter side, centre crop).")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the split.")
     args = _parse(parser, arguments)
     from mmlg_scale.data.pack import pack_folders, pack_table
@@ -191,9 +180,7 @@ def _data_pack(arguments: list[str]) -> int:
         {"splits": {"val": args.val, "test": args.test}, "seed": args.seed, "tokenizer": args.tokenizer},
     )
     if source.is_dir():
-        pack_folders(
-            source, Path(args.out), templates=args.template, resize=args.resize, progress=_progress("pack"), **common
-        )
+        pack_folders(source, Path(args.out), templates=args.template, resize=args.resize, progress=_progress("pack"), **common)
     else:
         columns = {"image_column": args.image_column, "caption_column": args.caption_column}
         pack_table(source, Path(args.out), resize=args.resize, progress=_progress("pack"), **columns, **common)
@@ -211,7 +198,6 @@ def _train(arguments: list[str]) -> int:
         "train",
         "Train the ancestor, or (with --init) a descendant or a baseline. Started again, it goes on from its last checkpoint.",
     )
-    parser.add_argument("--data", type=str, required=True, help="A data set folder (mmlg data scenes / pack).")
     parser.add_argument("--out", type=str, required=True, help="The run's folder.")
     parser.add_argument(
         "--init",
@@ -223,29 +209,26 @@ def _train(arguments: list[str]) -> int:
     parser.add_argument("--image-layers", type=int, default=4, help="Depth of the image tower (not for the ancestor).")
     parser.add_argument("--text-layers", type=int, default=4, help="Depth of the text tower (not for the ancestor).")
     parser.add_argument(
-        "--ancestor",
+        "--ancestor-model",
         type=str | None,
         default=None,
         help="Ancestor's open_clip folder (even, distil, and mmlg when it is adapted).",
     )
     parser.add_argument("--learngene", type=str | None, default=None, help="Learngene file (mmlg).")
-    parser.add_argument(
-        "--target", type=float | None, default=None, help="Validation mean R@1 at which even and distil may stop."
-    )
+    parser.add_argument("--target", type=float | None, default=None, help="Validation mean R@1 at which even and distil may stop.")
     args, recipe = _parse_recipe(parser, arguments)
     from mmlg_scale.recipe import Size
     from mmlg_scale.training.run import train_ancestor, train_descendant
 
     if args.init == "ancestor":
-        train_ancestor(recipe, Path(args.data), Path(args.out))
+        train_ancestor(recipe, Path(args.out))
     else:
         train_descendant(
             recipe,
-            Path(args.data),
             Path(args.out),
             init=args.init,
             size=Size(args.image_layers, args.text_layers),
-            ancestor=_path(args.ancestor),
+            ancestor=_path(args.ancestor_model),
             learngene=_path(args.learngene),
             target=args.target,
         )
@@ -257,18 +240,13 @@ def _path(value: str | None) -> Path | None:
 
 
 def _extract(arguments: list[str]) -> int:
-    parser = _parser(
-        "extract", "Distil the learngene out of an ancestor. Started again, it goes on from its last checkpoint."
-    )
-    parser.add_argument("--data", type=str, required=True, help="A data set folder (mmlg data scenes / pack).")
-    parser.add_argument("--ancestor", type=str, required=True, help="The ancestor's open_clip folder.")
-    parser.add_argument(
-        "--out", type=str, required=True, help="The run's folder; the result is OUT/learngene.safetensors."
-    )
+    parser = _parser("extract", "Distil the learngene out of an ancestor. Started again, it goes on from its last checkpoint.")
+    parser.add_argument("--ancestor-model", type=str, required=True, help="The ancestor's open_clip folder.")
+    parser.add_argument("--out", type=str, required=True, help="The run's folder; the result is OUT/learngene.safetensors.")
     args, recipe = _parse_recipe(parser, arguments)
     from mmlg_scale.training.run import extract
 
-    extract(recipe, Path(args.data), Path(args.ancestor), Path(args.out))
+    extract(recipe, Path(args.ancestor_model), Path(args.out))
     return 0
 
 
@@ -282,12 +260,8 @@ def _descend(arguments: list[str]) -> int:
         help="Depth of the image tower; deeper than the ancestor works too.",
     )
     parser.add_argument("--text-layers", type=int | None, default=None, help="Depth of the text tower.")
-    parser.add_argument(
-        "--modality", type=str, default="both", choices=["both", "image", "text"], help="Both towers, or one alone."
-    )
-    parser.add_argument(
-        "--out", type=str, required=True, help="Folder to write: open_clip.create_model('local-dir:OUT') loads it."
-    )
+    parser.add_argument("--modality", type=str, default="both", choices=["both", "image", "text"], help="Both towers, or one alone.")
+    parser.add_argument("--out", type=str, required=True, help="Folder to write: open_clip.create_model('local-dir:OUT') loads it.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an export that stands there.")
     args = _parse(parser, arguments)
     for tower in ("image", "text"):
@@ -302,9 +276,7 @@ def _descend(arguments: list[str]) -> int:
     descendant = learngene.descend(image_layers=args.image_layers, text_layers=args.text_layers, modality=args.modality)
     written = time.perf_counter() - started
     descendant.export(Path(args.out), overwrite=args.overwrite)
-    print(
-        f"{args.out}: composed in {written * 1e3:.1f} ms, on disk after {(time.perf_counter() - started) * 1e3:.1f} ms"
-    )
+    print(f"{args.out}: composed in {written * 1e3:.1f} ms, on disk after {(time.perf_counter() - started) * 1e3:.1f} ms")
     return 0
 
 
@@ -332,9 +304,7 @@ def _family(arguments: list[str]) -> int:
         "family",
         "data -> ancestor -> learngene -> descendants and baselines -> report. Started again, it repeats nothing complete.",
     )
-    parser.add_argument(
-        "--out", type=str, required=True, help="The family's folder: family.json and report.html are written there."
-    )
+    parser.add_argument("--out", type=str, required=True, help="The family's folder: family.json and report.html are written there.")
     args, recipe = _parse_recipe(parser, arguments)
     from mmlg_scale.family import run_family
 
@@ -366,9 +336,7 @@ def _launch_local(arguments: list[str]) -> int:
     command = arguments[split + 1 :]
     command = command[1:] if command[:1] == ["mmlg"] else command
     if not command:
-        raise UserError(
-            "no command after --. Example: mmlg launch local --num-processes 2 -- train demo --data DIR --out DIR."
-        )
+        raise UserError("no command after --. Example: mmlg launch local --num-processes 2 -- train demo --data DIR --out DIR.")
     from mmlg_launchers import LocalLauncher, Resources
 
     launcher = LocalLauncher(stream=True)

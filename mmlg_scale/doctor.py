@@ -44,9 +44,7 @@ def _open_clip() -> str:
 def _disk() -> str:
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     if free < 2:
-        raise UserError(
-            f"{free:.1f} GiB free in this folder: checkpoints need more. Free some, or write --out to another disk."
-        )
+        raise UserError(f"{free:.1f} GiB free in this folder: checkpoints need more. Free some, or write --out to another disk.")
     return f"{free:.0f} GiB free in this folder"
 
 

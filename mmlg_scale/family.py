@@ -64,16 +64,12 @@ def plan(settings: recipe.Recipe, out: Path, *, image_size: int) -> list[Step]:
     resources = Resources(num_processes=settings.engine.num_processes)
     steps: list[Step] = []
 
-    def add(
-        identifier: str, command: list[str], needs: tuple[str, ...], marker: Path, total: int | None = None
-    ) -> None:
+    def add(identifier: str, command: list[str], needs: tuple[str, ...], marker: Path, total: int | None = None) -> None:
         argv = (sys.executable, "-m", "mmlg_scale", *command)
         steps.append(Step(identifier, argv, resources if total is not None else Resources(), needs, marker, total))
 
-    def training(
-        identifier: str, folder: Path, needs: tuple[str, ...], total: int, *options: str, command: str = "train"
-    ) -> None:
-        words = [command, file, "--data", str(data), "--out", str(folder), *options]
+    def training(identifier: str, folder: Path, needs: tuple[str, ...], total: int, *options: str, command: str = "train") -> None:
+        words = [command, file, "--data.path", str(data), "--out", str(folder), *options]
         add(identifier, words, (*first, *needs), folder / "result.json", total)
 
     first: tuple[str, ...] = ()
@@ -88,18 +84,14 @@ def plan(settings: recipe.Recipe, out: Path, *, image_size: int) -> list[Step]:
         )
         first = ("data",)
     training("ancestor", ancestor, (), settings.ancestor.steps)
-    model = ("--ancestor", str(ancestor / "model"))
-    training(
-        "learngene", learngene.parent, ("ancestor",), settings.extraction.training.steps, *model, command="extract"
-    )
+    model = ("--ancestor-model", str(ancestor / "model"))
+    training("learngene", learngene.parent, ("ancestor",), settings.extraction.training.steps, *model, command="extract")
 
     by_depth = sorted(settings.family.sizes, key=lambda size: -(size.image_layers + size.text_layers))
     for init in ("scratch", "mmlg", "distil", "even"):
         for size in by_depth:
             counted = size.in_sum and size.modality == "both"
-            chosen: recipe.Training | None = (
-                settings.adaptation.training if init == "mmlg" else getattr(settings.baselines, init)
-            )
+            chosen: recipe.Training | None = settings.adaptation.training if init == "mmlg" else getattr(settings.baselines, init)
             if chosen is None or (init != "mmlg" and not counted):
                 continue
             folder = out / "descendants" / f"{size.name}-{init}"
@@ -135,9 +127,7 @@ def run_plan(steps: list[Step], launcher: Launcher, *, parallel: int, console: C
             while waiting or running:
                 for step in [s for s in waiting if set(s.needs) <= done][: parallel - len(running)]:
                     waiting.remove(step)
-                    job = launcher.submit(
-                        list(step.argv), step.resources, step.folder.parent / f"{step.folder.name}.launch"
-                    )
+                    job = launcher.submit(list(step.argv), step.resources, step.folder.parent / f"{step.folder.name}.launch")
                     running[step] = (job, bars.add_task(step.id, total=step.total))
                 time.sleep(0.2)
                 for step, (job, bar) in list(running.items()):
@@ -158,9 +148,7 @@ def run_plan(steps: list[Step], launcher: Launcher, *, parallel: int, console: C
 
 def _failure(step: Step, job: Job) -> str:
     logs = job.log_paths()
-    lines = [
-        line for log in logs if log.is_file() for line in log.read_text(errors="replace").splitlines() if line.strip()
-    ]
+    lines = [line for log in logs if log.is_file() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     said = lines[-1].removeprefix("mmlg: error: ") if lines else "it printed nothing"
     return f"step {step.id} failed (exit code {job.exit_code}): {said} Log: {logs[0] if logs else '-'}. Start the same command to go on."
 
@@ -202,9 +190,7 @@ def run_family(settings: recipe.Recipe, out: Path, *, launcher: Launcher | None 
     """
     out = out.absolute()
     console = Console(stderr=True)
-    config = towers.model_config(
-        settings.model.config if settings.model.config is not None else settings.model.architecture
-    )
+    config = towers.model_config(settings.model.config if settings.model.config is not None else settings.model.architecture)
     with _only_one(out):
         claim_run_folder(out, {"role": "family", "recipe": settings.to_dict()})
         write_text_atomic(out / "recipe.yaml", yaml.safe_dump(settings.to_dict(), sort_keys=False))
@@ -243,10 +229,7 @@ def assemble(settings: recipe.Recipe, out: Path) -> dict[str, Any]:
         entries.append(
             {
                 "name": folder.name,
-                **{
-                    key: run[key]
-                    for key in ("image_layers", "text_layers", "image_width", "text_width", "params", "init", "seed")
-                },
+                **{key: run[key] for key in ("image_layers", "text_layers", "image_width", "text_width", "params", "init", "seed")},
                 "modality": run["size"]["modality"],
                 "in_sum": run["size"]["in_sum"],
                 "metrics_at_0": run["metrics_at_0"],
@@ -262,10 +245,7 @@ def assemble(settings: recipe.Recipe, out: Path) -> dict[str, Any]:
         "format_version": 1,
         "metric": settings.evaluation.metric,
         "ancestor": {
-            **{
-                key: ancestor[key]
-                for key in ("params", "flops", "seconds", "metrics", "image_layers", "text_layers", "curve")
-            },
+            **{key: ancestor[key] for key in ("params", "flops", "seconds", "metrics", "image_layers", "text_layers", "curve")},
             "num_bytes": 4 * ancestor["params"],
         },
         "learngene": {
@@ -295,9 +275,7 @@ def environment(settings: recipe.Recipe) -> dict[str, Any]:
 
     packages = ("torch", "deepspeed", "open_clip_torch", "mmlg-scale")
     return {
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "threads_per_rank": settings.engine.threads,
         "python": platform.python_version(),
@@ -307,9 +285,7 @@ def environment(settings: recipe.Recipe) -> dict[str, Any]:
 
 def _draw_samples(settings: recipe.Recipe, out: Path) -> None:
     """retrieval_samples.json: what the middle descendant finds in the test split."""
-    sizes = sorted(
-        (s for s in settings.family.sizes if s.modality == "both"), key=lambda s: s.image_layers + s.text_layers
-    )
+    sizes = sorted((s for s in settings.family.sizes if s.modality == "both"), key=lambda s: s.image_layers + s.text_layers)
     if not sizes:
         return
     folder = out / "descendants" / f"{sizes[len(sizes) // 2].name}-mmlg" / "model"

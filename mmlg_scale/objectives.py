@@ -55,9 +55,7 @@ def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], valid_
     return total
 
 
-def distillation(
-    student: Outputs, teacher: Outputs, text_BT: Tensor, weights: DistillationLoss
-) -> tuple[Tensor, dict[str, Tensor]]:
+def distillation(student: Outputs, teacher: Outputs, text_BT: Tensor, weights: DistillationLoss) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the terms in `weights`, and each term by name.
 
     Args:

@@ -102,12 +102,8 @@ class Training:
 
     def check(self, key: str, *, allow_zero_steps: bool = False) -> None:
         """Raise UserError when a field is out of its range; `key` is where this object sits in the recipe."""
-        _require(
-            self.steps >= (0 if allow_zero_steps else 1), f"{key}.steps", f"is {self.steps}", "Use a positive count."
-        )
-        _require(
-            self.batch_size >= 2, f"{key}.batch_size", f"is {self.batch_size}", "A contrastive loss needs 2 or more."
-        )
+        _require(self.steps >= (0 if allow_zero_steps else 1), f"{key}.steps", f"is {self.steps}", "Use a positive count.")
+        _require(self.batch_size >= 2, f"{key}.batch_size", f"is {self.batch_size}", "A contrastive loss needs 2 or more.")
         _require(self.eval_every >= 1, f"{key}.eval_every", f"is {self.eval_every}", "Use 1 or more.")
         rate = self.optimizer.learning_rate
         _require(rate > 0, f"{key}.optimizer.learning_rate", f"is {rate}", "Use a positive rate.")

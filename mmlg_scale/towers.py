@@ -89,20 +89,14 @@ def model_config(name_or_dict: str | Mapping[str, Any] | None) -> dict[str, Any]
     else:
         config = json.loads(json.dumps(name_or_dict))
     if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
-        raise UserError(
-            "recipe key model.config: needs embed_dim, vision_cfg and text_cfg, as open_clip's model_configs have them."
-        )
+        raise UserError("recipe key model.config: needs embed_dim, vision_cfg and text_cfg, as open_clip's model_configs have them.")
     config = {key: value for key, value in config.items() if value is not None}
     for key in set(config) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}:
-        raise UserError(
-            f"recipe key model.config.{key}: not carried. Plain open_clip ViT + text transformer configurations are."
-        )
+        raise UserError(f"recipe key model.config.{key}: not carried. Plain open_clip ViT + text transformer configurations are.")
     _check_tower(config["vision_cfg"], CLIPVisionCfg, "vision_cfg", _PLAIN_VISION)
     _check_tower(config["text_cfg"], CLIPTextCfg, "text_cfg", _PLAIN_TEXT)
     if isinstance(config["vision_cfg"].get("layers"), list):
-        raise UserError(
-            "recipe key model: a ResNet image tower is not carried. Use a ViT configuration, such as ViT-B-32."
-        )
+        raise UserError("recipe key model: a ResNet image tower is not carried. Use a ViT configuration, such as ViT-B-32.")
     _check_sizes(config)
     return config
 
@@ -114,9 +108,7 @@ def _check_tower(tower: dict[str, Any], fields: type, key: str, plain: Mapping[s
             near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
             raise UserError(f"recipe key model.config.{key}.{name}: unknown. Nearest valid key: {near}.")
         if (name in plain and value != plain[name]) or (name in _PLAIN_FLAGS and value):
-            raise UserError(
-                f"recipe key model.config.{key}.{name}: {value!r} is not carried. Plain ViT + text transformers are."
-            )
+            raise UserError(f"recipe key model.config.{key}.{name}: {value!r} is not carried. Plain ViT + text transformers are.")
 
 
 def _check_sizes(config: Mapping[str, Any]) -> None:
@@ -127,9 +119,7 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
             f"recipe key model.config.vision_cfg.width: {vision['width']} is not a multiple of head_width {vision['head_width']}."
         )
     if text["width"] % text["heads"]:
-        raise UserError(
-            f"recipe key model.config.text_cfg.width: {text['width']} is not a multiple of heads {text['heads']}."
-        )
+        raise UserError(f"recipe key model.config.text_cfg.width: {text['width']} is not a multiple of heads {text['heads']}.")
     if vision["image_size"] % vision["patch_size"]:
         raise UserError(
             f"recipe key model.config.vision_cfg.image_size: {vision['image_size']} is not a multiple of patch_size {vision['patch_size']}."
@@ -214,18 +204,14 @@ def run_image_tower(
     return pooled @ visual.proj, kept
 
 
-def run_text_tower(
-    clip: CLIP, blocks: Sequence[Block], text: Tensor, tap: Sequence[int] = ()
-) -> tuple[Tensor, list[Tensor]]:
+def run_text_tower(clip: CLIP, blocks: Sequence[Block], text: Tensor, tap: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
     """The text tower with `blocks` in place of its own; see `run_image_tower`. `text` holds token ids [B, T]."""
     hidden, kept = _run_blocks(blocks, clip.token_embedding(text) + clip.positional_embedding, clip.attn_mask, tap)
     pooled = text_global_pool(clip.ln_final(hidden), text, clip.text_pool_type, eos_token_id=clip.text_eos_id)
     return pooled @ clip.text_projection, kept
 
 
-def _run_blocks(
-    blocks: Sequence[Block], hidden: Tensor, mask: Tensor | None, tap: Sequence[int]
-) -> tuple[Tensor, list[Tensor]]:
+def _run_blocks(blocks: Sequence[Block], hidden: Tensor, mask: Tensor | None, tap: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     states: dict[int, Tensor] = {}
     for number, block in enumerate(blocks, start=1):
         hidden = block(hidden, attn_mask=mask)
@@ -355,9 +341,7 @@ def _meta_tower(config: Mapping[str, Any], modality: str) -> VisionTransformer |
 def _build_tower(config: Mapping[str, Any], modality: str) -> VisionTransformer | TextTransformer:
     quick_gelu = config.get("quick_gelu", False)
     if modality == "image":
-        return open_clip.model._build_vision_tower(
-            config["embed_dim"], CLIPVisionCfg(**config["vision_cfg"]), quick_gelu
-        )
+        return open_clip.model._build_vision_tower(config["embed_dim"], CLIPVisionCfg(**config["vision_cfg"]), quick_gelu)
     return open_clip.model._build_text_tower(config["embed_dim"], CLIPTextCfg(**config["text_cfg"]), quick_gelu)
 
 
@@ -383,9 +367,7 @@ def _write_folder(
 
     is_export = (out / "open_clip_config.json").exists() or (out / "tower.json").exists()
     if out.exists() and not (is_export and overwrite) and any(out.iterdir()):
-        raise UserError(
-            f"{out} exists. Give another --out" + (", or --overwrite to replace the export." if is_export else ".")
-        )
+        raise UserError(f"{out} exists. Give another --out" + (", or --overwrite to replace the export." if is_export else "."))
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -393,9 +375,7 @@ def _write_folder(
             write_json_atomic(temporary / name, content)
         for name, content in other_files.items():
             (temporary / name).write_text(content, encoding="utf-8")
-        save_file(
-            {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, temporary / weights_name
-        )
+        save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, temporary / weights_name)
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)
@@ -413,9 +393,7 @@ def load_clip(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     for name in ("open_clip_config.json", "open_clip_model.safetensors"):
         if not (folder / name).is_file():
-            raise UserError(
-                f"{folder} holds no {name}: not an open_clip model folder. Give one that mmlg train or open_clip wrote."
-            )
+            raise UserError(f"{folder} holds no {name}: not an open_clip model folder. Give one that mmlg train or open_clip wrote.")
     config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     config["text_cfg"].pop("hf_tokenizer_name", None)
     state = load_file(folder / "open_clip_model.safetensors")

@@ -156,7 +156,9 @@ def common_layout(config: dict[str, Any]) -> BlockLayout:
     image, text = (BlockLayout.of(towers.block_template(config, tower)) for tower in TOWERS)
     if image != text:
         widths = (config["vision_cfg"].get("width", 768), config["text_cfg"].get("width", 512))
-        raise UserError(f"recipe key model: image and text blocks differ (widths {widths[0]} and {widths[1]}). Towers of equal width are carried.")
+        raise UserError(
+            f"recipe key model: image and text blocks differ (widths {widths[0]} and {widths[1]}). Towers of equal width are carried."
+        )
     return image
 
 

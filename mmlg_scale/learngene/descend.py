@@ -66,9 +66,7 @@ def compose_descendant(
         blocks_KP = torch.cat([tensors["multimodal"], tensors[f"unimodal_{tower}"]])
         num_layers = depths[tower]
         assert num_layers is not None
-        blocks[tower] = compose_layers(
-            layout, blocks_KP, tensors[f"coefficients_{tower}"], tensors[f"vectors_{tower}"], num_layers
-        )
+        blocks[tower] = compose_layers(layout, blocks_KP, tensors[f"coefficients_{tower}"], tensors[f"vectors_{tower}"], num_layers)
     stem = {name.removeprefix("stem."): tensor for name, tensor in tensors.items() if name.startswith("stem.")}
     if modality != "both":
         stem = {name: tensor for name, tensor in stem.items() if name.startswith("visual.") == (modality == "image")}

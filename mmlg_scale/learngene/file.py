@@ -137,9 +137,7 @@ def _check(learngene: Learngene, header: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"{path} lacks the tensor {missing[0]}. The file was changed; extract it again.")
     coefficients = learngene.tensors["coefficients_image"].shape
     num_multimodal, num_unimodal = (learngene.tensors[name].shape[0] for name in ("multimodal", "unimodal_image"))
-    model = AuxiliaryCLIP.empty(
-        learngene.config, num_multimodal=num_multimodal, num_unimodal=num_unimodal, num_knots=coefficients[0]
-    )
+    model = AuxiliaryCLIP.empty(learngene.config, num_multimodal=num_multimodal, num_unimodal=num_unimodal, num_knots=coefficients[0])
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in learngene.tensors.items()}
     for name in sorted({*expected, *found}):

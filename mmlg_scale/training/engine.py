@@ -23,7 +23,7 @@ def start_ranks(settings: recipe.Engine) -> torch.device:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed probes for accelerators and warns
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -69,9 +69,7 @@ class Engine:
 
         world_size = dist.get_world_size()
         if batch_size % world_size:
-            raise UserError(
-                f"recipe key batch_size: {batch_size} is not a multiple of the {world_size} ranks. Change either."
-            )
+            raise UserError(f"recipe key batch_size: {batch_size} is not a multiple of the {world_size} ranks. Change either.")
         # DeepSpeed would compile a shared-memory all-reduce for CPU ranks: a minute at the first run, and a stale lock that hangs
         # every later run if that one is killed. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -91,9 +89,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=torch_optimizer,
-            config=deepspeed_config(
-                settings, batch_size=batch_size, world_size=world_size, clipping=optimizer.gradient_clipping
-            ),
+            config=deepspeed_config(settings, batch_size=batch_size, world_size=world_size, clipping=optimizer.gradient_clipping),
             dist_init_required=False,
         )
         self.model: nn.Module = self._engine.module
@@ -123,9 +119,7 @@ class Engine:
 
     def save(self, folder: Path, client_state: Mapping[str, Any]) -> None:
         """Write every rank's share to `folder`. Collective."""
-        self._engine.save_checkpoint(
-            str(folder.parent), tag=folder.name, client_state=dict(client_state), save_latest=False
-        )
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=dict(client_state), save_latest=False)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Read what `save` wrote (by the same world size and stage); return the client state. Collective.

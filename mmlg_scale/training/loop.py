@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -111,7 +110,8 @@ def train(
             _evaluate(progress, stage, meters, evaluate)
             progress.stopped_early = stop(progress.curve)
             progress.meters = meters.state_dict()
-            checkpoints.save(engine, progress.step, {"progress": vars(progress)})
+            with meters.pause():
+                checkpoints.save(engine, progress.step, {"progress": vars(progress)})
     return progress
 
 
@@ -122,14 +122,13 @@ def _check_finite(loss: Tensor, step: int) -> None:
     dist.all_reduce(bad)
     if bad.any():
         ranks = ", ".join(str(rank) for rank in bad.nonzero().flatten().tolist())
-        raise UserError(
-            f"the loss is not finite at step {step} on rank {ranks}. Lower the learning rate; the last checkpoint is kept."
-        )
+        raise UserError(f"the loss is not finite at step {step} on rank {ranks}. Lower the learning rate; the last checkpoint is kept.")
 
 
 def _evaluate(progress: Progress, stage: Stage, meters: Meters, evaluate: Callable[[], dict[str, float]]) -> None:
     seconds = meters.seconds
-    metrics = evaluate()
+    with meters.pause():
+        metrics = evaluate()
     point = {
         "step": progress.step,
         "samples": progress.step * stage.training.batch_size,

@@ -31,8 +31,6 @@ from mmlg_scale.training.loop import Curve, Progress, train
 from mmlg_scale.training.meters import Meters
 from mmlg_scale.training.stages import ClipStage, ExtractionStage, Stage, Teacher
 
-METRIC = "mean_recall@1"
-
 
 @dataclass
 class Corpus:
@@ -67,14 +65,15 @@ class Corpus:
         return int(self.config["vision_cfg"]["image_size"]), int(self.config["text_cfg"]["context_length"])
 
 
-def open_corpus(settings: recipe.Recipe, data_root: Path) -> Corpus:
-    """The data set at `data_root` with the recipe's architecture, the vocabulary size taken from the tokenizer where it is left out."""
+def open_corpus(settings: recipe.Recipe) -> Corpus:
+    """The data set at the recipe's data.path with the recipe's architecture, the vocabulary size taken from the tokenizer where it is left out."""
+    if settings.data.path is None:
+        raise UserError("recipe key data.path is null. Write a data set with mmlg data scenes or mmlg data pack and give --data.path DIR.")
+    data_root = Path(settings.data.path)
+    if not (data_root / "dataset.json").is_file():
+        raise UserError(f"recipe key data.path: {data_root} holds no data set. mmlg data scenes or mmlg data pack writes one.")
     tokenizer = load_tokenizer(data_root)
-    config = (
-        json.loads(json.dumps(settings.model.config))
-        if settings.model.config is not None
-        else settings.model.architecture
-    )
+    config = json.loads(json.dumps(settings.model.config)) if settings.model.config is not None else settings.model.architecture
     if isinstance(config, dict) and isinstance(config.get("text_cfg"), dict):
         config["text_cfg"].setdefault("vocab_size", tokenizer.vocab_size)
     config = towers.model_config(config)
@@ -87,17 +86,17 @@ def open_corpus(settings: recipe.Recipe, data_root: Path) -> Corpus:
     return Corpus(data_root, tokenizer, config)
 
 
-def train_ancestor(settings: recipe.Recipe, data_root: Path, out: Path) -> dict[str, Any]:
+def train_ancestor(settings: recipe.Recipe, out: Path) -> dict[str, Any]:
     """Train the ancestor; writes OUT/model (an open_clip folder) and OUT/result.json, and returns the result."""
 
     def build(run: Run) -> Stage:
         state = towers.build_clip(run.corpus.config, seed=settings.seed).state_dict()
         return ClipStage("ancestor", run.corpus.config, state, settings.ancestor, run.device)
 
-    return Run(settings, data_root, out, {"role": "ancestor"}).execute(build, _export_clip)
+    return Run(settings, out, {"role": "ancestor"}).execute(build, _export_clip)
 
 
-def extract(settings: recipe.Recipe, data_root: Path, ancestor: Path, out: Path) -> dict[str, Any]:
+def extract(settings: recipe.Recipe, ancestor: Path, out: Path) -> dict[str, Any]:
     """Distil the learngene out of the open_clip folder `ancestor`; writes OUT/learngene.safetensors and OUT/result.json."""
 
     def build(run: Run) -> Stage:
@@ -111,16 +110,14 @@ def extract(settings: recipe.Recipe, data_root: Path, ancestor: Path, out: Path)
             num_knots=extraction.num_knots,
             seed=settings.seed,
         )
-        return ExtractionStage(
-            extraction, auxiliary, Teacher(config, state, run.device), run.device, seed=settings.seed
-        )
+        return ExtractionStage(extraction, auxiliary, Teacher(config, state, run.device), run.device, seed=settings.seed)
 
     def finish(run: Run, stage: Stage, state: Mapping[str, Tensor]) -> dict[str, Any]:
         assert isinstance(stage, ExtractionStage)
         learngene = Learngene.from_auxiliary(
-            stage.auxiliary,
+            stage.auxiliary.config,
             stage.auxiliary_state(state),
-            tokenizer_dir=run.corpus.tokenizer.files_dir,
+            tokenizer_files=run.corpus.tokenizer.files,
             extraction=asdict(settings.extraction),
         )
         learngene.save(run.out / "learngene.safetensors")
@@ -131,12 +128,11 @@ def extract(settings: recipe.Recipe, data_root: Path, ancestor: Path, out: Path)
             "stem_params": learngene.stem_params,
         }
 
-    return Run(settings, data_root, out, {"role": "extraction"}).execute(build, finish)
+    return Run(settings, out, {"role": "extraction"}).execute(build, finish)
 
 
 def train_descendant(
     settings: recipe.Recipe,
-    data_root: Path,
     out: Path,
     *,
     init: str,
@@ -154,9 +150,7 @@ def train_descendant(
 
     def build(run: Run) -> Stage:
         config = towers.with_layers(run.corpus.config, size.image_layers, size.text_layers)
-        teacher_config, teacher_state = (
-            towers.load_clip(ancestor) if ancestor is not None else (run.corpus.config, None)
-        )
+        teacher_config, teacher_state = towers.load_clip(ancestor) if ancestor is not None else (run.corpus.config, None)
         gene = load_learngene(learngene) if learngene is not None else None
         state = initialise(
             init,
@@ -172,19 +166,15 @@ def train_descendant(
         if weights is not None and training.steps:
             assert teacher_state is not None
             teacher = Teacher(teacher_config, teacher_state, run.device)
-        return ClipStage(
-            init, config, state, training, run.device, teacher=teacher, weights=weights if teacher else None
-        )
+        return ClipStage(init, config, state, training, run.device, teacher=teacher, weights=weights if teacher else None)
 
     identity = {"role": "descendant", "init": init, "size": asdict(size)}
     stop_early = settings.baselines.stop_at_target and init in ("even", "distil") and target is not None
 
     def stop(curve: Curve) -> bool:
-        return stop_early and first_reached(curve, target, METRIC) is not None
+        return stop_early and first_reached(curve, target, settings.evaluation.metric) is not None
 
-    return Run(settings, data_root, out, identity).execute(
-        build, _export_clip, stop=stop, evaluate_first=init in ("mmlg", "even")
-    )
+    return Run(settings, out, identity).execute(build, _export_clip, stop=stop, evaluate_first=init in ("mmlg", "even"))
 
 
 def _training_of(settings: recipe.Recipe, init: str) -> tuple[recipe.Training, recipe.DistillationLoss | None]:
@@ -192,18 +182,14 @@ def _training_of(settings: recipe.Recipe, init: str) -> tuple[recipe.Training, r
         return settings.adaptation.training, settings.adaptation.loss
     training = getattr(settings.baselines, init)
     if training is None:
-        raise UserError(
-            f"recipe key baselines.{init} is null: this baseline is left out. Give it settings to train it."
-        )
+        raise UserError(f"recipe key baselines.{init} is null: this baseline is left out. Give it settings to train it.")
     return training, settings.baselines.distil_loss if init == "distil" else None
 
 
 def _export_clip(run: Run, stage: Stage, state: Mapping[str, Tensor]) -> dict[str, Any]:
     assert isinstance(stage, ClipStage)
     clip_state = stage.clip_state(state)
-    towers.export(
-        clip_state, stage.config, run.out / "model", tokenizer_dir=run.corpus.tokenizer.files_dir, overwrite=True
-    )
+    towers.export(clip_state, stage.config, run.out / "model", tokenizer_files=run.corpus.tokenizer.files, overwrite=True)
     return {
         "params": sum(tensor.numel() for tensor in clip_state.values()),
         "image_layers": stage.config["vision_cfg"]["layers"],
@@ -220,9 +206,10 @@ Finish = Callable[["Run", Stage, Mapping[str, Tensor]], dict[str, Any]]
 class Run:
     """One run folder and what all roles do alike: claim it, build, train or resume, evaluate, export, write result.json."""
 
-    def __init__(self, settings: recipe.Recipe, data_root: Path, out: Path, identity: Mapping[str, Any]) -> None:
-        self.settings, self.out, self.data_root = settings, out, data_root
+    def __init__(self, settings: recipe.Recipe, out: Path, identity: Mapping[str, Any]) -> None:
+        self.settings, self.out = settings, out
         self.identity = {**identity, "recipe": settings.to_dict()}
+        del self.identity["recipe"]["data"]["path"]  # a data set may be moved
 
     def execute(
         self,
@@ -233,7 +220,7 @@ class Run:
         evaluate_first: bool = False,
     ) -> dict[str, Any]:
         """Run to the end and return the result; a complete folder returns its result at once."""
-        self.corpus = open_corpus(self.settings, self.data_root)
+        self.corpus = open_corpus(self.settings)
         self.device = start_ranks(self.settings.engine)
         try:
             result = self._claim()
@@ -256,9 +243,7 @@ class Run:
             raise UserError(answer[1])
         return answer[0]
 
-    def _train(
-        self, build: Build, finish: Finish, stop: Callable[[Curve], bool], evaluate_first: bool
-    ) -> dict[str, Any]:
+    def _train(self, build: Build, finish: Finish, stop: Callable[[Curve], bool], evaluate_first: bool) -> dict[str, Any]:
         stage = build(self)
         training = stage.training
         preprocess = towers.Preprocess()
@@ -270,7 +255,7 @@ class Run:
             batch_size=training.batch_size,
             optimizer=training.optimizer,
         )
-        meters = Meters(self.out, training.steps, name=stage.name, enabled=dist.get_rank() == 0)
+        meters = Meters(self.out, training.steps, name=stage.name, device=self.device, enabled=dist.get_rank() == 0)
 
         def evaluate(split: EvalSplit) -> dict[str, float]:
             return evaluate_sizes(engine, stage, split, preprocess)

@@ -35,9 +35,7 @@ class Stage(Protocol):
         """torch optimiser groups with their peak rates."""
         ...
 
-    def loss(
-        self, forward: Forward, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, step: int
-    ) -> tuple[Tensor, Terms]:
+    def loss(self, forward: Forward, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, step: int) -> tuple[Tensor, Terms]:
         """The loss of one local batch and its terms; `forward` is the engine around `model`."""
         ...
 
@@ -72,9 +70,7 @@ class PlainCLIP(nn.Module):
     ) -> dict[str, Any]:
         outputs: dict[str, Any] = {"logit_scale": towers.logit_multiplier(self.clip.logit_scale)}
         if image is not None:
-            outputs["image_features"], outputs["image_hidden"] = towers.encode_image_with_hidden(
-                self.clip, image, tap_image
-            )
+            outputs["image_features"], outputs["image_hidden"] = towers.encode_image_with_hidden(self.clip, image, tap_image)
         if text is not None:
             outputs["text_features"], outputs["text_hidden"] = towers.encode_text_with_hidden(self.clip, text, tap_text)
         return outputs
@@ -187,9 +183,7 @@ class ClipStage:
     def parameter_groups(self) -> list[dict[str, Any]]:
         return decay_groups(self.model, self.training.optimizer)
 
-    def loss(
-        self, forward: Forward, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, step: int
-    ) -> tuple[Tensor, Terms]:
+    def loss(self, forward: Forward, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, step: int) -> tuple[Tensor, Terms]:
         if self.teacher is None or self.weights is None:
             loss = contrastive(forward(image_BCHW, text_BT))
             return loss, {"contrastive": loss}
@@ -254,14 +248,10 @@ class ExtractionStage:
         ]
         if isinstance(self.model, WithHiddenMaps):
             maps = [*self.model.image_map.parameters(), *self.model.text_map.parameters()]
-            groups.append(
-                {"params": maps, "lr": optimizer.learning_rate * self.settings.stem_rate, "weight_decay": 0.0}
-            )
+            groups.append({"params": maps, "lr": optimizer.learning_rate * self.settings.stem_rate, "weight_decay": 0.0})
         return groups
 
-    def loss(
-        self, forward: Forward, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, step: int
-    ) -> tuple[Tensor, Terms]:
+    def loss(self, forward: Forward, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, step: int) -> tuple[Tensor, Terms]:
         layers, weights = self.depth(step), self.settings.loss
         depths = weights.hidden_depths if weights.hidden else []
         taps = tap_layers(depths, layers)
@@ -270,9 +260,7 @@ class ExtractionStage:
 
     def flops(self, step: int) -> tuple[int, int]:
         layers = self.depth(step)
-        return 3 * forward_flops(self.teacher.config, image_layers=layers, text_layers=layers)[
-            "total"
-        ], self.teacher.flops
+        return 3 * forward_flops(self.teacher.config, image_layers=layers, text_layers=layers)["total"], self.teacher.flops
 
     def evaluated_sizes(self) -> list[tuple[int, int] | None]:
         middle = (self.settings.min_layers + self.max_layers) // 2

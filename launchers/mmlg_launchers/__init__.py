@@ -1,0 +1,6 @@
+"""Runs an argv on resources and follows it. Knows nothing of what the argv does."""
+
+from mmlg_launchers.interface import Job, JobState, Launcher, Resources
+from mmlg_launchers.local import LocalLauncher
+
+__all__ = ["Job", "JobState", "Launcher", "LocalLauncher", "Resources"]

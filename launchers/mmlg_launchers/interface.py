@@ -1,0 +1,69 @@
+"""What every launcher offers: (argv, resources, run folder) -> a job with a state, logs and a way to cancel it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job asks for."""
+
+    num_processes: int = 1
+    """Ranks per node."""
+    num_nodes: int = 1
+    """Nodes; a local launcher has one."""
+    cpus_per_process: int | None = None
+    """CPU threads per rank; None: the cores divided by the ranks."""
+
+
+class JobState(enum.Enum):
+    """Where a job stands."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the job has ended."""
+        return self in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
+
+
+class Job(Protocol):
+    """A submitted argv."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """None until the job has ended."""
+        ...
+
+    def state(self) -> JobState:
+        """The present state."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> JobState:
+        """Wait for the end, at most `timeout` seconds; returns the state then."""
+        ...
+
+    def cancel(self) -> None:
+        """End the job and everything it started."""
+        ...
+
+    def log_paths(self) -> list[Path]:
+        """Files with what the job printed."""
+        ...
+
+
+class Launcher(Protocol):
+    """Starts jobs."""
+
+    def submit(self, argv: Sequence[str], resources: Resources, run_folder: Path, env: Mapping[str, str] | None = None) -> Job:
+        """Start `argv`; state and logs are written to `run_folder`."""
+        ...

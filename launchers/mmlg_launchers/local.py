@@ -1,0 +1,144 @@
+"""Jobs as processes of this host: the argv itself, or torchrun around it where several ranks are asked for."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mmlg_launchers.interface import JobState, Resources
+
+GRACE_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with_parent() -> None:
+    """Runs in the child: end when the parent does, also when it is killed.
+
+    Otherwise a rerun of a killed command would meet its own orphans writing to the same folder.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def torchrun(argv: Sequence[str], num_processes: int) -> list[str]:
+    """`argv` (python -m MODULE ..., python SCRIPT ..., or a program) under torchrun with `num_processes` ranks on this host."""
+    prefix = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    if argv[0] == sys.executable:
+        return [*prefix, *argv[1:]]
+    return [*prefix, "--no-python", *argv]
+
+
+class LocalJob:
+    """A process group on this host."""
+
+    def __init__(self, process: subprocess.Popen[bytes], run_folder: Path, argv: Sequence[str], log: Path) -> None:
+        self._process, self._run_folder, self._argv, self._log = process, run_folder, list(argv), log
+        self._cancelled = False
+        self._started, self._ended = time.time(), None
+        self._write_state()
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    def state(self) -> JobState:
+        code = self._process.poll()
+        if code is None:
+            return JobState.RUNNING
+        if self._ended is None:
+            self._ended = time.time()
+            self._write_state()
+        return self._final(code)
+
+    def _final(self, code: int) -> JobState:
+        if self._cancelled:
+            return JobState.CANCELLED
+        return JobState.COMPLETED if code == 0 else JobState.FAILED
+
+    def wait(self, timeout: float | None = None) -> JobState:
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return JobState.RUNNING
+        return self.state()
+
+    def cancel(self) -> None:
+        """SIGTERM to the whole group, and SIGKILL after a grace of 10 seconds."""
+        if self._process.poll() is None:
+            self._cancelled = True
+            self._signal(signal.SIGTERM)
+            try:
+                self._process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                pass
+        self._signal(signal.SIGKILL)  # whatever of the group outlived its leader
+        self._process.wait()
+        self.state()
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            pass
+
+    def log_paths(self) -> list[Path]:
+        return [self._log]
+
+    def _write_state(self) -> None:
+        code = self._process.poll()
+        state = {
+            "state": (JobState.RUNNING if code is None else self._final(code)).value,
+            "argv": self._argv,
+            "pid": self._process.pid,
+            "exit_code": code,
+            "started": self._started,
+            "ended": self._ended,
+        }
+        temporary = self._run_folder / ".state.json.tmp"
+        temporary.write_text(json.dumps(state, indent=1))
+        os.replace(temporary, self._run_folder / "state.json")
+
+
+class LocalLauncher:
+    """Starts jobs on this host.
+
+    Args:
+        stream: let the job print to this console instead of to its log.
+    """
+
+    def __init__(self, *, stream: bool = False) -> None:
+        self.stream = stream
+
+    def submit(self, argv: Sequence[str], resources: Resources, run_folder: Path, env: Mapping[str, str] | None = None) -> LocalJob:
+        """Start `argv` in a process group of its own, which ends when this process does.
+
+        Raises:
+            ValueError: more than one node is asked for.
+        """
+        if resources.num_nodes != 1:
+            raise ValueError(f"the local launcher has one node, {resources.num_nodes} are asked for: use a cluster launcher")
+        run_folder.mkdir(parents=True, exist_ok=True)
+        log = run_folder / "log.txt"
+        command = list(argv) if resources.num_processes == 1 else torchrun(argv, resources.num_processes)
+        threads = resources.cpus_per_process or max(1, len(os.sched_getaffinity(0)) // resources.num_processes)
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **(env or {})}
+        with open(log, "ab") as file:
+            output = None if self.stream else file
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=None if self.stream else subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 (no threads hold locks here: prctl alone is called)
+            )
+        return LocalJob(process, run_folder, command, log)

@@ -1,0 +1,170 @@
+"""Data sets on disk: webdataset shards with a manifest.
+
+    ROOT/
+      dataset.json                  what the set is and how it was made
+      classes.json                  optional: class names and caption templates
+      tokenizer/                    optional: a word tokenizer
+      train/  val/  test/
+        shard-000000.tar ...        KEY.png|jpg, KEY.txt (first caption), KEY.json ({"captions": [...], "label": int | null})
+        manifest.json               per shard: SHA-256, bytes, and the offset and size of every sample's members
+
+A set is written into a temporary folder and published by a rename, so that half a set never stands under its name. Shards are written by
+webdataset and indexed by the standard library's tarfile; reading goes by the manifest's offsets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import webdataset as wds
+
+from mmlg_scale.errors import UserError
+from mmlg_scale.files import write_json_atomic
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val", "test")
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its captions, as it is packed."""
+
+    key: str
+    image: bytes
+    extension: str
+    captions: list[str]
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a sample's members lie: shard file and (offset, size) of image and JSON."""
+
+    shard: Path
+    image: tuple[int, int]
+    json: tuple[int, int]
+
+
+@contextmanager
+def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | None]:
+    """Give a temporary folder to write a data set into; publish it as `root` when the block ends without an error.
+
+    Yields None where `root` already is the data set that these arguments make.
+
+    Raises:
+        UserError: `root` holds something else.
+    """
+    identity = {"format_version": FORMAT_VERSION, "kind": kind, "args": args}
+    if root.exists():
+        marker = root / "dataset.json"
+        found = json.loads(marker.read_text()) if marker.is_file() else None
+        if found is not None and {key: found.get(key) for key in identity} == json.loads(json.dumps(identity)):
+            yield None
+            return
+        if found is not None or any(root.iterdir()):
+            what = "a data set made with other arguments" if found is not None else "files that are no data set"
+            raise UserError(f"{root} holds {what}. Give another --out, or remove it.")
+    temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        counts = {split: load_manifest(temporary / split)["num_samples"] for split in SPLITS if (temporary / split).is_dir()}
+        write_json_atomic(temporary / "dataset.json", {**identity, "splits": counts})
+        if root.exists():
+            root.rmdir()  # empty, as checked above
+        os.replace(temporary, root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_split(root: Path, split: str, samples: Iterable[Sample], *, samples_per_shard: int) -> None:
+    """Write one split's shards and manifest. The same samples give the same bytes."""
+    folder = root / split
+    folder.mkdir()
+    source, shards = iter(samples), []
+    while chunk := list(islice(source, samples_per_shard)):
+        path = folder / f"shard-{len(shards):06d}.tar"
+        # Fixed owner and time, so that the bytes depend on the samples alone.
+        with wds.TarWriter(str(path), user="mmlg", group="mmlg", mode=0o644, mtime=0) as writer:
+            for sample in chunk:
+                about = json.dumps({"captions": sample.captions, "label": sample.label}, ensure_ascii=False)
+                writer.write(
+                    {
+                        "__key__": sample.key,
+                        sample.extension: sample.image,
+                        "txt": sample.captions[0].encode(),
+                        "json": about.encode(),
+                    }
+                )
+        shards.append(_index(path))
+    if not shards:
+        raise UserError(f"split {split} has no samples. Give more data, or other shares.")
+    total = sum(len(shard["samples"]) for shard in shards)
+    manifest = {"format_version": FORMAT_VERSION, "split": split, "num_samples": total, "shards": shards}
+    write_json_atomic(folder / "manifest.json", manifest)
+
+
+def _index(path: Path) -> dict[str, Any]:
+    """A shard's manifest entry, from the tar as it stands on disk."""
+    payload = path.read_bytes()
+    samples: dict[str, dict[str, Any]] = {}
+    with tarfile.open(fileobj=io.BytesIO(payload)) as tar:
+        for member in tar:
+            key, _, extension = member.name.partition(".")
+            place = [member.offset_data, member.size]
+            entry = samples.setdefault(key, {"key": key})
+            entry["image" if extension not in ("txt", "json") else extension] = place
+    return {
+        "file": path.name,
+        "sha256": hashlib.sha256(payload).hexdigest(),
+        "num_bytes": len(payload),
+        "samples": list(samples.values()),
+    }
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a split, its shards checked to be there with their size.
+
+    Raises:
+        UserError: no folder, no manifest, no samples, a missing or cut shard.
+    """
+    path = folder / "manifest.json"
+    if not folder.is_dir():
+        raise UserError(f"no data in {folder}: the folder is missing. mmlg data scenes or mmlg data pack writes a data set.")
+    if not path.is_file():
+        shards = len(list(folder.glob("*.tar")))
+        raise UserError(f"{folder} holds {shards} shards and no manifest.json. mmlg data pack writes both.")
+    manifest = json.loads(path.read_text())
+    if manifest.get("format_version") != FORMAT_VERSION or not manifest.get("num_samples"):
+        raise UserError(f"{path} is empty or of another version. Pack the data set again.")
+    for shard in manifest["shards"]:
+        file = folder / shard["file"]
+        size = file.stat().st_size if file.is_file() else None
+        if size != shard["num_bytes"]:
+            state = "is missing" if size is None else f"has {size} bytes, its manifest says {shard['num_bytes']}"
+            raise UserError(f"{file} {state}. Copy the shard again, or pack the data set again.")
+    return manifest
+
+
+def locations(folder: Path) -> tuple[list[Location], list[int]]:
+    """Every sample of a split in shard order, and the number of samples of each shard."""
+    manifest = load_manifest(folder)
+    places = [
+        Location(folder / shard["file"], tuple(sample["image"]), tuple(sample["json"]))
+        for shard in manifest["shards"]
+        for sample in shard["samples"]
+    ]
+    return places, [len(shard["samples"]) for shard in manifest["shards"]]

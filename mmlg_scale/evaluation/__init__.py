@@ -1,0 +1,1 @@
+"""Retrieval and zero-shot metrics, named and defined as in CLIP_benchmark."""
