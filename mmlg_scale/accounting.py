@@ -1,7 +1,7 @@
 """Parameters, bytes, FLOPs, seconds: the only place where a ratio is computed.
 
-Cost of a family. For each size, the target q is what training from scratch ends with on the validation split (mean over seeds). Every side is
-charged what it had spent at the first of two consecutive evaluations that reach q, or its full schedule where it never does (and is marked).
+Cost of a family. For each size, the target q is what training from scratch ends with on the validation split (mean over seeds). Every
+side is charged what it had spent at the first of two consecutive evaluations that reach q, or its full schedule where it never does (and is marked).
 
     cost_ratio = sum over sizes of scratch's charge / (extraction, teacher included + sum over sizes of adaptation's charge)
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import mean
 from typing import Any
 
@@ -68,7 +69,7 @@ def first_reached(curve: Curve, target: float, metric: str) -> Mapping[str, Any]
     """
     if len(curve) == 1 and curve[0]["step"] == 0:
         return curve[0] if curve[0][metric] >= target else None
-    for point, following in zip(curve, curve[1:], strict=False):
+    for point, following in pairwise(curve):
         if point[metric] >= target and following[metric] >= target:
             return point
     return None
@@ -154,7 +155,10 @@ def _cost_ratios(family: Mapping[str, Any], entries: Sequence[Entry], sizes: Seq
     extraction = learngene["flops"] + learngene["teacher_flops"]
     scratch, adaptation = (_sum_over_sizes(entries, init, sizes, "flops_to_target") for init in ("scratch", "mmlg"))
     seconds = [_sum_over_sizes(entries, init, sizes, "seconds_to_target") for init in ("scratch", "mmlg")]
-    assert scratch is not None and adaptation is not None and seconds[0] is not None and seconds[1] is not None
+    assert scratch is not None
+    assert adaptation is not None
+    assert seconds[0] is not None
+    assert seconds[1] is not None
     ours = extraction + adaptation
     by_baseline, with_ancestor = {}, {}
     for init in BASELINES:

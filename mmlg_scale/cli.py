@@ -98,14 +98,23 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
     """Parse, turning what argparse says of a mistake into one line with the nearest valid option."""
     import argparse
 
+    options = {option for action in parser._actions for option in action.option_strings}
     try:
-        return parser.parse_args(list(arguments))
+        return parser.parse_args([_underscored(word, options) for word in arguments])
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         message = " ".join(str(error).split())
-        options = [option for action in parser._actions for option in action.option_strings]
         unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
-        hint = _nearest(unknown[0], options) if message.startswith("unrecognized") and unknown else ""
+        hint = _nearest(unknown[0], sorted(options)) if message.startswith("unrecognized") and unknown else ""
         raise UserError(f"{message}.{hint} See {parser.prog} --help.") from error
+
+
+def _underscored(word: str, options: set[str]) -> str:
+    """Recipe fields are spelled with underscores, command options with hyphens; both spellings of either are understood."""
+    name, equals, value = word.partition("=")
+    for other in ("--" + name[2:].replace("-", "_"), "--" + name[2:].replace("_", "-")):
+        if name.startswith("--") and name not in options and other in options:
+            return other + equals + value
+    return word
 
 
 def _parse_recipe(parser: ArgumentParser, arguments: list[str]) -> tuple[Any, Recipe]:
@@ -114,7 +123,6 @@ def _parse_recipe(parser: ArgumentParser, arguments: list[str]) -> tuple[Any, Re
 
     parser.add_argument("--recipe", action="config", help="The recipe: a YAML file, also given as the first argument.")
     parser.add_class_arguments(Recipe, as_group=False)
-    arguments = ["--print_config" if word == "--print-config" else word for word in arguments]
     if arguments and not arguments[0].startswith("-"):
         path = resolve_recipe_path(arguments[0])
         check_keys(path)
@@ -215,7 +223,10 @@ def _train(arguments: list[str]) -> int:
         help="Ancestor's open_clip folder (even, distil, and mmlg when it is adapted).",
     )
     parser.add_argument("--learngene", type=str | None, default=None, help="Learngene file (mmlg).")
-    parser.add_argument("--target", type=float | None, default=None, help="Validation mean R@1 at which even and distil may stop.")
+    parser.add_argument(
+        "--modality", type=str, default="both", choices=["both", "image", "text"], help="One tower alone: mmlg only, not trained."
+    )
+    parser.add_argument("--target-of", type=str | None, default=None, help="A finished scratch run: even and distil stop at its quality.")
     args, recipe = _parse_recipe(parser, arguments)
     from mmlg_scale.recipe import Size
     from mmlg_scale.training.run import train_ancestor, train_descendant
@@ -227,10 +238,10 @@ def _train(arguments: list[str]) -> int:
             recipe,
             Path(args.out),
             init=args.init,
-            size=Size(args.image_layers, args.text_layers),
+            size=Size(args.image_layers, args.text_layers, args.modality),
             ancestor=_path(args.ancestor_model),
             learngene=_path(args.learngene),
-            target=args.target,
+            target_of=_path(args.target_of),
         )
     return 0
 

@@ -194,7 +194,7 @@ def run_family(settings: recipe.Recipe, out: Path, *, launcher: Launcher | None 
     with _only_one(out):
         claim_run_folder(out, {"role": "family", "recipe": settings.to_dict()})
         write_text_atomic(out / "recipe.yaml", yaml.safe_dump(settings.to_dict(), sort_keys=False))
-        steps = plan(settings, out, image_size=int(config["vision_cfg"]["image_size"]))
+        steps = plan(settings, out, image_size=towers.image_size(config))
         run_plan(steps, launcher or LocalLauncher(), parallel=_parallel(settings), console=console)
         family = assemble(settings, out)
         write_json_atomic(out / "family.json", family)

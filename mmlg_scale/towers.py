@@ -129,6 +129,32 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
             raise UserError(f"recipe key model.config.{key}.layers: is {tower['layers']}. Use 1 or more.")
 
 
+def _field(config: Mapping[str, Any], tower: str, name: str) -> Any:
+    """A tower's field, or open_clip's default."""
+    key, defaults = ("vision_cfg", CLIPVisionCfg) if tower == "image" else ("text_cfg", CLIPTextCfg)
+    return config[key].get(name, getattr(defaults, name))
+
+
+def width(config: Mapping[str, Any], tower: str) -> int:
+    """The residual width of the "image" or "text" tower."""
+    return int(_field(config, tower, "width"))
+
+
+def num_layers(config: Mapping[str, Any], tower: str) -> int:
+    """The depth of the "image" or "text" tower."""
+    return int(_field(config, tower, "layers"))
+
+
+def image_size(config: Mapping[str, Any]) -> int:
+    """Side of the input images in pixels."""
+    return int(_field(config, "image", "image_size"))
+
+
+def context_length(config: Mapping[str, Any]) -> int:
+    """Tokens per caption."""
+    return int(_field(config, "text", "context_length"))
+
+
 def _defaults(fields: type) -> dict[str, Any]:
     return dict(vars(fields()))
 
@@ -291,7 +317,7 @@ def export(
     if tokenizer_files:
         config["text_cfg"]["hf_tokenizer_name"] = "tokenizer"
     preprocess = preprocess or Preprocess()
-    size = config["vision_cfg"].get("image_size", CLIPVisionCfg().image_size)
+    size = image_size(config)
     tensors = {name: tensor.reshape(()) if name == "logit_scale" else tensor for name, tensor in state.items()}
     files = {
         "open_clip_config.json": {

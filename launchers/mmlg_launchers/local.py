@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -42,7 +43,8 @@ class LocalJob:
     def __init__(self, process: subprocess.Popen[bytes], run_folder: Path, argv: Sequence[str], log: Path) -> None:
         self._process, self._run_folder, self._argv, self._log = process, run_folder, list(argv), log
         self._cancelled = False
-        self._started, self._ended = time.time(), None
+        self._started = time.time()
+        self._ended: float | None = None
         self._write_state()
 
     @property
@@ -75,19 +77,15 @@ class LocalJob:
         if self._process.poll() is None:
             self._cancelled = True
             self._signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass
         self._signal(signal.SIGKILL)  # whatever of the group outlived its leader
         self._process.wait()
         self.state()
 
     def _signal(self, number: signal.Signals) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
-        except ProcessLookupError:
-            pass
 
     def log_paths(self) -> list[Path]:
         return [self._log]

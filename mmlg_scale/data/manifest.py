@@ -94,7 +94,8 @@ def write_split(root: Path, split: str, samples: Iterable[Sample], *, samples_pe
     """Write one split's shards and manifest. The same samples give the same bytes."""
     folder = root / split
     folder.mkdir()
-    source, shards = iter(samples), []
+    source = iter(samples)
+    shards: list[dict[str, Any]] = []
     while chunk := list(islice(source, samples_per_shard)):
         path = folder / f"shard-{len(shards):06d}.tar"
         # Fixed owner and time, so that the bytes depend on the samples alone.

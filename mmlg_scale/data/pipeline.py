@@ -141,7 +141,7 @@ class _Pairs(Dataset[Batch]):
     def _crop(self, image: np.ndarray, epoch: int, index: int) -> np.ndarray:
         """A random square of 80 to 100 % of the side, resized back."""
         generator = np.random.default_rng([self.seed, epoch, index, 1])
-        side = int(round(self.image_size * generator.uniform(0.8, 1.0)))
+        side = round(self.image_size * generator.uniform(0.8, 1.0))
         left, top = generator.integers(0, self.image_size - side + 1, size=2)
         box = (int(left), int(top), int(left) + side, int(top) + side)
         return np.asarray(Image.fromarray(image).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box=box))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mmlg_scale.data.pipeline import EvalSplit
+from mmlg_scale import towers
+from mmlg_scale.data.pipeline import EvalSplit, load_eval_split
+from mmlg_scale.data.tokens import load_tokenizer
 from mmlg_scale.evaluation.retrieval import recall_at_k
 from mmlg_scale.evaluation.zeroshot import class_embeddings, zero_shot_metrics
 
@@ -54,15 +57,50 @@ def evaluate_pairs(
     return metrics
 
 
-def retrieval_features(
-    encode_image: Encoder,
-    encode_text: Encoder,
-    split: EvalSplit,
-    preprocess: Callable[[Tensor], Tensor],
-    device: torch.device,
-) -> dict[str, Any]:
-    """Features of a whole split, for drawing retrieval samples: {"image_ND", "text_MD"}."""
-    return {
-        "image_ND": encode_in_chunks(lambda images: encode_image(preprocess(images)), split.images_uint8_NCHW, device),
-        "text_MD": encode_in_chunks(encode_text, split.texts_MT, device),
-    }
+class _Folder:
+    """An open_clip folder and a split, ready to encode."""
+
+    def __init__(self, model: Path, data: Path, split: str) -> None:
+        config, state = towers.load_clip(model)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.clip = towers.build_clip(config, seed=0)
+        self.clip.load_state_dict(state)
+        self.clip.to(self.device).eval()
+        self.preprocess = towers.Preprocess()
+        self.tokenizer, self.context_length = load_tokenizer(data), towers.context_length(config)
+        self.split = load_eval_split(data / split, self.tokenizer, towers.image_size(config), self.context_length)
+        classes = data / "classes.json"
+        self.classes = json.loads(classes.read_text()) if classes.is_file() else None
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        return self.tokenizer(texts, self.context_length)
+
+
+@torch.no_grad()
+def evaluate_folder(model: Path, data: Path, split: str) -> dict[str, float]:
+    """All metrics of an open_clip folder on a split of a data set.
+
+    Raises:
+        UserError: the folder is no model that is carried, or the split is missing.
+    """
+    folder = _Folder(model, data, split)
+    clip = folder.clip
+    return evaluate_pairs(
+        clip.encode_image,
+        clip.encode_text,
+        folder.split,
+        folder.preprocess,
+        folder.device,
+        classes=folder.classes,
+        tokenize=folder.tokenize,
+    )
+
+
+@torch.no_grad()
+def folder_features(model: Path, data: Path, split: str) -> tuple[Tensor, Tensor, EvalSplit]:
+    """Features of a split, [N, D] of its images and [M, D] of its captions, and the split itself."""
+    folder = _Folder(model, data, split)
+    image_ND = encode_in_chunks(
+        lambda images: folder.clip.encode_image(folder.preprocess(images)), folder.split.images_uint8_NCHW, folder.device
+    )
+    return image_ND, encode_in_chunks(folder.clip.encode_text, folder.split.texts_MT, folder.device), folder.split

@@ -34,10 +34,17 @@ class AuxiliaryCLIP(nn.Module):
         stem: an open_clip CLIP without blocks.
     """
 
+    unimodal_image: nn.Parameter
+    unimodal_text: nn.Parameter
+    coefficients_image: nn.Parameter
+    coefficients_text: nn.Parameter
+    vectors_image: nn.Parameter
+    vectors_text: nn.Parameter
+
     def __init__(
         self,
         config: dict[str, Any],
-        stem: nn.Module,
+        stem: towers.CLIP,
         *,
         num_multimodal: int,
         num_unimodal: int,
@@ -84,7 +91,7 @@ class AuxiliaryCLIP(nn.Module):
         stem.load_state_dict({name: tensor.clone() for name, tensor in towers.split_state(ancestor_state)[0].items()})
         model = cls(config, stem, num_multimodal=num_multimodal, num_unimodal=num_unimodal, num_knots=num_knots)
         generator = torch.Generator().manual_seed(seed)
-        depth = max(config["vision_cfg"]["layers"], config["text_cfg"]["layers"])
+        depth = max(towers.num_layers(config, tower) for tower in TOWERS)
         with torch.no_grad():
             for blocks_KP in (model.multimodal, model.unimodal_image, model.unimodal_text):
                 for block_P in blocks_KP:
@@ -155,7 +162,7 @@ def common_layout(config: dict[str, Any]) -> BlockLayout:
     """
     image, text = (BlockLayout.of(towers.block_template(config, tower)) for tower in TOWERS)
     if image != text:
-        widths = (config["vision_cfg"].get("width", 768), config["text_cfg"].get("width", 512))
+        widths = [towers.width(config, tower) for tower in TOWERS]
         raise UserError(
             f"recipe key model: image and text blocks differ (widths {widths[0]} and {widths[1]}). Towers of equal width are carried."
         )

@@ -72,5 +72,5 @@ def compose_descendant(
         stem = {name: tensor for name, tensor in stem.items() if name.startswith("visual.") == (modality == "image")}
         stem.pop("logit_scale", None)
     state = {name: tensor.clone() for name, tensor in towers.join_state(stem, blocks).items()}
-    own = towers.with_layers(config, image_layers or config["vision_cfg"]["layers"], text_layers or config["text_cfg"]["layers"])
+    own = towers.with_layers(config, image_layers or towers.num_layers(config, "image"), text_layers or towers.num_layers(config, "text"))
     return Descendant(state, own, modality, dict(tokenizer_files))

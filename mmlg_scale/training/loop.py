@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mmlg_scale import towers
+from mmlg_scale.data.pipeline import Batch
 from mmlg_scale.errors import UserError
 from mmlg_scale.training.checkpoint import Checkpoints
 from mmlg_scale.training.engine import Engine
@@ -19,13 +20,6 @@ from mmlg_scale.training.meters import Meters
 from mmlg_scale.training.stages import Stage
 
 Curve = list[dict[str, Any]]
-
-
-class Batch(Protocol):
-    """What the loop needs of a batch."""
-
-    image_uint8_BCHW: Tensor
-    text_BT: Tensor
 
 
 @dataclass

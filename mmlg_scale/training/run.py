@@ -5,9 +5,10 @@ result.json holds the curve (validation split), the metrics at step 0 and at the
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,18 @@ class Corpus:
             start_step=start_step,
         )
 
+    @functools.cached_property
+    def classes(self) -> dict[str, list[str]] | None:
+        """Class names and caption templates, where the set has classes."""
+        file = self.root / "classes.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """Token ids at the model's context length."""
+        return self.tokenizer(texts, self._sizes()[1])
+
     def _sizes(self) -> tuple[int, int]:
-        return int(self.config["vision_cfg"]["image_size"]), int(self.config["text_cfg"]["context_length"])
+        return towers.image_size(self.config), towers.context_length(self.config)
 
 
 def open_corpus(settings: recipe.Recipe) -> Corpus:
@@ -139,42 +150,77 @@ def train_descendant(
     size: recipe.Size,
     ancestor: Path | None = None,
     learngene: Path | None = None,
-    target: float | None = None,
+    target_of: Path | None = None,
 ) -> dict[str, Any]:
     """Write a descendant (or a baseline at its size), evaluate it as written, train it, export it to OUT/model.
 
+    A single tower is written and evaluated together with the ancestor's other tower, and not trained.
+
     Args:
         init: mmlg, scratch, even or distil.
-        target: validation metric at which even and distil may stop (two consecutive evaluations).
+        target_of: a finished scratch run: where the recipe says so, even and distil stop once they are at its quality in two
+            consecutive evaluations.
     """
+    training, weights = _training_of(settings, init)
+    for name, given, needed in (
+        ("--ancestor-model", ancestor, init in ("even", "distil") or size.modality != "both" or (init == "mmlg" and training.steps > 0)),
+        ("--learngene", learngene, init == "mmlg"),
+    ):
+        if needed and given is None:
+            raise UserError(f"--init {init} needs {name}. Give what mmlg train or mmlg extract wrote.")
+    if size.modality != "both":
+        if init != "mmlg":
+            raise UserError(f"--modality {size.modality} is written from a learngene alone. Use --init mmlg.")
+        training = replace(training, steps=0)
 
     def build(run: Run) -> Stage:
-        config = towers.with_layers(run.corpus.config, size.image_layers, size.text_layers)
-        teacher_config, teacher_state = towers.load_clip(ancestor) if ancestor is not None else (run.corpus.config, None)
-        gene = load_learngene(learngene) if learngene is not None else None
-        state = initialise(
-            init,
-            config=run.corpus.config,
-            image_layers=size.image_layers,
-            text_layers=size.text_layers,
-            ancestor_state=teacher_state,
-            learngene=gene,
-            seed=settings.seed,
-        )
-        training, weights = _training_of(settings, init)
+        own, state = _first_weights(run, init, size, ancestor, learngene)
         teacher = None
         if weights is not None and training.steps:
-            assert teacher_state is not None
-            teacher = Teacher(teacher_config, teacher_state, run.device)
-        return ClipStage(init, config, state, training, run.device, teacher=teacher, weights=weights if teacher else None)
+            assert ancestor is not None
+            teacher = Teacher(*towers.load_clip(ancestor), run.device)
+        return ClipStage(init, own, state, training, run.device, teacher=teacher, weights=weights if teacher else None)
 
-    identity = {"role": "descendant", "init": init, "size": asdict(size)}
-    stop_early = settings.baselines.stop_at_target and init in ("even", "distil") and target is not None
+    metric = settings.evaluation.metric
+    target: float | None = None
+    if target_of is not None and settings.baselines.stop_at_target and init in ("even", "distil"):
+        target = json.loads((target_of / "result.json").read_text())["curve"][-1][metric]
 
     def stop(curve: Curve) -> bool:
-        return stop_early and first_reached(curve, target, settings.evaluation.metric) is not None
+        return target is not None and first_reached(curve, target, metric) is not None
 
-    return Run(settings, out, identity).execute(build, _export_clip, stop=stop, evaluate_first=init in ("mmlg", "even"))
+    identity = {"role": "descendant", "init": init, "size": asdict(size)}
+    finish: Finish = _export_clip
+    if size.modality != "both":
+        assert learngene is not None
+        finish = functools.partial(_export_tower, size=size, learngene=learngene)
+    return Run(settings, out, identity).execute(build, finish, stop=stop, evaluate_first=init in ("mmlg", "even"))
+
+
+def _first_weights(
+    run: Run, init: str, size: recipe.Size, ancestor: Path | None, learngene: Path | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and state dict before training; a single tower is paired with the ancestor's other one."""
+    config = run.corpus.config
+    gene = load_learngene(learngene) if learngene is not None else None
+    ancestor_state = towers.load_clip(ancestor)[1] if ancestor is not None and (init == "even" or size.modality != "both") else None
+    state = initialise(
+        init,
+        config=config,
+        image_layers=size.image_layers,
+        text_layers=size.text_layers,
+        ancestor_state=ancestor_state,
+        learngene=gene,
+        seed=run.settings.seed,
+    )
+    if size.modality == "both":
+        return towers.with_layers(config, size.image_layers, size.text_layers), state
+    assert ancestor_state is not None
+    own_image = size.modality == "image"
+    layers = (size.image_layers, config["text_cfg"]["layers"]) if own_image else (config["vision_cfg"]["layers"], size.text_layers)
+    pair = {name: tensor for name, tensor in ancestor_state.items() if name.startswith("visual.") != own_image}
+    pair |= {name: tensor for name, tensor in state.items() if name.startswith("visual.") == own_image and name != "logit_scale"}
+    return towers.with_layers(config, *layers), pair
 
 
 def _training_of(settings: recipe.Recipe, init: str) -> tuple[recipe.Training, recipe.DistillationLoss | None]:
@@ -186,16 +232,29 @@ def _training_of(settings: recipe.Recipe, init: str) -> tuple[recipe.Training, r
     return training, settings.baselines.distil_loss if init == "distil" else None
 
 
+def _export_tower(run: Run, stage: Stage, state: Mapping[str, Tensor], *, size: recipe.Size, learngene: Path) -> dict[str, Any]:
+    config = run.corpus.config
+    descendant = load_learngene(learngene).descend(image_layers=size.image_layers, text_layers=size.text_layers, modality=size.modality)
+    descendant.export(run.out / "model", overwrite=True)
+    return {
+        "params": sum(tensor.numel() for tensor in descendant.state.values()),
+        "image_layers": size.image_layers if size.modality == "image" else None,
+        "text_layers": size.text_layers if size.modality == "text" else None,
+        "image_width": towers.width(config, "image"),
+        "text_width": towers.width(config, "text"),
+    }
+
+
 def _export_clip(run: Run, stage: Stage, state: Mapping[str, Tensor]) -> dict[str, Any]:
     assert isinstance(stage, ClipStage)
     clip_state = stage.clip_state(state)
     towers.export(clip_state, stage.config, run.out / "model", tokenizer_files=run.corpus.tokenizer.files, overwrite=True)
     return {
         "params": sum(tensor.numel() for tensor in clip_state.values()),
-        "image_layers": stage.config["vision_cfg"]["layers"],
-        "text_layers": stage.config["text_cfg"]["layers"],
-        "image_width": stage.config["vision_cfg"]["width"],
-        "text_width": stage.config["text_cfg"]["width"],
+        "image_layers": towers.num_layers(stage.config, "image"),
+        "text_layers": towers.num_layers(stage.config, "text"),
+        "image_width": towers.width(stage.config, "image"),
+        "text_width": towers.width(stage.config, "text"),
     }
 
 
@@ -258,7 +317,7 @@ class Run:
         meters = Meters(self.out, training.steps, name=stage.name, device=self.device, enabled=dist.get_rank() == 0)
 
         def evaluate(split: EvalSplit) -> dict[str, float]:
-            return evaluate_sizes(engine, stage, split, preprocess)
+            return evaluate_sizes(engine, stage, split, preprocess, self.corpus)
 
         at_start = self.out / "metrics_at_0.json"
         if evaluate_first and not at_start.exists() and not Checkpoints(self.out).steps():
@@ -306,8 +365,8 @@ class Run:
 
 
 @torch.no_grad()
-def evaluate_sizes(engine: Engine, stage: Stage, split: EvalSplit, preprocess: towers.Preprocess) -> dict[str, float]:
-    """Retrieval metrics of the stage's model on `split`; several sizes are averaged, and each is given under `...@iA-tB` too."""
+def evaluate_sizes(engine: Engine, stage: Stage, split: EvalSplit, preprocess: towers.Preprocess, corpus: Corpus) -> dict[str, float]:
+    """Metrics of the stage's model on `split`; several sizes are averaged, and each is given under `...@iA-tB` too."""
     model: nn.Module = engine.model
     was_training = model.training
     model.eval()
@@ -317,11 +376,13 @@ def evaluate_sizes(engine: Engine, stage: Stage, split: EvalSplit, preprocess: t
         for size in sizes:
             depths = {} if size is None else {"image_layers": size[0], "text_layers": size[1]}
             metrics = evaluate_pairs(
-                lambda images, d=depths: model(image=images, **d)["image_features"],
-                lambda texts, d=depths: model(text=texts, **d)["text_features"],
+                functools.partial(_encode, model, "image", depths),
+                functools.partial(_encode, model, "text", depths),
                 split,
                 preprocess,
                 engine.device,
+                classes=corpus.classes,
+                tokenize=corpus.tokenize,
             )
             for name, value in metrics.items():
                 total[name] = total.get(name, 0.0) + value / len(sizes)
@@ -329,3 +390,7 @@ def evaluate_sizes(engine: Engine, stage: Stage, split: EvalSplit, preprocess: t
                     total[f"{name}/i{size[0]}-t{size[1]}"] = value
     model.train(was_training)
     return total
+
+
+def _encode(model: nn.Module, tower: str, depths: Mapping[str, int], inputs: Tensor) -> Tensor:
+    return model(**{tower: inputs}, **depths)[f"{tower}_features"]

@@ -56,7 +56,7 @@ def tap_layers(depths: Sequence[float], num_layers: int) -> tuple[int, ...]:
 class PlainCLIP(nn.Module):
     """An open_clip CLIP with the forward that stages share."""
 
-    def __init__(self, clip: nn.Module) -> None:
+    def __init__(self, clip: towers.CLIP) -> None:
         super().__init__()
         self.clip = clip
 
@@ -103,15 +103,11 @@ class WithHiddenMaps(nn.Module):
         return outputs
 
 
-def _widths(config: Mapping[str, Any], tower: str) -> int:
-    return int(config[f"{tower}_cfg"]["width"])
-
-
 def _with_maps(model: nn.Module, config: Mapping[str, Any], teacher_config: Mapping[str, Any]) -> WithHiddenMaps:
     return WithHiddenMaps(
         model,
-        image_widths=(_widths(config, "vision"), _widths(teacher_config, "vision")),
-        text_widths=(_widths(config, "text"), _widths(teacher_config, "text")),
+        image_widths=(towers.width(config, "image"), towers.width(teacher_config, "image")),
+        text_widths=(towers.width(config, "text"), towers.width(teacher_config, "text")),
     )
 
 
@@ -120,8 +116,8 @@ class Teacher:
 
     def __init__(self, config: dict[str, Any], state: Mapping[str, Tensor], device: torch.device) -> None:
         self.config = config
-        self.image_layers = int(config["vision_cfg"]["layers"])
-        self.text_layers = int(config["text_cfg"]["layers"])
+        self.image_layers = towers.num_layers(config, "image")
+        self.text_layers = towers.num_layers(config, "text")
         self.flops = forward_flops(config)["total"]
         clip = towers.build_clip(config, seed=0)
         clip.load_state_dict(dict(state))
@@ -145,7 +141,8 @@ _UNDECAYED = ("positional_embedding", "class_embedding", "token_embedding", "log
 
 def decay_groups(model: nn.Module, optimizer: recipe.Optimizer, factor: float = 1.0) -> list[dict[str, Any]]:
     """Two groups, matrices with weight decay and the rest without, at `factor` times the recipe's rate."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and not any(word in name for word in _UNDECAYED)
         (decayed if is_matrix else free).append(parameter)
@@ -191,8 +188,8 @@ class ClipStage:
         student = forward(
             image_BCHW,
             text_BT,
-            tap_image=tap_layers(depths, int(self.config["vision_cfg"]["layers"])),
-            tap_text=tap_layers(depths, int(self.config["text_cfg"]["layers"])),
+            tap_image=tap_layers(depths, towers.num_layers(self.config, "image")),
+            tap_text=tap_layers(depths, towers.num_layers(self.config, "text")),
         )
         return distillation(student, self.teacher(image_BCHW, text_BT, autocast, depths), text_BT, self.weights)
 
