@@ -226,7 +226,7 @@ def _train(arguments: list[str]) -> int:
     parser.add_argument(
         "--modality", type=str, default="both", choices=["both", "image", "text"], help="One tower alone: mmlg only, not trained."
     )
-    parser.add_argument("--target-of", type=str | None, default=None, help="A finished scratch run: even and distil stop at its quality.")
+    parser.add_argument("--target-of", type=str | None, default=None, help="A finished scratch run: training stops at its quality.")
     args, recipe = _parse_recipe(parser, arguments)
     from mmlg_scale.recipe import Size
     from mmlg_scale.training.run import train_ancestor, train_descendant

@@ -104,7 +104,7 @@ def plan(settings: recipe.Recipe, out: Path, *, image_size: int) -> list[Step]:
             if init == "mmlg":
                 options += ["--learngene", str(learngene)]
                 needs = ("learngene",)
-            elif init != "scratch" and settings.baselines.scratch is not None:
+            if init != "scratch" and counted and settings.baselines.scratch is not None:
                 options += ["--target-of", str(out / "descendants" / f"{size.name}-scratch")]
                 needs = (*needs, f"{size.name}-scratch")
             training(folder.name, folder, needs, chosen.steps, *options)

@@ -189,8 +189,6 @@ class Baselines:
     """Training each size from random weights with the ancestor as teacher."""
     distil_loss: DistillationLoss = field(default_factory=DistillationLoss)
     """Terms of the separate distillation."""
-    stop_at_target: bool = True
-    """Stop even and distil once they are at the target in two consecutive evaluations: their cost is then known."""
 
 
 @dataclass
@@ -221,6 +219,8 @@ class Family:
 
     sizes: list[Size] = field(default_factory=lambda: [Size(n, n) for n in (2, 3, 4, 6, 8)])
     """The descendants."""
+    stop_at_target: bool = True
+    """Stop adaptation, even and distil once they are at scratch's final quality in two consecutive evaluations: their cost is then known."""
     parallel: int | None = None
     """Training steps run side by side; null: as many as the cores allow, or one on a GPU."""
 

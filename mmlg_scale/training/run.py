@@ -158,7 +158,7 @@ def train_descendant(
 
     Args:
         init: mmlg, scratch, even or distil.
-        target_of: a finished scratch run: where the recipe says so, even and distil stop once they are at its quality in two
+        target_of: a finished scratch run: where the recipe says so, training stops once it is at that run's quality in two
             consecutive evaluations.
     """
     training, weights = _training_of(settings, init)
@@ -183,7 +183,7 @@ def train_descendant(
 
     metric = settings.evaluation.metric
     target: float | None = None
-    if target_of is not None and settings.baselines.stop_at_target and init in ("even", "distil"):
+    if target_of is not None and settings.family.stop_at_target:
         target = json.loads((target_of / "result.json").read_text())["curve"][-1][metric]
 
     def stop(curve: Curve) -> bool:
