@@ -169,7 +169,9 @@ def _data_pack(arguments: list[str]) -> int:
         default="caption",
         help="Table column with captions; rows of one image are its captions.",
     )
-    parser.add_argument("--template", type=list[str], default=["a photo of {}."], help="Caption templates for folders; {} is the class.")
+    parser.add_argument(
+        "--templates", type=str, nargs="+", default=["a photo of {}."], help="Caption templates for folders; {} is the class."
+    )
     parser.add_argument(
         "--val",
         type=float,
@@ -185,10 +187,10 @@ def _data_pack(arguments: list[str]) -> int:
 
     source, common = (
         Path(args.source),
-        {"splits": {"val": args.val, "test": args.test}, "seed": args.seed, "tokenizer": args.tokenizer},
+        {"shares": {"val": args.val, "test": args.test}, "seed": args.seed, "tokenizer": args.tokenizer},
     )
     if source.is_dir():
-        pack_folders(source, Path(args.out), templates=args.template, resize=args.resize, progress=_progress("pack"), **common)
+        pack_folders(source, Path(args.out), templates=args.templates, resize=args.resize, progress=_progress("pack"), **common)
     else:
         columns = {"image_column": args.image_column, "caption_column": args.caption_column}
         pack_table(source, Path(args.out), resize=args.resize, progress=_progress("pack"), **columns, **common)

@@ -1,0 +1,211 @@
+"""A user's images and captions -> webdataset shards: a CSV/TSV table, or a folder per class."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from mmlg_scale.data.manifest import SPLITS, Progress, Sample, new_dataset, write_split
+from mmlg_scale.data.pipeline import decode
+from mmlg_scale.data.tokens import word_tokenizer_files, write_tokenizer
+from mmlg_scale.errors import UserError
+from mmlg_scale.files import write_json_atomic
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+TOKENIZERS = ("words", "bpe")
+SAMPLES_PER_SHARD = 2000
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image on disk with its captions."""
+
+    path: Path
+    captions: list[str]
+    label: int | None = None
+
+
+def pack_table(
+    table: Path,
+    out: Path,
+    *,
+    image_column: str = "filepath",
+    caption_column: str = "caption",
+    shares: Mapping[str, float] | None = None,
+    seed: int = 0,
+    tokenizer: str = "words",
+    resize: int | None = None,
+    progress: Progress = lambda items: items,
+) -> None:
+    """Pack a table whose rows are (image path, caption); rows of one image are its captions.
+
+    Image paths are relative to the table's folder. A column `split` (train, val, test) is obeyed where it is there; otherwise `shares`
+    ({"val": 0.05, "test": 0.1}) of the images are drawn for val and test under `seed`.
+
+    Raises:
+        UserError: no such table or column, a row without caption, a missing or undecodable image (with its row): nothing is written.
+    """
+    if not table.is_file():
+        raise UserError(f"no table {table}. Give a CSV or TSV file, or a folder that holds one folder per class.")
+    captions: dict[str, list[str]] = defaultdict(list)
+    split_of: dict[str, str] = {}
+    for number, row in _rows(table, (image_column, caption_column)):
+        name, caption = row[image_column].strip(), row[caption_column].strip()
+        if not caption:
+            raise UserError(f"{table} row {number}: empty caption. Give one, or remove the row.")
+        if name not in captions:
+            _check_image(table.parent / name, f"{table} row {number}: ")
+        captions[name].append(caption)
+        if row.get("split"):
+            if row["split"] not in SPLITS:
+                raise UserError(f"{table} row {number}: split {row['split']!r} is none of {', '.join(SPLITS)}. Correct it.")
+            split_of[name] = row["split"]
+    items = {name: Item(table.parent / name, texts) for name, texts in captions.items()}
+    if not items:
+        raise UserError(f"{table} has no rows. Give one row per image and caption.")
+    if split_of and len(split_of) < len(items):
+        raise UserError(f"{table}: some images have a split and {len(items) - len(split_of)} have none. Fill the column, or leave it out.")
+    groups = _group(items, split_of) if split_of else _draw(items, shares, seed)
+    _write(out, groups, {"source": _digest([table]), "seed": seed, "shares": dict(shares or {})}, tokenizer, resize, progress)
+
+
+def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number, row) of a CSV or TSV file with a header."""
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{table} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
+    delimiter = "\t" if table.suffix.lower() in (".tsv", ".tab") or "\t" in text.partition("\n")[0] else ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    for column in columns:
+        if column not in (reader.fieldnames or ()):
+            found = ", ".join(reader.fieldnames or ())
+            raise UserError(f"{table} has no column {column!r}, but: {found}. Use --image-column and --caption-column.")
+    for row in reader:
+        yield reader.line_num, {key: value or "" for key, value in row.items() if key is not None}
+
+
+def pack_folders(
+    folder: Path,
+    out: Path,
+    *,
+    templates: Sequence[str],
+    shares: Mapping[str, float] | None = None,
+    seed: int = 0,
+    tokenizer: str = "words",
+    resize: int | None = None,
+    progress: Progress = lambda items: items,
+) -> None:
+    """Pack a folder that holds one folder of images per class; captions are the templates with `{}` replaced by the folder's name.
+
+    Where `folder` holds train/, val/ and test/ with class folders inside, those splits are obeyed.
+
+    Raises:
+        UserError: no class folders, a class without images, a template without `{}`, an undecodable image: nothing is written.
+    """
+    for template in templates:
+        if "{}" not in template:
+            raise UserError(f"caption template {template!r} has no {{}} for the class name. Add it.")
+    own_splits = all((folder / split).is_dir() for split in SPLITS)
+    roots = {split: folder / split for split in SPLITS} if own_splits else {"": folder}
+    names = sorted({path.name for root in roots.values() for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")})
+    if len(names) < 2:
+        raise UserError(f"{folder} holds {len(names)} class folders. Give a folder with one folder of images per class.")
+    items, split_of = {}, {}
+    for split, root in roots.items():
+        for label, name in enumerate(names):
+            paths = sorted(path for path in (root / name).glob("*") if path.suffix.lower() in EXTENSIONS)
+            if not paths:
+                raise UserError(f"{root / name} holds no images ({', '.join(EXTENSIONS)}). Add some, or remove the class.")
+            for path in paths:
+                _check_image(path, "")
+                key = str(path.relative_to(folder))
+                items[key] = Item(path, [template.replace("{}", name.replace("_", " ")) for template in templates], label)
+                split_of[key] = split
+    groups = _group(items, split_of) if own_splits else _draw(items, shares, seed)
+    classes = {"classnames": [name.replace("_", " ") for name in names], "templates": list(templates)}
+    args = {"source": _digest([item.path for item in items.values()]), "seed": seed, "shares": dict(shares or {}), **classes}
+    _write(out, groups, args, tokenizer, resize, progress, classes)
+
+
+def _check_image(path: Path, where: str) -> None:
+    if not path.is_file():
+        raise UserError(f"{where}no image {path}. Correct the path (it is relative to the table's folder), or remove the row.")
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise UserError(f"{where}{path} is no readable image ({error}). Replace it, or remove it.") from error
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    """SHA-256 of the files' contents: what tells one source from another."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _group(items: Mapping[str, Item], split_of: Mapping[str, str]) -> dict[str, list[Item]]:
+    groups: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    for name, item in items.items():
+        groups[split_of[name]].append(item)
+    return groups
+
+
+def _draw(items: Mapping[str, Item], shares: Mapping[str, float] | None, seed: int) -> dict[str, list[Item]]:
+    """A random split with at least one image in each part."""
+    shares = {"val": 0.05, "test": 0.1, **(shares or {})}
+    if min(shares.values()) <= 0 or sum(shares.values()) >= 1:
+        raise UserError(f"shares of val and test are {shares['val']} and {shares['test']}. Use positive shares with a sum below 1.")
+    order = np.random.default_rng(seed).permutation(len(items))
+    listed = list(items.values())
+    counts = {split: max(1, round(shares[split] * len(listed))) for split in ("val", "test")}
+    if sum(counts.values()) >= len(listed):
+        raise UserError(f"{len(listed)} images are too few for three splits. Give more, or a column named split.")
+    edges = np.cumsum([counts["val"], counts["test"]])
+    parts = dict(zip(("val", "test", "train"), np.split(order, edges), strict=True))
+    # Training keeps the drawn order, so that a class per folder is not a class per shard.
+    return {split: [listed[index] for index in parts[split]] for split in SPLITS}
+
+
+def _write(
+    out: Path,
+    groups: Mapping[str, list[Item]],
+    args: Mapping[str, object],
+    tokenizer: str,
+    resize: int | None,
+    progress: Progress,
+    classes: Mapping[str, object] | None = None,
+) -> None:
+    if tokenizer not in TOKENIZERS:
+        raise UserError(f"tokenizer {tokenizer!r} is unknown. Use one of: {', '.join(TOKENIZERS)}.")
+    for split, items in groups.items():
+        if not items:
+            raise UserError(f"split {split} has no images. Every data set needs train, val and test.")
+    with new_dataset(out, "packed", {**args, "tokenizer": tokenizer, "resize": resize}) as root:
+        if root is None:
+            return
+        for split, items in groups.items():
+            write_split(root, split, (_sample(i, item, resize) for i, item in enumerate(progress(items))), samples_per_shard=SAMPLES_PER_SHARD)
+        if tokenizer == "words":
+            write_tokenizer(root, word_tokenizer_files(text for item in groups["train"] for text in item.captions))
+        if classes is not None:
+            write_json_atomic(root / "classes.json", dict(classes))
+
+
+def _sample(position: int, item: Item, resize: int | None) -> Sample:
+    payload, extension = item.path.read_bytes(), item.path.suffix.lower().removeprefix(".")
+    if resize is not None:
+        buffer = io.BytesIO()
+        Image.fromarray(decode(payload, resize)).save(buffer, "PNG")
+        payload, extension = buffer.getvalue(), "png"
+    return Sample(f"{position:08d}", payload, extension, item.captions, item.label)
