@@ -1,7 +1,8 @@
 """Parameters, bytes, FLOPs, seconds: the only place where a ratio is computed.
 
 Cost of a family. For each size, the target q is what training from scratch ends with on the validation split (mean over seeds). Every
-side is charged what it had spent at the first of two consecutive evaluations that reach q, or its full schedule where it never does (and is marked).
+side is charged what it had spent at the first of two consecutive evaluations that reach q, or its full schedule where it
+never does (and is marked).
 
     cost_ratio = sum over sizes of scratch's charge / (extraction, teacher included + sum over sizes of adaptation's charge)
 """

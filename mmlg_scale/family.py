@@ -195,7 +195,7 @@ def run_family(settings: recipe.Recipe, out: Path, *, launcher: Launcher | None 
         claim_run_folder(out, {"role": "family", "recipe": settings.to_dict()})
         write_text_atomic(out / "recipe.yaml", yaml.safe_dump(settings.to_dict(), sort_keys=False))
         steps = plan(settings, out, image_size=towers.image_size(config))
-        run_plan(steps, launcher or LocalLauncher(), parallel=_parallel(settings), console=console)
+        run_plan(steps, launcher or _local_launcher(), parallel=_parallel(settings), console=console)
         family = assemble(settings, out)
         write_json_atomic(out / "family.json", family)
         _draw_samples(settings, out)
@@ -203,6 +203,14 @@ def run_family(settings: recipe.Recipe, out: Path, *, launcher: Launcher | None 
     console.print(console_table(family))
     console.print(f"report: {report}", highlight=False)
     return family
+
+
+def _local_launcher() -> LocalLauncher:
+    """On the CPU, steps are forks of a process that has the heavy imports behind it; a GPU's driver does not survive a fork."""
+    if torch.cuda.is_available():
+        return LocalLauncher()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return LocalLauncher(preload=("mmlg_scale.training.run", "deepspeed"))
 
 
 def _parallel(settings: recipe.Recipe) -> int:

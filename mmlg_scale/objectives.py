@@ -44,15 +44,27 @@ def feature_distance(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
 def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], valid_BT: Tensor | None = None) -> Tensor:
     """Sum over the compared depths of the mean squared error of hidden states [B, T, d], divided by the teacher's variance there.
 
-    `valid_BT` (bool) leaves tokens out: text padding carries no signal.
+    `valid_BT` (bool) leaves tokens out: text padding carries no signal. Means and variances are the global batch's, because ranks hold
+    different numbers of valid tokens: the mean over ranks of the returned values is what one process with the whole batch computes.
     """
-    total = torch.zeros((), device=student[0].device)
-    for student_BTd, teacher_BTd in zip(student, teacher, strict=True):
-        s, t = student_BTd.float(), teacher_BTd.float()
-        if valid_BT is not None:
-            s, t = s[valid_BT], t[valid_BT]
-        total = total + F.mse_loss(s, t) / t.var(correction=0)
-    return total
+    pairs = [(s.float(), t.float()) for s, t in zip(student, teacher, strict=True)]
+    if valid_BT is not None:
+        pairs = [(s[valid_BT], t[valid_BT]) for s, t in pairs]
+    moments_R3 = torch.stack([torch.stack([t.new_tensor(t.numel(), dtype=torch.float64), *_sums(t)]) for _, t in pairs])
+    world_size = 1
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        world_size = dist.get_world_size()
+        dist.all_reduce(moments_R3)
+    count, first, second = moments_R3.unbind(1)
+    variance_R = second / count - (first / count) ** 2
+    scale_R = (world_size / (count * variance_R)).float()
+    return torch.stack([scale * (s - t).square().sum() for scale, (s, t) in zip(scale_R, pairs, strict=True)]).sum()
+
+
+def _sums(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and sum of squares in fp64: their difference of squares loses digits in fp32."""
+    wide = tensor.double()
+    return wide.sum(), wide.square().sum()
 
 
 def distillation(student: Outputs, teacher: Outputs, text_BT: Tensor, weights: DistillationLoss) -> tuple[Tensor, dict[str, Tensor]]:

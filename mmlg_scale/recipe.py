@@ -220,7 +220,7 @@ class Family:
     sizes: list[Size] = field(default_factory=lambda: [Size(n, n) for n in (2, 3, 4, 6, 8)])
     """The descendants."""
     stop_at_target: bool = True
-    """Stop adaptation, even and distil once they are at scratch's final quality in two consecutive evaluations: their cost is then known."""
+    """Stop adaptation, even and distil once they are at scratch's final quality in two consecutive evaluations."""
     parallel: int | None = None
     """Training steps run side by side; null: as many as the cores allow, or one on a GPU."""
 

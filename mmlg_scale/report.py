@@ -237,10 +237,11 @@ def console_table(family: dict[str, Any]) -> Table:
             )
         table.add_section()
     learngene = family["learngene"]
+    storage = percent(family["storage_ratio_ancestor"])
     extraction = si(learngene["flops"] + learngene["teacher_flops"])
     table.caption = (
         f"extraction {extraction}FLOP; cost ratio against scratch {ratio(family['cost_ratio'])}, "
         + "".join(f"against {NAMES[init]} {ratio(value)}, " for init, value in family["cost_ratio_by_baseline"].items())
-        + f"with the ancestor {ratio(family['cost_ratio_with_ancestor'])}; storage {percent(family['storage_ratio_ancestor'])} of the ancestor"
+        + f"with the ancestor {ratio(family['cost_ratio_with_ancestor'])}; storage {storage} of the ancestor"
     )
     return table

@@ -1,4 +1,6 @@
-"""Write scikit-learn's 1,797 scanned handwritten digits (UCI optdigits, 8 x 8 grey levels) as PNG files: OUT/{train,val,test}/{zero..nine}/.
+"""Write scikit-learn's 1,797 scanned handwritten digits (UCI optdigits, 8 x 8 grey levels) as PNG files.
+
+They lie in OUT/{train,val,test}/{zero..nine}/.
 
     python examples/digits/make_images.py --out runs/digits-images
     mmlg data pack runs/digits-images --out runs/digits-data --templates "the number {}." ...

@@ -195,7 +195,9 @@ def _write(
         if root is None:
             return
         for split, items in groups.items():
-            write_split(root, split, (_sample(i, item, resize) for i, item in enumerate(progress(items))), samples_per_shard=SAMPLES_PER_SHARD)
+            write_split(
+                root, split, (_sample(i, item, resize) for i, item in enumerate(progress(items))), samples_per_shard=SAMPLES_PER_SHARD
+            )
         if tokenizer == "words":
             write_tokenizer(root, word_tokenizer_files(text for item in groups["train"] for text in item.captions))
         if classes is not None:

@@ -77,7 +77,7 @@ class Corpus:
 
 
 def open_corpus(settings: recipe.Recipe) -> Corpus:
-    """The data set at the recipe's data.path with the recipe's architecture, the vocabulary size taken from the tokenizer where it is left out."""
+    """The data set at the recipe's data.path with the recipe's architecture, a vocabulary size left out taken from the tokenizer."""
     if settings.data.path is None:
         raise UserError("recipe key data.path is null. Write a data set with mmlg data scenes or mmlg data pack and give --data.path DIR.")
     data_root = Path(settings.data.path)

@@ -31,7 +31,7 @@ def auxiliary() -> AuxiliaryCLIP:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "stem" not in name:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
 
 

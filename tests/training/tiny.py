@@ -15,6 +15,7 @@ CONFIG = {
     "text_cfg": {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 3},
 }
 BATCH, STEPS = 8, 3
+KINDS = ("ancestor", "extraction")
 OPTIMIZER = recipe.Optimizer(learning_rate=0.05, weight_decay=0.0, gradient_clipping=0.0)
 
 
