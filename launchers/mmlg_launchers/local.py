@@ -6,11 +6,13 @@ import contextlib
 import ctypes
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -80,15 +82,23 @@ class ForkedProcess:
 
 
 def _run_module(argv: list[str], environment: dict[str, str], log: str) -> None:
-    """Runs in the fork: become a process group of its own that ends with the server, write to the log, run the module."""
+    """Runs in the fork: become a process group of its own that ends with the launcher, write to the log, run the module."""
     os.setsid()
-    _end_with_parent()
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     sys.argv = argv[2:]
     runpy.run_module(argv[2], run_name="__main__", alter_sys=True)
+
+
+def _end_with_launcher() -> None:
+    """The fork's parent is the server, which outlives a killed launcher: wait for the launcher's own end."""
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+    multiprocessing.connection.wait([launcher.sentinel])
+    os.killpg(0, signal.SIGKILL)
 
 
 class LocalJob:
