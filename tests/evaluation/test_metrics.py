@@ -1,0 +1,62 @@
+"""Retrieval and zero-shot metrics against brute force, hand-computed cases and scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score
+
+from mmlg_scale.errors import UserError
+from mmlg_scale.evaluation.retrieval import recall_at_k, retrieval_ranks
+from mmlg_scale.evaluation.zeroshot import class_embeddings, zero_shot_metrics
+
+
+def test_several_captions_by_brute_force() -> None:
+    generator = np.random.default_rng(0)
+    owners = np.sort(np.concatenate([np.arange(23), generator.integers(0, 23, size=40)]))
+    image, text = generator.normal(size=(23, 7)), generator.normal(size=(len(owners), 7))
+    found = recall_at_k(torch.tensor(image), torch.tensor(text), torch.tensor(owners), chunk_size=5)
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    for k in (1, 5, 10):
+        hits = [owners[m] in np.argsort(-(image @ text[m]))[:k] for m in range(len(text))]
+        assert found[f"image_retrieval_recall@{k}"] == pytest.approx(np.mean(hits))
+        hits = [n in owners[np.argsort(-(text @ image[n]))[:k]] for n in range(len(image))]
+        assert found[f"text_retrieval_recall@{k}"] == pytest.approx(np.mean(hits))
+    assert found["mean_recall@1"] == pytest.approx((found["image_retrieval_recall@1"] + found["text_retrieval_recall@1"]) / 2)
+
+
+def test_ties_count_against_the_model_and_nan_is_no_hit() -> None:
+    image = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    image_ranks, text_ranks = retrieval_ranks(image, image, torch.arange(3))
+    assert image_ranks.tolist() == [2, 2, 1]
+    assert text_ranks.tolist() == [2, 2, 1]
+    broken = torch.full((3, 2), torch.nan)
+    assert recall_at_k(broken, broken, torch.arange(3))["mean_recall@1"] == 0
+
+
+def test_images_without_captions_are_refused() -> None:
+    with pytest.raises(UserError, match="1 images have no caption"):
+        recall_at_k(torch.eye(3), torch.eye(3)[:2], torch.tensor([0, 1]))
+
+
+def test_class_embeddings_by_hand() -> None:
+    """Two templates; the 'encoder' looks tokens up in a table."""
+    table = torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 5.0], [0.0, 1.0]])
+    known = {"a x": 0, "b x": 1, "a y": 2, "b y": 3}
+    found = class_embeddings(lambda ids: table[ids], lambda texts: torch.tensor([known[t] for t in texts]), ["x", "y"], ["a {}", "b {}"])
+    half = 2**-0.5
+    assert torch.allclose(found, torch.tensor([[half, half], [0.0, 1.0]]))
+
+
+def test_zero_shot_equals_scikit_learn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, classes = torch.randn(200, 6, generator=generator), torch.nn.functional.normalize(torch.randn(8, 6, generator=generator), dim=1)
+    labels = torch.randint(0, 8, (200,), generator=generator)
+    found = zero_shot_metrics(image, classes, labels)
+    scores = image @ classes.T
+    predicted = scores.argmax(dim=1)
+    assert found["acc1"] == pytest.approx((predicted == labels).double().mean().item())
+    assert found["acc5"] == pytest.approx(np.mean([label in row.topk(5).indices for label, row in zip(labels, scores, strict=True)]))
+    assert found["mean_per_class_recall"] == pytest.approx(balanced_accuracy_score(labels, predicted))
