@@ -80,10 +80,10 @@ def decode(payload: bytes, image_size: int) -> np.ndarray:
     with Image.open(io.BytesIO(payload)) as opened:
         image = opened.convert("RGB")
     if image.size != (image_size, image_size):
-        scale = image_size / min(image.size)
-        width, height = (max(image_size, round(side * scale)) for side in image.size)
+        # Truncation here and rounding there are torchvision's, whose transforms open_clip uses.
+        width, height = (int(image_size * side / min(image.size)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - image_size) // 2, (height - image_size) // 2
+        left, top = round((width - image_size) / 2), round((height - image_size) / 2)
         image = image.crop((left, top, left + image_size, top + image_size))
     return np.asarray(image)
 

@@ -1,0 +1,130 @@
+"""The stream of batches: one order for every world size, worker count and resume point."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmlg_scale import towers
+from mmlg_scale.data.pipeline import Batch, ShardReader, TrainStream, decode, epoch_order, load_eval_split
+from mmlg_scale.data.tokens import load_tokenizer
+from mmlg_scale.errors import UserError
+
+
+def batches(root: Path, count: int, **options: object) -> list[Batch]:
+    settings = {"image_size": 32, "context_length": 16, "global_batch_size": 24, "seed": 5, "augment": "crop", **options}
+    return list(islice(TrainStream(root / "train", load_tokenizer(root), **settings), count))  # type: ignore[arg-type]
+
+
+def assert_same(left: Batch, right: Batch) -> None:
+    assert torch.equal(left.indices_B, right.indices_B)
+    assert torch.equal(left.image_uint8_BCHW, right.image_uint8_BCHW)
+    assert torch.equal(left.text_BT, right.text_BT)
+
+
+def test_resumes_at_the_exact_sample(scenes: Path) -> None:
+    whole = batches(scenes, 15)  # 360 positions: into the third epoch of 150
+    for start in (1, 7, 13):
+        for left, right in zip(whole[start:], batches(scenes, 15 - start, start_step=start, cache_decoded=False), strict=True):
+            assert_same(left, right)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_are_slices_of_one_batch(scenes: Path, world_size: int) -> None:
+    whole = batches(scenes, 8)
+    parts = [batches(scenes, 8, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for step, batch in enumerate(whole):
+        joined = Batch(*(torch.cat([getattr(part[step], name) for part in parts]) for name in vars(batch)))
+        assert_same(batch, joined)
+
+
+def test_workers_change_nothing(scenes: Path) -> None:
+    for left, right in zip(batches(scenes, 5), batches(scenes, 5, num_workers=2), strict=True):
+        assert_same(left, right)
+
+
+def test_every_epoch_reads_every_sample_once_in_another_order(scenes: Path) -> None:
+    indices = torch.cat([batch.indices_B for batch in batches(scenes, 25, augment="none")])  # 600 positions: four epochs
+    epochs = indices.reshape(4, 150)
+    for epoch in epochs:
+        assert torch.equal(epoch.sort().values, torch.arange(150))
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_the_shuffle_stays_inside_a_window_of_shards() -> None:
+    sizes = [10] * 40
+    order = epoch_order(sizes, seed=0, epoch=0)
+    assert np.array_equal(np.sort(order), np.arange(400))
+    first = {index // 10 for index in order[:160]}
+    assert len(first) == 16  # one window: sixteen whole shards, nothing of the others
+    assert not np.array_equal(order[:160], np.sort(order[:160]))
+
+
+def test_captions_vary_between_epochs(scenes: Path) -> None:
+    seen: dict[int, set[tuple[int, ...]]] = {}
+    for batch in batches(scenes, 50, augment="none"):
+        for index, text in zip(batch.indices_B.tolist(), batch.text_BT.tolist(), strict=True):
+            seen.setdefault(index, set()).add(tuple(text))
+    reader, tokenizer = ShardReader(scenes / "train"), load_tokenizer(scenes)
+    for index, texts in seen.items():
+        assert texts <= {tuple(row) for row in tokenizer(reader.about(index)["captions"], 16).tolist()}
+    assert np.mean([len(texts) for texts in seen.values()]) > 2.5  # of three, after eight epochs
+
+
+def test_crop_is_bounded_and_random(scenes: Path) -> None:
+    plain, cropped = batches(scenes, 1, augment="none")[0], batches(scenes, 1)[0]
+    assert torch.equal(plain.indices_B, cropped.indices_B)
+    difference = (plain.image_uint8_BCHW.float() - cropped.image_uint8_BCHW.float()).abs().mean()
+    assert 1 < difference < 60
+
+
+def test_too_small_or_uneven_is_refused(scenes: Path) -> None:
+    with pytest.raises(UserError, match="holds 150 samples, batch_size is 151"):
+        batches(scenes, 1, global_batch_size=151)
+    with pytest.raises(UserError, match="not a multiple of the 5 ranks"):
+        batches(scenes, 1, world_size=5)
+
+
+def test_evaluation_split_maps_captions_to_images(scenes: Path) -> None:
+    tokenizer = load_tokenizer(scenes)
+    split = load_eval_split(scenes / "test", tokenizer, 32, 16)
+    reader = ShardReader(scenes / "test")
+    assert split.labels_N is None
+    for position, text in enumerate(split.captions):
+        owner = int(split.text_to_image_M[position])
+        assert text in reader.about(owner)["captions"]
+        assert torch.equal(split.texts_MT[position], tokenizer([text], 16)[0])
+    image = decode(split.image_png(4), 32)
+    assert np.array_equal(image, decode(reader.image_bytes(4), 32))
+    assert torch.equal(split.images_uint8_NCHW[4], torch.from_numpy(image.copy()).permute(2, 0, 1))
+
+
+def test_decoding_equals_open_clips_transform(tmp_path: Path) -> None:
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, size=(50, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    transform = towers.open_clip.image_transform(32, is_train=False)
+    expected = transform(Image.open(tmp_path / "x.png"))
+    found = towers.Preprocess()(torch.from_numpy(decode((tmp_path / "x.png").read_bytes(), 32).copy()).permute(2, 0, 1)[None])[0]
+    assert (found - expected).abs().max() < 2e-2  # one grey level
+
+
+def test_open_clip_gives_the_same_tokens(scenes: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(scenes)
+    from tests.training.tiny import CONFIG
+
+    config = towers.model_config({**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "context_length": 9, "vocab_size": tokenizer.vocab_size}})
+    state = towers.build_clip(config, seed=0).state_dict()
+    towers.export(state, config, tmp_path / "model", tokenizer_files=tokenizer.files)
+    theirs = towers.open_clip.get_tokenizer(f"local-dir:{tmp_path / 'model'}")
+    texts = ["a big red circle", "A  Small blue RING, left of a zebra!", "the large red cross is to the left of the big green ring", ""]
+    ours = tokenizer(texts, 9)
+    assert torch.equal(ours, theirs(texts))
+    assert ours.max() == tokenizer.vocab_size - 1
+    assert (ours.max(dim=1).values == tokenizer.vocab_size - 1).all()  # the end token survives truncation
+    assert ours[0].tolist()[-3:] == [0, 0, 0]

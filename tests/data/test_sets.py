@@ -1,0 +1,186 @@
+"""Data sets as they stand on disk: the same bytes every time, splits apart, readable by others, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from mmlg_scale.data.manifest import load_manifest
+from mmlg_scale.data.pack import pack_folders, pack_table
+from mmlg_scale.data.pipeline import ShardReader
+from mmlg_scale.data.scenes import COLOURS, SHAPES, SIZES, all_scenes, captions, render, write_scenes
+from mmlg_scale.errors import UserError
+
+
+def hashes(root: Path) -> list[str]:
+    return [shard["sha256"] for split in ("train", "val", "test") for shard in load_manifest(root / split)["shards"]]
+
+
+def test_scenes_are_deterministic_and_written_once(scenes: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    write_scenes(again, num_train=150, num_val=20, num_test=30, seed=3, samples_per_shard=40)
+    assert hashes(again) == hashes(scenes)
+    stamp = (again / "dataset.json").stat().st_mtime_ns
+    write_scenes(again, num_train=150, num_val=20, num_test=30, seed=3, samples_per_shard=40)
+    assert (again / "dataset.json").stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match="other arguments"):
+        write_scenes(again, num_train=151, num_val=20, num_test=30, seed=3, samples_per_shard=40)
+
+
+def meaning(text: str) -> tuple[object, ...]:
+    """What a caption says, whichever object it starts with: the set of things, and which of them is left or above."""
+    words = [word for word in text.replace("to the ", "").split() if word not in ("a", "the", "is", "there", "of")]
+    relation = next(word for word in words if word in ("left", "right", "above", "over", "below", "under"))
+    middle = words.index(relation)
+    synonym = {name: size for size, (_, names) in SIZES.items() for name in names}
+    first, second = ((synonym[w[0]], w[1], w[2]) for w in (words[:middle], words[middle + 1 :]))
+    if relation in ("right", "below", "under"):
+        first, second = second, first
+    return first, "left" if relation in ("left", "right") else "above", second
+
+
+def test_splits_share_no_scene_and_captions_agree(scenes: Path) -> None:
+    told: dict[str, list[tuple[object, ...]]] = {}
+    for split in ("train", "val", "test"):
+        reader = ShardReader(scenes / split)
+        told[split] = []
+        for index in range(len(reader)):
+            meanings = {meaning(text) for text in reader.about(index)["captions"]}
+            assert len(meanings) == 1
+            told[split].append(meanings.pop())
+    assert len(set(told["val"])) == 20
+    assert len(set(told["test"])) == 30
+    assert not set(told["train"]) & (set(told["val"]) | set(told["test"]))
+    assert not set(told["val"]) & set(told["test"])
+
+
+def test_what_is_drawn_is_what_is_said() -> None:
+    """The centre of mass of each named colour lies where the caption puts it, and large things cover more than small ones."""
+    generator = np.random.default_rng(0)
+    checked = 0
+    for scene in all_scenes()[::97]:
+        if scene.a.colour == scene.b.colour:
+            continue
+        pixels = np.asarray(render(scene, 32, generator)).astype(float)
+        places, areas = [], []
+        for thing in (scene.a, scene.b):
+            near = np.linalg.norm(pixels - np.array(COLOURS[thing.colour]), axis=-1) < 60
+            rows, columns = np.nonzero(near)
+            places.append((np.median(columns), np.median(rows)))
+            areas.append(near.sum())
+        axis = 0 if scene.relation == "left" else 1
+        assert places[0][axis] < places[1][axis], captions(scene, 1, generator)
+        if (scene.a.size, scene.b.size, scene.a.shape) == ("large", "small", scene.b.shape):
+            assert areas[0] > areas[1]
+        checked += 1
+    assert checked > 80
+    assert len(all_scenes()) == (len(SIZES) * len(COLOURS) * len(SHAPES)) * (len(SIZES) * len(COLOURS) * len(SHAPES) - 1) * 2
+
+
+def test_offsets_are_tarfiles(scenes: Path) -> None:
+    reader = ShardReader(scenes / "train")
+    position = 0
+    for shard in load_manifest(scenes / "train")["shards"]:
+        with tarfile.open(scenes / "train" / shard["file"]) as tar:
+            members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        for sample in shard["samples"]:
+            assert reader.image_bytes(position) == members[f"{sample['key']}.png"]
+            assert reader.about(position) == json.loads(members[f"{sample['key']}.json"])
+            assert members[f"{sample['key']}.txt"].decode() == reader.about(position)["captions"][0]
+            position += 1
+    assert position == 150
+
+
+def test_webdataset_reads_the_shards(scenes: Path) -> None:
+    paths = sorted(str(path) for path in (scenes / "val").glob("*.tar"))
+    samples = list(webdataset.WebDataset(paths, shardshuffle=False).decode("rgb8").to_tuple("png", "txt", "json"))
+    reader = ShardReader(scenes / "val")
+    assert len(samples) == 20
+    for index, (image, text, about) in enumerate(samples):
+        assert image.shape == (32, 32, 3)
+        assert about["captions"] == reader.about(index)["captions"]
+        assert text == about["captions"][0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda split: shutil.rmtree(split), "the folder is missing"),
+        (lambda split: (split / "manifest.json").unlink(), "4 shards and no manifest.json"),
+        (lambda split: (split / "shard-000001.tar").unlink(), "shard-000001.tar is missing"),
+        (lambda split: (split / "shard-000001.tar").write_bytes(b"x"), "has 1 bytes"),
+    ],
+)
+def test_damage_is_named(scenes: Path, tmp_path: Path, damage, said: str) -> None:
+    shutil.copytree(scenes, tmp_path / "copy")
+    damage(tmp_path / "copy" / "train")
+    with pytest.raises(UserError, match=said):
+        ShardReader(tmp_path / "copy" / "train")
+
+
+def write_images(folder: Path, count: int) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index in range(count):
+        paths.append(folder / f"{index}.png")
+        Image.fromarray(np.full((20, 30, 3), 10 * index, np.uint8)).save(paths[-1])
+    return paths
+
+
+def test_a_table_is_packed_with_all_captions_of_an_image(tmp_path: Path) -> None:
+    write_images(tmp_path / "in" / "images", 20)
+    rows = [f"images/{i}.png\tcaption {i} {n}" for i in range(20) for n in range(1 + i % 3)]
+    table = tmp_path / "in" / "table.tsv"
+    table.write_text("filepath\tcaption\n" + "\n".join(rows) + "\n")
+    pack_table(table, tmp_path / "out", seed=1)
+    seen = {}
+    for split, size in (("train", 17), ("val", 1), ("test", 2)):
+        reader = ShardReader(tmp_path / "out" / split)
+        assert len(reader) == size
+        for index in range(size):
+            found = reader.about(index)["captions"]
+            number = int(found[0].split()[1])
+            assert found == [f"caption {number} {n}" for n in range(1 + number % 3)]
+            assert reader.image_bytes(index) == (tmp_path / "in" / "images" / f"{number}.png").read_bytes()
+            seen[number] = split
+    assert len(seen) == 20
+
+
+def test_a_missing_image_is_named_with_its_row_and_nothing_is_written(tmp_path: Path) -> None:
+    write_images(tmp_path / "in", 3)
+    table = tmp_path / "in" / "t.csv"
+    table.write_text('filepath,caption\n0.png,"one, two"\n7.png,x\n')
+    with pytest.raises(UserError, match=r"t.csv row 3: no image .*7.png"):
+        pack_table(table, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+    (tmp_path / "in" / "7.png").write_text("no image")
+    with pytest.raises(UserError, match=r"row 3: .*7.png is no readable image"):
+        pack_table(table, tmp_path / "out")
+    table.write_text("file,caption\n0.png,x\n")
+    with pytest.raises(UserError, match="no column 'filepath', but: file, caption"):
+        pack_table(table, tmp_path / "out")
+
+
+def test_folders_become_classes(tmp_path: Path) -> None:
+    for name in ("cat", "hot_dog"):
+        write_images(tmp_path / "in" / name, 10)
+    pack_folders(tmp_path / "in", tmp_path / "out", templates=["a {}.", "one {} here"], seed=0, resize=16)
+    assert json.loads((tmp_path / "out" / "classes.json").read_text())["classnames"] == ["cat", "hot dog"]
+    labels = []
+    for split in ("train", "val", "test"):
+        reader = ShardReader(tmp_path / "out" / split)
+        for index in range(len(reader)):
+            about = reader.about(index)
+            name = ("cat", "hot dog")[about["label"]]
+            assert about["captions"] == [f"a {name}.", f"one {name} here"]
+            labels.append(about["label"])
+    assert sorted(labels) == [0] * 10 + [1] * 10
+    with pytest.raises(UserError, match="has no {}"):
+        pack_folders(tmp_path / "in", tmp_path / "other", templates=["a thing"])

@@ -1,0 +1,113 @@
+"""Parts of training on their own: the schedule, the losses' values, what weight decay touches, meters' files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmlg_scale import recipe, towers
+from mmlg_scale.objectives import feature_distance, hidden_distance
+from mmlg_scale.training.loop import rate_factor
+from mmlg_scale.training.meters import Meters
+from mmlg_scale.training.stages import ExtractionStage, decay_groups, tap_layers
+from tests.training.tiny import CONFIG, build_stage
+
+
+def test_schedule_by_hand() -> None:
+    """Ten steps of warm-up in a hundred, then a cosine to zero."""
+    assert [rate_factor(step, 100, 0.1) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert rate_factor(10, 100, 0.1) == 1.0
+    assert rate_factor(55, 100, 0.1) == pytest.approx(0.5)
+    assert rate_factor(99, 100, 0.1) == pytest.approx(0.5 * (1 + math.cos(math.pi * 89 / 90)))
+    assert rate_factor(0, 1, 0.0) == 1.0
+
+
+def test_layers_compared() -> None:
+    assert tap_layers([0.25, 0.5, 0.75, 1.0], 8) == (2, 4, 6, 8)
+    assert tap_layers([0.25, 0.5, 0.75, 1.0], 2) == (1, 1, 2, 2)
+    assert tap_layers([0.25, 0.5, 0.75, 1.0], 5) == (1, 3, 4, 5)
+
+
+def test_hidden_distance_leaves_padding_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 3, 4, generator=generator) for _ in range(2))
+    valid = torch.tensor([[True, True, False], [True, False, False]])
+    rows = [(0, 0), (0, 1), (1, 0)]
+    s, t = (torch.stack([x[i, j] for i, j in rows]).double() for x in (student, teacher))
+    expected = ((s - t) ** 2).mean() / ((t - t.mean()) ** 2).mean()
+    assert float(hidden_distance([student, student], [teacher, teacher], valid)) == pytest.approx(2 * float(expected), rel=1e-6)
+
+
+def test_feature_distance_ignores_length() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(5, 4, generator=generator)
+    assert float(feature_distance(features, 3 * features)) == pytest.approx(0, abs=1e-6)
+    assert float(feature_distance(features, -features)) == pytest.approx(2)
+
+
+def test_a_scale_above_the_bound_can_come_back() -> None:
+    scale = torch.tensor([6.0], requires_grad=True)
+    multiplier = towers.logit_multiplier(scale)
+    assert multiplier.item() == pytest.approx(100.0, rel=1e-6)
+    multiplier.backward()
+    assert scale.grad is not None
+    assert scale.grad.item() == pytest.approx(100.0, rel=1e-6)
+
+
+def test_only_matrices_decay() -> None:
+    clip = towers.build_clip(towers.model_config(CONFIG), seed=0)
+    names = {id(parameter): name for name, parameter in clip.named_parameters()}
+    decayed, free = decay_groups(clip, recipe.Optimizer(weight_decay=0.3))
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
+    found = {names[id(parameter)] for parameter in decayed["params"]}
+    assert {"visual.conv1.weight", "visual.proj", "text_projection", "transformer.resblocks.0.mlp.c_fc.weight"} <= found
+    assert not found & {"logit_scale", "token_embedding.weight", "positional_embedding", "visual.class_embedding", "ln_final.weight"}
+    assert len(found) + len(free["params"]) == len(names)
+
+
+def test_extraction_rates() -> None:
+    stage = build_stage("extraction", torch.device("cpu"))
+    assert isinstance(stage, ExtractionStage)
+    stage.training = recipe.Training(optimizer=recipe.Optimizer(learning_rate=1.0, weight_decay=0.1))
+    settings = {id(p): (group["lr"], group["weight_decay"]) for group in stage.parameter_groups() for p in group["params"]}
+    auxiliary = stage.auxiliary
+    assert settings[id(auxiliary.multimodal)] == (1.0, 0.1)
+    assert settings[id(auxiliary.coefficients_text)] == (3.0, 0.0)
+    assert settings[id(auxiliary.vectors_image)] == (1.0, 0.0)
+    assert settings[id(auxiliary.stem.visual.proj)] == (0.5, 0.1)
+    assert settings[id(auxiliary.stem.logit_scale)] == (0.5, 0.0)
+    assert len(settings) == len(list(stage.model.parameters()))
+
+
+def test_depths_are_drawn_by_seed_and_step_alone() -> None:
+    stage = build_stage("extraction", torch.device("cpu"))
+    assert isinstance(stage, ExtractionStage)
+    depths = [stage.depth(step) for step in range(200)]
+    assert set(depths) == {2, 3}
+    assert 70 < depths.count(2) < 130
+    assert [stage.depth(step) for step in (5, 150, 5)] == [depths[5], depths[150], depths[5]]
+
+
+def test_a_resumed_run_has_every_line_once(tmp_path: Path) -> None:
+    meters = Meters(tmp_path, 40, name="x", device=torch.device("cpu"), log_every=10)
+    meters.resume_from(0)
+    for step in range(1, 31):
+        meters.step(step, {"loss": torch.tensor(float(step)), "learning_rate": 0.1}, num_samples=4, flops=8)
+    meters.evaluation(30, {"q": 0.5})
+    seconds = meters.state_dict()["seconds"]
+    meters.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 40, "lo')  # a kill in the middle of a line
+    meters = Meters(tmp_path, 40, name="x", device=torch.device("cpu"), log_every=10)
+    meters.load_state_dict({"seconds": seconds + 100})
+    meters.resume_from(20)
+    for step in range(21, 41):
+        meters.step(step, {"loss": torch.tensor(torch.nan), "learning_rate": 0.1}, num_samples=4, flops=8)
+    assert meters.seconds > seconds + 100
+    meters.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(10, 10.0), (20, 20.0), (30, None), (40, None)]
