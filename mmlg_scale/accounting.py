@@ -172,9 +172,10 @@ def _cost_ratios(family: Mapping[str, Any], entries: Sequence[Entry], sizes: Seq
         with_ancestor[init] = None if cost is None else (cost + ancestor["flops"]) / (ours + ancestor["flops"])
     missed = [entry for entry in entries if entry["init"] == "mmlg" and size_of(entry) in sizes and not entry["reached"]]
     if missed:
+        total = sum(entry["init"] == "mmlg" and size_of(entry) in sizes for entry in entries)
         notes.append(
-            f"{len(missed)} of {sum(e['init'] == 'mmlg' and size_of(e) in sizes for e in entries)} descendants never reach the target and are "
-            "charged their whole adaptation: the cost ratios flatter the learngene. Give adaptation or extraction more steps."
+            f"{len(missed)} of {total} descendants never reach the target and are charged their whole adaptation: the cost ratios flatter "
+            "the learngene. Give adaptation or extraction more steps."
         )
     saved = (scratch - adaptation) / len(sizes)
     return {

@@ -12,10 +12,11 @@ from __future__ import annotations
 import functools
 import io
 import json
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,20 +52,20 @@ class ShardReader:
 
     def __init__(self, folder: Path) -> None:
         self.places, self.shard_sizes = locations(folder)
-        self._files: dict[Path, BinaryIO] = {}
+        self._shards: dict[Path, mmap.mmap] = {}
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_files": {}}  # open files do not travel to worker processes
+        return {**vars(self), "_shards": {}}  # mappings do not travel to worker processes
 
     def _read(self, place: Location, part: tuple[int, int]) -> bytes:
-        file = self._files.get(place.shard)
-        if file is None:
-            file = self._files[place.shard] = open(place.shard, "rb")  # noqa: SIM115 (kept open for the run)
-        file.seek(part[0])
-        return file.read(part[1])
+        shard = self._shards.get(place.shard)
+        if shard is None:
+            with open(place.shard, "rb") as file:
+                shard = self._shards[place.shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return shard[part[0] : part[0] + part[1]]
 
     def image_bytes(self, index: int) -> bytes:
         """The encoded image as packed."""
@@ -123,6 +124,7 @@ class _Pairs(Dataset[Batch]):
         self._tokens: list[Tensor | None] = [None] * len(reader)
 
     def __getitem__(self, places: Sequence[tuple[int, int]]) -> Batch:
+        self._tokenize([index for _, index in places])
         images = np.stack([self._image(epoch, index) for epoch, index in places])
         texts = torch.stack([self._text(epoch, index) for epoch, index in places])
         indices = torch.tensor([index for _, index in places])
@@ -146,10 +148,19 @@ class _Pairs(Dataset[Batch]):
         box = (int(left), int(top), int(left) + side, int(top) + side)
         return np.asarray(Image.fromarray(image).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box=box))
 
+    def _tokenize(self, indices: Sequence[int]) -> None:
+        """Tokenise the captions of samples that are met for the first time, all in one call: a call each costs five times as much."""
+        new = [index for index in indices if self._tokens[index] is None]
+        captions = [self.reader.about(index)["captions"] for index in new]
+        if not new:
+            return
+        tokens = self.tokenizer([text for texts in captions for text in texts], self.context_length)
+        for index, part in zip(new, tokens.split([len(texts) for texts in captions]), strict=True):
+            self._tokens[index] = part
+
     def _text(self, epoch: int, index: int) -> Tensor:
         tokens = self._tokens[index]
-        if tokens is None:
-            tokens = self._tokens[index] = self.tokenizer(self.reader.about(index)["captions"], self.context_length)
+        assert tokens is not None
         if len(tokens) == 1:
             return tokens[0]
         # A hash of (seed, epoch, index) instead of a generator: this runs for every sample of every batch.
