@@ -1,7 +1,7 @@
 # make setup    .venv with the tested set of packages (kept: a second time it needs no network)
 # make demo     the whole job at toy size: runs/demo/report.html and runs/demo/family.json
 # make test     linters, types, import rules, and the tests that need no GPU and no minutes
-# make test-slow   the end-to-end tests that take minutes
+# make gpu-check   GPU tests and benchmarks; JSON under OUT (default benchmarks/results)
 # make digits  the whole job on real input: scanned handwritten digits
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 OUT ?= benchmarks/results
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo digits test test-slow lint gpu-check clean help
+.PHONY: setup demo digits test lint gpu-check clean help
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -41,8 +41,12 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest
 
-test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+# A GPU machine may hold torch alone: whatever python is there is used, and the packages from this folder.
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu-check:
+	mkdir -p $(OUT)
+	PYTHONPATH=kernels:. $(GPU_PYTHON) -m pytest -m gpu tests/gpu
+	PYTHONPATH=kernels:. $(GPU_PYTHON) -m benchmarks.contrastive_loss --device cuda --out $(OUT)
 
 clean:
 	rm -rf build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,14 +1,18 @@
 """Parameters, bytes, FLOPs, seconds: the only place where a ratio is computed.
 
 Cost of a family. For each size, the target q is what training from scratch ends with on the validation split (mean over seeds). Every
-side is charged what it had spent at the first of two consecutive evaluations that reach q, or its full schedule where it
-never does (and is marked).
+side is charged what it had spent at the first of two consecutive evaluations that reach q, or its full schedule where it never does (and
+is then marked).
 
     cost_ratio = sum over sizes of scratch's charge / (extraction, teacher included + sum over sizes of adaptation's charge)
+
+A method has two parts of cost: what it spends once (the learngene's extraction) and what it spends per size. The ancestor's training stands
+apart, because a pre-trained model is often at hand: every ratio is given without it and with it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -17,8 +21,11 @@ from typing import Any
 
 Entry = dict[str, Any]
 Curve = Sequence[Mapping[str, Any]]
+Size = tuple[Any, ...]
 BYTES_PER_PARAMETER = 4
+"""fp32: sizes are compared at equal precision."""
 BASELINES = ("even", "distil", "tleg", "sws")
+"""Rivals that start from the ancestor, as the learngene does; training from scratch needs no ancestor."""
 
 
 def forward_flops(config: Mapping[str, Any], *, image_layers: int | None = None, text_layers: int | None = None) -> dict[str, int]:
@@ -26,15 +33,15 @@ def forward_flops(config: Mapping[str, Any], *, image_layers: int | None = None,
 
     Counted: patch embedding, all matrix products of the blocks, attention scores and their product with the values, projections.
     Not counted: norms, activations, softmax, additions, table look-ups. Causal attention is charged in full, since it is computed so.
+    A single tower is charged its own part ("image" or "text"). ViT-B/32: 8.82 + 5.96 = 14.78 GFLOP.
 
     Args:
-        config: an open_clip configuration.
+        config: an open_clip configuration of a VisionTransformer and a TextTransformer.
         image_layers, text_layers: depths in place of the configuration's; 0 leaves the blocks out.
     """
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    embed = config["embed_dim"]
-    width, patch, side = vision.get("width", 768), vision.get("patch_size", 16), vision.get("image_size", 224)
-    patches = (side // patch) ** 2
+    vision, text, embed = config["vision_cfg"], config["text_cfg"], config["embed_dim"]
+    width, patch = vision.get("width", 768), vision.get("patch_size", 16)
+    patches = math.prod(side // patch for side in _height_and_width(vision.get("image_size", 224)))
     layers = vision.get("layers", 12) if image_layers is None else image_layers
     image = 2 * patches * 3 * patch**2 * width + layers * _block_flops(patches + 1, width, vision.get("mlp_ratio", 4.0)) + 2 * width * embed
     width, length = text.get("width", 512), text.get("context_length", 77)
@@ -43,18 +50,33 @@ def forward_flops(config: Mapping[str, Any], *, image_layers: int | None = None,
     return {"image": int(image), "text": int(caption), "total": int(image + caption)}
 
 
+def training_flops(student_forward: int, num_samples: int, teacher_forward: int = 0) -> int:
+    """FLOPs of training on `num_samples`: the student's forward pass three times (backward costs two), a frozen teacher's once.
+
+    Args:
+        student_forward, teacher_forward: FLOPs of one sample's forward pass.
+    """
+    return num_samples * (3 * student_forward + teacher_forward)
+
+
+def _height_and_width(size: int | Sequence[int]) -> Sequence[int]:
+    return (size, size) if isinstance(size, int) else size
+
+
 def _block_flops(tokens: int, width: int, mlp_ratio: float) -> float:
     """Four width x width products and two of the MLP per token, and the attention's two products per pair of tokens."""
     return 2 * tokens * (4 + 2 * mlp_ratio) * width**2 + 4 * tokens**2 * width
 
 
-def parameter_counts(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Parameters of a CLIP state dict, given name -> shape: image_blocks, text_blocks, image_stem, text_stem, shared, total."""
+def parameter_counts(state: Mapping[str, Any]) -> dict[str, int]:
+    """Parameters of a CLIP state dict: {"image_blocks", "text_blocks", "image_stem", "text_stem", "shared", "total"}.
+
+    Args:
+        state: open_clip's names -> shapes or tensors. `shared` is the logit scale and bias; a stem is all of a tower besides its blocks.
+    """
     counts = dict.fromkeys(("image_blocks", "text_blocks", "image_stem", "text_stem", "shared"), 0)
-    for name, shape in shapes.items():
-        size = 1
-        for extent in shape:
-            size *= extent
+    for name, value in state.items():
+        size = math.prod(getattr(value, "shape", value))
         if name in ("logit_scale", "logit_bias"):
             counts["shared"] += size
         else:
@@ -64,8 +86,9 @@ def parameter_counts(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
 
 
 def first_reached(curve: Curve, target: float, metric: str) -> Mapping[str, Any] | None:
-    """The first of two consecutive evaluations at `target` or above.
+    """The first of two consecutive evaluations at `target` or above; None where there is no such pair.
 
+    A curve that is there in its last evaluation only has not reached it: one evaluation may be luck.
     A curve of a single point at step 0 (a model used as written) has no second evaluation to wait for: that point decides.
     """
     if len(curve) == 1 and curve[0]["step"] == 0:
@@ -83,125 +106,188 @@ def charge(curve: Curve, target: float, metric: str) -> dict[str, Any]:
     return {"reached": point is not None, "flops": paid["flops"], "seconds": paid["seconds"], "step": paid["step"]}
 
 
-def size_of(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+def size_of(entry: Mapping[str, Any]) -> Size:
     """What makes two entries the same size."""
     return tuple(entry[key] for key in ("image_layers", "text_layers", "image_width", "text_width", "modality"))
 
 
-def targets(entries: Sequence[Entry], metric: str) -> dict[tuple[Any, ...], float]:
-    """Target of each size: what scratch ends with on the validation split, mean over its seeds."""
-    final: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+def targets(entries: Sequence[Mapping[str, Any]], metric: str) -> dict[Size, float]:
+    """Target of each size: what scratch ends with on the validation split, mean over its seeds.
+
+    Args:
+        metric: for entries that do not name their own under "metric".
+    """
+    final: dict[Size, list[float]] = defaultdict(list)
     for entry in entries:
         if entry["init"] == "scratch":
-            final[size_of(entry)].append(entry["curve"][-1][metric])
+            final[size_of(entry)].append(entry["curve"][-1][entry.get("metric", metric)])
     return {size: mean(values) for size, values in final.items()}
 
 
 def summarise(family: Mapping[str, Any]) -> dict[str, Any]:
-    """`family` with each descendant's target and charge, and the family's ratios.
+    """`family` with each descendant's target and charge, the totals of each initialisation, and the family's ratios.
 
-    Sizes in the sum are those of both towers that have scratch and mmlg entries. Several seeds of a size are averaged.
+    Sizes in the sum are those of both towers that have scratch and mmlg entries (and that the recipe does not leave out). Several
+    seeds of a size are averaged. A baseline that lacks a size of the sum has no total and no ratio (None), and `notes` says so.
+    Everything added is derived from the entries, so that summarising again changes nothing.
     """
     metric = family["metric"]
-    entries = [dict(entry) for entry in family["descendants"]]
-    wanted = targets(entries, metric)
-    for entry in entries:
-        target = wanted.get(size_of(entry))
-        paid = charge(entry["curve"], target, metric) if target is not None else None
-        if entry["init"] == "scratch" and paid is not None and not paid["reached"]:
-            # Scratch defines the target; where only its last evaluation is there, the full schedule is its cost, and it did get there.
-            paid["reached"] = entry["curve"][-1][metric] >= target
-        entry["target"] = target
-        entry["reached"] = paid["reached"] if paid else None
-        entry["flops_to_target"] = paid["flops"] if paid else None
-        entry["seconds_to_target"] = paid["seconds"] if paid else None
+    wanted = targets(family["descendants"], metric)
+    entries = [_charged(entry, wanted.get(size_of(entry)), entry.get("metric", metric)) for entry in family["descendants"]]
     notes: list[str] = []
-    counted = _sizes_in_sum(entries)
-    ratios = _cost_ratios(family, entries, counted, notes)
+    sizes = _sizes_in_sum(entries)
+    totals = {}
+    for init in ("scratch", "mmlg", *BASELINES):
+        if any(entry["init"] == init for entry in entries):
+            totals[init] = _totals(family, entries, init, sizes)
+            if totals[init] is None and sizes:
+                notes.append(f"baseline {init} lacks a size of the sum: its ratio is not defined")
+    if not sizes:
+        notes.append("no size has both a scratch and an mmlg entry: cost ratios are not defined")
+    notes.extend(_missed_notes(entries, sizes))
+    notes.extend(_grid_notes(entries, sizes))
     return {
         **family,
         "descendants": entries,
-        "num_sizes_in_sum": len(counted),
-        **ratios,
+        "num_sizes_in_sum": len(sizes),
+        "totals_by_init": totals,
+        **_cost_ratios(family, totals, len(sizes)),
+        "mean_quality_at_0_over_scratch": _quality_at_0(metric, entries, sizes),
         **_storage_ratios(family, entries),
         "notes": notes,
     }
 
 
-def _sizes_in_sum(entries: Sequence[Entry]) -> list[tuple[Any, ...]]:
-    by_size: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+def _charged(entry: Mapping[str, Any], target: float | None, metric: str) -> Entry:
+    paid = charge(entry["curve"], target, metric) if target is not None else None
+    if entry["init"] == "scratch" and paid is not None and not paid["reached"]:
+        # Scratch defines the target; where only its last evaluation is there, the full schedule is its cost, and it did get there.
+        paid["reached"] = entry["curve"][-1][metric] >= target
+    return {
+        **entry,
+        "target": target,
+        "reached": paid["reached"] if paid else None,
+        "flops_to_target": paid["flops"] if paid else None,
+        "seconds_to_target": paid["seconds"] if paid else None,
+    }
+
+
+def _sizes_in_sum(entries: Sequence[Entry]) -> list[Size]:
+    by_size: dict[Size, set[str]] = defaultdict(set)
     for entry in entries:
-        if entry["modality"] == "both":
+        if entry["modality"] == "both" and entry.get("in_sum", True):
             by_size[size_of(entry)].add(entry["init"])
     return [size for size, inits in by_size.items() if {"scratch", "mmlg"} <= inits]
 
 
-def _sum_over_sizes(entries: Sequence[Entry], init: str, sizes: Sequence[tuple[Any, ...]], key: str) -> float | None:
-    """Sum over sizes of the mean charge over seeds; None where a size is missing."""
-    total = 0.0
-    for size in sizes:
-        found = [entry[key] for entry in entries if entry["init"] == init and size_of(entry) == size]
-        if not found:
-            return None
-        total += mean(found)
-    return total
+def _totals(family: Mapping[str, Any], entries: Sequence[Entry], init: str, sizes: Sequence[Size]) -> dict[str, Any] | None:
+    """What one way of making the whole family costs, ships and yields: sums (and means, for quality) over the sizes in the sum.
 
+    Returns:
+        num_reached of num_sizes (every seed of a size must reach); flops, seconds: per-size charges plus what is spent once;
+        flops_once; flops_with_ancestor; params_shipped: what must be stored to have every size (None where it is not known);
+        mean_metric_at_0 (None where there is none) and mean_metric_final on the test split. None where a size is missing.
+    """
+    groups = [[entry for entry in entries if entry["init"] == init and size_of(entry) == size] for size in sizes]
+    if not groups or not all(groups):
+        return None
 
-def _cost_ratios(family: Mapping[str, Any], entries: Sequence[Entry], sizes: Sequence[tuple[Any, ...]], notes: list[str]) -> dict[str, Any]:
-    names = ("cost_ratio", "cost_ratio_with_ancestor", "cost_ratio_seconds", "break_even_descendants", "mean_quality_at_0_over_scratch")
-    if not sizes:
-        notes.append("no size has both a scratch and an mmlg entry: cost ratios are not defined")
-        return {**dict.fromkeys(names), "cost_ratio_by_baseline": {}}
+    def total(key: str) -> float:
+        return sum(mean(entry[key] for entry in group) for group in groups)
+
     learngene, ancestor = family["learngene"], family["ancestor"]
-    extraction = learngene["flops"] + learngene["teacher_flops"]
-    scratch, adaptation = (_sum_over_sizes(entries, init, sizes, "flops_to_target") for init in ("scratch", "mmlg"))
-    seconds = [_sum_over_sizes(entries, init, sizes, "seconds_to_target") for init in ("scratch", "mmlg")]
-    assert scratch is not None
-    assert adaptation is not None
-    assert seconds[0] is not None
-    assert seconds[1] is not None
-    ours = extraction + adaptation
-    by_baseline, with_ancestor = {}, {}
-    for init in BASELINES:
-        if not any(entry["init"] == init for entry in entries):
-            continue
-        cost = _sum_over_sizes(entries, init, sizes, "flops_to_target")
-        if cost is None:
-            notes.append(f"baseline {init} lacks a size of the sum: its ratio is not defined")
-        by_baseline[init] = None if cost is None else cost / ours
-        with_ancestor[init] = None if cost is None else (cost + ancestor["flops"]) / (ours + ancestor["flops"])
-    missed = [entry for entry in entries if entry["init"] == "mmlg" and size_of(entry) in sizes and not entry["reached"]]
-    if missed:
-        total = sum(entry["init"] == "mmlg" and size_of(entry) in sizes for entry in entries)
-        notes.append(
-            f"{len(missed)} of {total} descendants never reach the target and are charged their whole adaptation: the cost ratios flatter "
-            "the learngene. Give adaptation or extraction more steps."
-        )
-    saved = (scratch - adaptation) / len(sizes)
+    once = learngene["flops"] + learngene["teacher_flops"] if init == "mmlg" else 0
+    flops, needs_ancestor = once + total("flops_to_target"), init != "scratch"
+    shipped = {"mmlg": learngene["params"], "even": ancestor["params"], "scratch": total("params"), "distil": total("params")}
+    at_0 = [entry["metrics_at_0"][family["metric"]] for group in groups for entry in group if entry["metrics_at_0"]]
     return {
-        "cost_ratio": scratch / ours,
-        "cost_ratio_by_baseline": by_baseline,
-        "cost_ratio_with_ancestor": scratch / (ours + ancestor["flops"]),
-        "cost_ratio_with_ancestor_by_baseline": with_ancestor,
-        "cost_ratio_seconds": seconds[0] / (learngene["seconds"] + seconds[1]),
-        # The number of average descendants at which ancestor and extraction are paid for.
-        "break_even_descendants": (ancestor["flops"] + extraction) / saved if saved > 0 else None,
-        "mean_quality_at_0_over_scratch": _quality_at_0(family["metric"], entries, sizes),
+        "num_sizes": len(groups),
+        "num_reached": sum(all(entry["reached"] for entry in group) for group in groups),
+        "flops_once": once,
+        "flops": flops,
+        "flops_with_ancestor": flops + ancestor["flops"] * needs_ancestor,
+        "seconds": total("seconds_to_target") + (learngene["seconds"] if init == "mmlg" else 0),
+        "params_shipped": shipped.get(init),
+        "mean_metric_at_0": mean(at_0) if at_0 else None,
+        "mean_metric_final": mean(mean(entry["metrics_final"][family["metric"]] for entry in group) for group in groups),
     }
 
 
-def _quality_at_0(metric: str, entries: Sequence[Entry], sizes: Sequence[tuple[Any, ...]]) -> float | None:
+def _cost_ratios(family: Mapping[str, Any], totals: Mapping[str, dict[str, Any] | None], num_sizes: int) -> dict[str, Any]:
+    """Every ratio is a rival's total divided by ours."""
+
+    def ratio(init: str, key: str) -> float | None:
+        rival, ours = totals.get(init), totals.get("mmlg")
+        return _divide(rival[key], ours[key]) if rival and ours else None
+
+    baselines = [init for init in BASELINES if init in totals]
+    return {
+        "cost_ratio": ratio("scratch", "flops"),
+        "cost_ratio_by_baseline": {init: ratio(init, "flops") for init in baselines},
+        "cost_ratio_with_ancestor": ratio("scratch", "flops_with_ancestor"),
+        "cost_ratio_with_ancestor_by_baseline": {init: ratio(init, "flops_with_ancestor") for init in baselines},
+        "cost_ratio_seconds": ratio("scratch", "seconds"),
+        "break_even_descendants": _break_even(family, totals, num_sizes),
+    }
+
+
+def _break_even(family: Mapping[str, Any], totals: Mapping[str, dict[str, Any] | None], num_sizes: int) -> int | None:
+    """The smallest number of average descendants whose savings against scratch pay for ancestor and extraction; None: it never does."""
+    scratch, ours = totals.get("scratch"), totals.get("mmlg")
+    if not scratch or not ours:
+        return None
+    saved = scratch["flops"] - (ours["flops"] - ours["flops_once"])
+    # Multiplied before it is divided, so that whole numbers stay exact.
+    return math.ceil((family["ancestor"]["flops"] + ours["flops_once"]) * num_sizes / saved) if saved > 0 else None
+
+
+def _missed_notes(entries: Sequence[Entry], sizes: Sequence[Size]) -> list[str]:
+    ours = [entry for entry in entries if entry["init"] == "mmlg" and size_of(entry) in sizes]
+    num_missed = sum(not entry["reached"] for entry in ours)
+    if not num_missed:
+        return []
+    return [
+        f"{num_missed} of {len(ours)} descendants never reach the target and are charged their whole adaptation: the cost ratios flatter "
+        "the learngene. Give adaptation or extraction more steps."
+    ]
+
+
+def _grid_notes(entries: Sequence[Entry], sizes: Sequence[Size]) -> list[str]:
+    """Charges are exact to the distance between evaluations; a reader must know where it is not the same for all."""
+    gaps: dict[str, set[int]] = defaultdict(set)
+    for entry in entries:
+        if size_of(entry) in sizes and len(entry["curve"]) > 1:
+            gaps[entry["init"]].add(max(following["samples"] - point["samples"] for point, following in pairwise(entry["curve"])))
+    widest = {init: max(found) for init, found in gaps.items()}
+    if len(set(widest.values())) < 2:
+        return []
+    listed = ", ".join(f"{init} {gap:,}" for init, gap in sorted(widest.items()))
+    return [f"evaluations are not equally far apart (samples between two of them: {listed}); a charge is exact to that distance"]
+
+
+def _quality_at_0(metric: str, entries: Sequence[Entry], sizes: Sequence[Size]) -> float | None:
     """Mean test metric of descendants before any training, divided by the mean of scratch at its end, over the sizes in the sum."""
-    ours = [e["metrics_at_0"][metric] for e in entries if e["init"] == "mmlg" and size_of(e) in sizes]
-    theirs = [e["metrics_final"][metric] for e in entries if e["init"] == "scratch" and size_of(e) in sizes]
-    return mean(ours) / mean(theirs) if theirs and mean(theirs) > 0 else None
+    counted = [entry for entry in entries if size_of(entry) in sizes]
+    ours = [entry["metrics_at_0"][metric] for entry in counted if entry["init"] == "mmlg" and entry["metrics_at_0"]]
+    theirs = [entry["metrics_final"][metric] for entry in counted if entry["init"] == "scratch"]
+    return _divide(mean(ours), mean(theirs)) if ours and theirs else None
 
 
 def _storage_ratios(family: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Any]:
-    """At equal precision and counting every parameter; the file's own bytes stand beside them in the report."""
-    learngene = family["learngene"]["params"]
-    written = [entry["params"] for entry in entries if entry["init"] == "mmlg"]
+    """At equal precision and counting every parameter; the file's own bytes stand beside them in the report.
+
+    The learngene carries the ancestor's stems and logit scale whole, so what else the ancestor has are its blocks.
+    """
+    learngene, ancestor = family["learngene"], family["ancestor"]["params"]
+    written = {size_of(entry): entry["params"] for entry in entries if entry["init"] == "mmlg"}  # seeds of a size are one descendant
     return {
-        "storage_ratio_ancestor": learngene / family["ancestor"]["params"],
-        "storage_ratio_family": learngene / sum(written) if written else None,
+        "storage_ratio_ancestor": learngene["params"] / ancestor,
+        "storage_ratio_family": _divide(learngene["params"], sum(written.values())),
+        "storage_share_blocks": learngene["block_params"] / ancestor,
+        "storage_share_stems": learngene["stem_params"] / ancestor,
+        "storage_ratio_blocks": _divide(learngene["block_params"], ancestor - learngene["stem_params"]),
     }
+
+
+def _divide(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator > 0 else None

@@ -6,25 +6,24 @@ import base64
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import matplotlib
-import torch
 import torch.nn.functional as F
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from rich.table import Table
 from torch import Tensor
 
-from mmlg_scale.accounting import BYTES_PER_PARAMETER
+from mmlg_scale.accounting import BYTES_PER_PARAMETER, Size, size_of, summarise
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_text_atomic
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
 NAMES = {
     "mmlg": "learngene",
@@ -34,44 +33,114 @@ NAMES = {
     "tleg": "TLEG",
     "sws": "SWS",
 }
+SINGLE_METRICS = {
+    "image_retrieval_recall@1": "image retrieval R@1",
+    "text_retrieval_recall@1": "text retrieval R@1",
+    "acc1": "zero-shot accuracy",
+    "mean_per_class_recall": "mean per class",
+}
 COLOURS = {"mmlg": "#c2410c", "scratch": "#475569", "distil": "#2563eb", "even": "#16a34a", "tleg": "#9333ea", "sws": "#ca8a04"}
+
+# What a page cannot be drawn without.
+_ANCESTOR_KEYS = ("params", "flops", "seconds", "metrics")
+_LEARNGENE_KEYS = ("params", "bytes", "block_params", "stem_params", "flops", "teacher_flops", "seconds")
+_SIZE_KEYS = ("image_layers", "text_layers", "image_width", "text_width", "modality")
+_ENTRY_KEYS = (*_SIZE_KEYS, "name", "params", "init", "seed", "metrics_at_0", "metrics_final", "curve")
 
 
 def write_report(run_folder: Path) -> Path:
     """Draw RUN/report.html from RUN/family.json and, where it stands, RUN/retrieval_samples.json; returns its path.
 
+    Charges and ratios are derived again from the entries and their curves, so that the page can never disagree with them.
+
     Raises:
-        UserError: family.json is missing or damaged.
+        UserError: a file is missing, is no JSON, or lacks something that the page shows.
     """
     source = run_folder / "family.json"
     if not source.is_file():
         raise UserError(f"{run_folder} holds no family.json. mmlg family writes it at the end of its run.")
-    try:
-        family = json.loads(source.read_text())
-        samples_file = run_folder / "retrieval_samples.json"
-        samples = json.loads(samples_file.read_text()) if samples_file.is_file() else []
-        page = render(family, samples)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{source} is damaged ({error!r}). Remove it and start mmlg family again: complete steps are kept.") from error
+    family = _read_json(source)
+    lacks = _what_lacks(family)
+    if lacks is not None:
+        raise UserError(f"{source} is damaged: {lacks}. Remove it and start mmlg family again: complete steps are kept.")
+    samples_file = run_folder / "retrieval_samples.json"
+    samples = _read_json(samples_file) if samples_file.is_file() else []
+    if not isinstance(samples, list) or not all(isinstance(sample, dict) and "results" in sample for sample in samples):
+        raise UserError(f"{samples_file} is damaged: it is no list of queries with results. Remove it; the report is drawn without it.")
     target = run_folder / "report.html"
-    write_text_atomic(target, page)
+    write_text_atomic(target, render(summarise(family), samples))
     return target
 
 
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: it is no JSON ({error}). Remove it and start mmlg family again.") from error
+
+
+def _what_lacks(family: Any) -> str | None:
+    """The first thing that a family lacks, in words; None for a whole one."""
+    if not isinstance(family, dict):
+        return "it is no JSON object"
+    for key, kind in (
+        ("metric", str),
+        ("ancestor", dict),
+        ("learngene", dict),
+        ("descendants", list),
+        ("environment", dict),
+        ("recipe", dict),
+    ):
+        if not isinstance(family.get(key), kind):
+            return f"key {key} is missing or of the wrong kind"
+    metric = family["metric"]
+    for key, wanted in (("ancestor", _ANCESTOR_KEYS), ("learngene", _LEARNGENE_KEYS)):
+        missing = [name for name in wanted if name not in family[key]]
+        if missing:
+            return f"key {key}.{missing[0]} is missing"
+    if metric not in family["ancestor"]["metrics"]:
+        return f"ancestor.metrics lacks {metric}"
+    for index, entry in enumerate(family["descendants"]):
+        lacks = _what_entry_lacks(entry, metric)
+        if lacks is not None:
+            return f"descendants[{index}] {lacks}"
+    return None
+
+
+def _what_entry_lacks(entry: Any, metric: str) -> str | None:
+    missing = [name for name in _ENTRY_KEYS if name not in entry] if isinstance(entry, dict) else ["name"]
+    if missing:
+        return f"lacks {missing[0]}"
+    if entry["init"] not in NAMES:
+        return f"has an unknown init, {entry['init']!r}"
+    if not entry["curve"] or any(key not in point for point in entry["curve"] for key in ("step", "samples", "flops", "seconds", metric)):
+        return f"has a curve without points, or one that lacks {metric}"
+    return None if metric in entry["metrics_final"] else f"lacks metrics_final.{metric}"
+
+
 def render(family: dict[str, Any], samples: Sequence[dict[str, Any]]) -> str:
-    """The page as HTML."""
+    """The page as HTML.
+
+    Args:
+        family: what `accounting.summarise` returned.
+        samples: what `retrieval_samples` returned; may be empty.
+    """
     environment = Environment(loader=PackageLoader("mmlg_scale"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"percent": percent, "ratio": ratio, "si": si, "seconds": seconds}
+    singles = [entry for entry in family["descendants"] if entry["modality"] != "both"]
     return environment.get_template("report.html.j2").render(
         family=family,
         names=NAMES,
         sizes=rows_by_size(family),
-        singles=[entry for entry in family["descendants"] if entry["modality"] != "both"],
+        totals=totals_rows(family),
+        singles=singles,
+        single_metrics={key: name for key, name in SINGLE_METRICS.items() if any(key in entry["metrics_final"] for entry in singles)},
         curves=_svg(plot_curves(family)),
         quality=_svg(plot_quality(family)),
-        samples=samples,
+        caption_queries=[sample for sample in samples if "caption" in sample],
+        image_queries=[sample for sample in samples if "caption" not in sample],
         bytes_per_parameter=BYTES_PER_PARAMETER,
-        recipe=yaml.safe_dump(family["recipe"], sort_keys=False),
+        recipe=yaml.safe_dump(family["recipe"], sort_keys=False, allow_unicode=True),
     )
 
 
@@ -89,98 +158,127 @@ def si(value: float | None) -> str:
     """1.23e13 -> 12.3 T."""
     if value is None:
         return "–"
-    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:.3g} {unit}"
     return f"{value:.3g}"
 
 
 def seconds(value: float | None) -> str:
-    """87.25 -> 87 s; 200 -> 3 min 20 s."""
+    """8.25 -> 8.2 s; 87.25 -> 87 s; 200 -> 3 min 20 s; 8000 -> 2 h 13 min."""
     if value is None:
         return "–"
-    return f"{value:.0f} s" if value < 120 else f"{int(value // 60)} min {int(value % 60)} s"
-
-
-def _label(entry: dict[str, Any]) -> str:
-    return f"{entry['image_layers']} + {entry['text_layers']}"
+    if value < 120:
+        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def rows_by_size(family: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cost table: one group per size of both towers, smallest first; inside it one row per initialisation."""
-    groups: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    """The cost table: one group per size of both towers, smallest first; inside it one row per initialisation and seed."""
+    groups: dict[Size, list[dict[str, Any]]] = defaultdict(list)
     for entry in family["descendants"]:
         if entry["modality"] == "both":
-            groups[entry["image_layers"], entry["text_layers"]].append(entry)
+            groups[size_of(entry)].append(entry)
+    widths = {(entry["image_width"], entry["text_width"]) for entries in groups.values() for entry in entries}
     order = list(NAMES)
     return [
-        {"label": _label(entries[0]), "entries": sorted(entries, key=lambda entry: order.index(entry["init"]))}
-        for _, entries in sorted(groups.items())
+        {
+            "label": _label(entries[0], with_widths=len(widths) > 1),
+            "entries": sorted(entries, key=lambda entry: (order.index(entry["init"]), entry["seed"])),
+        }
+        for _, entries in sorted(groups.items(), key=lambda group: (group[1][0]["params"], group[0]))
     ]
 
 
+def totals_rows(family: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table of totals: one row per way of making the whole family, with its cost in units of ours."""
+    ratios = {"mmlg": 1.0, "scratch": family["cost_ratio"], **family["cost_ratio_by_baseline"]}
+    scratch = family["cost_ratio_with_ancestor"]
+    with_ancestor = {"mmlg": 1.0, "scratch": scratch, **family["cost_ratio_with_ancestor_by_baseline"]}
+    totals = family["totals_by_init"]
+    return [
+        {"init": init, **totals[init], "ratio": ratios[init], "ratio_with_ancestor": with_ancestor[init]}
+        for init in NAMES
+        if totals.get(init) is not None
+    ]
+
+
+def _label(entry: dict[str, Any], *, with_widths: bool) -> str:
+    label = f"{entry['image_layers']} + {entry['text_layers']}"
+    return f"{label} (width {entry['image_width']} + {entry['text_width']})" if with_widths else label
+
+
 def plot_curves(family: dict[str, Any]) -> Figure:
-    """Validation metric against FLOPs, one panel per size, with the target and what extraction cost."""
+    """Validation metric against FLOPs, one panel per size, with the target; extraction's cost is shared and not drawn."""
     groups, metric = rows_by_size(family), family["metric"]
     columns = min(3, max(1, len(groups)))
     rows = -(-len(groups) // columns) or 1
-    figure, axes = plt.subplots(rows, columns, figsize=(4.0 * columns, 2.9 * rows), squeeze=False, sharey=True)
+    figure = Figure(figsize=(4.0 * columns, 2.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axis in axes.flat[len(groups) :]:
         axis.set_visible(False)
+    largest = max((entry["curve"][-1]["flops"] for group in groups for entry in group["entries"]), default=0)
+    scale, unit = next((pair for pair in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP")) if largest >= pair[0]), (1e9, "GFLOP"))
     for axis, group in zip(axes.flat, groups, strict=False):
         for entry in group["entries"]:
-            points = entry["curve"]
-            x, y = [point["flops"] / 1e12 for point in points], [100 * point[metric] for point in points]
-            axis.plot(x, y, "o-", ms=3, lw=1.4, color=COLOURS[entry["init"]], label=NAMES[entry["init"]])
-            if entry["init"] == "mmlg":
-                axis.plot(x[:1], y[:1], "*", ms=12, color=COLOURS["mmlg"])
+            points, colour = entry["curve"], COLOURS[entry["init"]]
+            x, y = [point["flops"] / scale for point in points], [100 * point[metric] for point in points]
+            axis.plot(x, y, "o-", ms=3, lw=1.4, color=colour, label=NAMES[entry["init"]])
+            if entry["init"] == "mmlg" and points[0]["step"] == 0:
+                axis.plot(x[:1], y[:1], "*", ms=12, color=colour, clip_on=False, zorder=5)
         target = group["entries"][0]["target"]
         if target is not None:
-            axis.axhline(100 * target, color="#94a3b8", lw=0.8, ls="--")
+            axis.axhline(100 * target, color="#475569", lw=1.0, ls="--", alpha=0.8)
         axis.set_title(f"{group['label']} layers", fontsize=10)
-        axis.set_xlabel("TFLOP of its own training", fontsize=8)
+        axis.set_xlabel(f"{unit} of its own training", fontsize=8)
         axis.grid(alpha=0.25)
         axis.tick_params(labelsize=8)
     if groups:
-        axes[0][0].set_ylabel(f"validation {metric} (%)", fontsize=8)
-        handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, fontsize=8, frameon=False)
-    figure.set_layout_engine("constrained")
+        axes[0][0].set_ylim(bottom=0)
+        for row in axes:
+            row[0].set_ylabel(f"validation {metric} (%)", fontsize=8)
+        _legend(figure, axes.flat)
     return figure
 
 
+def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
+    """One legend above all panels."""
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+
+
 def plot_quality(family: dict[str, Any]) -> Figure:
-    """Test metric against parameters: the learngene's descendants before training, and what each baseline ends with."""
-    figure, axis = plt.subplots(figsize=(6.2, 3.4), layout="constrained")
-    metric = family["metric"]
+    """Test metric against parameters (means over seeds): descendants before and after adaptation, and what each baseline ends with."""
+    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
+    axis, metric = figure.subplots(), family["metric"]
+    groups = rows_by_size(family)
+
+    def draw(init: str, key: str, style: str, label: str) -> None:
+        found = [[e for e in group["entries"] if e["init"] == init and e[key]] for group in groups]
+        points = [(entries[0]["params"], 100 * mean(entry[key][metric] for entry in entries)) for entries in found if entries]
+        if points:
+            axis.plot(*zip(*points, strict=True), style, ms=9 if "*" in style else 4, color=COLOURS[init], label=label)
+
+    draw("mmlg", "metrics_at_0", "*-", "learngene, no training")
     for init, name in NAMES.items():
-        entries = [entry for entry in family["descendants"] if entry["init"] == init and entry["modality"] == "both"]
-        entries.sort(key=lambda entry: entry["params"])
-        if not entries:
-            continue
-        x = [entry["params"] for entry in entries]
-        colour = COLOURS[init]
-        if init == "mmlg":
-            y0 = [100 * entry["metrics_at_0"][metric] for entry in entries]
-            axis.plot(x, y0, "*-", ms=9, color=colour, label="learngene, no training")
-        if init != "mmlg" or any(len(entry["curve"]) > 1 for entry in entries):
-            label = name if init != "mmlg" else "learngene, adapted"
-            axis.plot(x, [100 * e["metrics_final"][metric] for e in entries], "o--", ms=4, color=colour, label=label)
+        adapted = any(entry["init"] == init and len(entry["curve"]) > 1 for group in groups for entry in group["entries"])
+        if init != "mmlg" or adapted:
+            draw(init, "metrics_final", "o--", "learngene, adapted" if init == "mmlg" else name)
     ancestor = family["ancestor"]
-    axis.plot([ancestor["params"]], [100 * ancestor["metrics"][metric]], "D", color="#0f172a", label="ancestor")
+    axis.plot([ancestor["params"]], [100 * ancestor["metrics"][metric]], "D", color="#0f172a", label="ancestor", clip_on=False)
     axis.axvline(family["learngene"]["params"], color=COLOURS["mmlg"], lw=0.8, ls=":", label="size of the learngene")
-    axis.set_xlabel("parameters")
-    axis.set_ylabel(f"test {metric} (%)")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
+    axis.set(xlabel="parameters", ylabel=f"test {metric} (%)", ylim=(0, None))
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    with plt.rc_context({"svg.hashsalt": "mmlg"}):  # the same family gives the same file
+    with rc_context({"svg.hashsalt": "mmlg"}):  # the same family gives the same file
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -193,28 +291,48 @@ def retrieval_samples(
     image_png: Callable[[int], bytes],
     *,
     num_queries: int = 6,
+    num_image_queries: int = 0,
     num_results: int = 5,
 ) -> list[dict[str, Any]]:
-    """What a model finds for captions spread evenly over the split.
+    """What a model finds for captions, and for images where asked, spread evenly over the split.
+
+    Args:
+        image_ND, text_MD: features of N images and M captions; normalised here.
+        text_to_image_M: the image of each caption.
+        image_png: an image's PNG by its number.
 
     Returns:
-        [{"caption", "results": [{"png_base64", "correct", "score"}]}], best result first.
+        A list that JSON takes; best result first, scores are cosines:
+        {"caption", "results": [{"png_base64", "correct", "score"}]} for a caption,
+        {"png_base64", "results": [{"caption", "correct", "score"}]} for an image.
     """
     image_ND, text_MD = F.normalize(image_ND.float(), dim=-1), F.normalize(text_MD.float(), dim=-1)
-    samples = []
-    for query in torch.linspace(0, len(captions) - 1, num_queries).long().tolist():
-        scores = image_ND @ text_MD[query]
-        best = scores.topk(min(num_results, len(scores))).indices.tolist()
-        results = [
-            {
-                "png_base64": base64.b64encode(image_png(index)).decode(),
-                "correct": index == int(text_to_image_M[query]),
-                "score": round(float(scores[index]), 4),
-            }
-            for index in best
-        ]
+    owner_M = text_to_image_M.tolist()
+    samples: list[dict[str, Any]] = []
+    for query in _spread(len(captions), num_queries):
+        found = [(index, index == owner_M[query], score) for index, score in _best(image_ND @ text_MD[query], num_results)]
+        results = [{"png_base64": _base64(image_png(index)), "correct": right, "score": score} for index, right, score in found]
         samples.append({"caption": captions[query], "results": results})
+    for query in _spread(len(image_ND), num_image_queries):
+        found = [(index, owner_M[index] == query, score) for index, score in _best(text_MD @ image_ND[query], num_results)]
+        texts = [{"caption": captions[index], "correct": right, "score": score} for index, right, score in found]
+        samples.append({"png_base64": _base64(image_png(query)), "results": texts})
     return samples
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` numbers below `count`, evenly apart, the first and the last among them."""
+    wanted = min(wanted, count)
+    return [index * (count - 1) // max(1, wanted - 1) for index in range(wanted)]
+
+
+def _best(scores_N: Tensor, wanted: int) -> list[tuple[int, float]]:
+    top = scores_N.topk(min(wanted, len(scores_N)))
+    return [(int(index), round(float(score), 4)) for score, index in zip(top.values, top.indices, strict=True)]
+
+
+def _base64(payload: bytes) -> str:
+    return base64.b64encode(payload).decode("ascii")
 
 
 def console_table(family: dict[str, Any]) -> Table:
@@ -233,15 +351,16 @@ def console_table(family: dict[str, Any]) -> Table:
                 percent(first),
                 percent(entry["metrics_final"][metric]),
                 si(entry["flops_to_target"]),
-                "yes" if entry["reached"] else "no",
+                {True: "yes", False: "no", None: "–"}[entry["reached"]],
             )
         table.add_section()
     learngene = family["learngene"]
-    storage = percent(family["storage_ratio_ancestor"])
     extraction = si(learngene["flops"] + learngene["teacher_flops"])
+    rivals = {"scratch": family["cost_ratio"], **family["cost_ratio_by_baseline"]}
     table.caption = (
-        f"extraction {extraction}FLOP; cost ratio against scratch {ratio(family['cost_ratio'])}, "
-        + "".join(f"against {NAMES[init]} {ratio(value)}, " for init, value in family["cost_ratio_by_baseline"].items())
-        + f"with the ancestor {ratio(family['cost_ratio_with_ancestor'])}; storage {storage} of the ancestor"
+        f"extraction {extraction}FLOP; cost ratio "
+        + ", ".join(f"against {NAMES[init]} {ratio(value)}" for init, value in rivals.items())
+        + f", against scratch with the ancestor counted {ratio(family['cost_ratio_with_ancestor'])}; "
+        + f"storage {percent(family['storage_ratio_ancestor'])} of the ancestor"
     )
     return table

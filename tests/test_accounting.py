@@ -1,33 +1,84 @@
-"""Costs by hand, against torch's own FLOP counter, and against published parameter counts."""
+"""Parameters and FLOPs against open_clip itself and against the design's figures; charges and ratios against sums done by hand."""
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmlg_scale import towers
-from mmlg_scale.accounting import charge, first_reached, forward_flops, parameter_counts, summarise
-from tests.training.tiny import CONFIG, batch
+from mmlg_scale.accounting import (
+    charge,
+    first_reached,
+    forward_flops,
+    parameter_counts,
+    size_of,
+    summarise,
+    targets,
+    training_flops,
+)
+
+# Unequal widths, depths and MLP ratios, and a second image side: a formula that mixes two of them up cannot pass.
+ODD = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": [32, 48], "layers": 3, "width": 96, "head_width": 32, "patch_size": 8, "mlp_ratio": 2.0},
+    "text_cfg": {"context_length": 11, "vocab_size": 50, "width": 64, "heads": 2, "layers": 2},
+}
 
 
-def test_flops_equal_torchs_counter() -> None:
-    clip = towers.build_clip(towers.model_config(CONFIG), seed=0)
-    images, texts = batch(0)
-    for tower, encode, inputs in (("image", clip.encode_image, images), ("text", clip.encode_text, texts)):
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+def _measured_flops(config: dict[str, Any], num_samples: int = 2) -> dict[str, int]:
+    """FLOPs that torch counts in one sample's forward pass."""
+    clip = towers.build_clip(config, seed=0).eval()
+    height, width = config["vision_cfg"]["image_size"]
+    image_BCHW = torch.zeros(num_samples, 3, height, width)
+    text_BT = torch.ones(num_samples, config["text_cfg"]["context_length"], dtype=torch.long)
+    measured = {}
+    for tower, encode, inputs in (("image", clip.encode_image, image_BCHW), ("text", clip.encode_text, text_BT)):
+        # Plain attention is two counted products; what is counted of a fused kernel depends on torch's version.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             encode(inputs)
-        # The counter sees the products of the attention too, on the math path; the eight captions and images are one batch.
-        assert counter.get_total_flops() == 8 * forward_flops(CONFIG)[tower]
+        measured[tower] = counter.get_total_flops() // num_samples
+    return measured
 
 
-def test_vit_b_32_by_its_published_size() -> None:
-    config = towers.model_config("ViT-B-32")
-    flops = forward_flops(config)
-    assert flops["total"] == pytest.approx(14.78e9, rel=2e-3)
-    assert flops["text"] == pytest.approx(5.96e9, rel=2e-3)
-    shapes = {name: tuple(tensor.shape) for name, tensor in towers.build_meta(config).state_dict().items()}
-    counts = parameter_counts(shapes)
+def test_forward_flops_agree_with_torchs_count_of_a_real_model() -> None:
+    formula, measured = forward_flops(ODD), _measured_flops(ODD)
+    assert {tower: formula[tower] for tower in measured} == measured
+
+
+def test_forward_flops_of_vit_b_32_are_the_designs() -> None:
+    flops = forward_flops(towers.model_config("ViT-B-32"))
+    assert flops["total"] == flops["image"] + flops["text"]
+    assert (round(flops["image"] / 1e9, 2), round(flops["text"] / 1e9, 2), round(flops["total"] / 1e9, 2)) == (8.82, 5.96, 14.78)
+
+
+def test_a_block_by_hand() -> None:
+    """Width 4, 3 tokens, MLP ratio 4: qkv 2*3*4*12 + out 2*3*4*4 + MLP 2*(2*3*4*16) + scores and values 2*(2*3*3*4) = 1296."""
+    config = copy.deepcopy(ODD)
+    config["text_cfg"] = {"context_length": 3, "vocab_size": 5, "width": 4, "heads": 1, "layers": 1}
+    one, two = (forward_flops(config, text_layers=n)["text"] for n in (1, 2))
+    assert two - one == 288 + 96 + 768 + 144
+    assert forward_flops(config, text_layers=0)["text"] == 2 * 4 * 24  # the projection alone
+    assert forward_flops(config)["text"] == one
+    assert forward_flops(config, image_layers=7)["text"] == one
+
+
+def test_depths_can_be_replaced() -> None:
+    assert forward_flops(ODD, image_layers=1, text_layers=5) == forward_flops(towers.with_layers(ODD, 1, 5))
+
+
+def test_training_flops_by_hand() -> None:
+    assert training_flops(10, 7) == 210
+    assert training_flops(10, 7, teacher_forward=4) == 238
+
+
+def test_parameter_counts_of_vit_b_32_are_the_designs() -> None:
+    state = towers.build_meta(towers.model_config("ViT-B-32")).state_dict()
+    counts = parameter_counts(state)
     assert counts == {
         "image_blocks": 12 * 7_087_872,
         "text_blocks": 12 * 3_152_384,
@@ -36,98 +87,229 @@ def test_vit_b_32_by_its_published_size() -> None:
         "shared": 1,
         "total": 151_277_313,
     }
+    assert parameter_counts({name: tuple(tensor.shape) for name, tensor in state.items()}) == counts
 
 
-def test_depths_can_be_replaced() -> None:
-    assert forward_flops(CONFIG, image_layers=1, text_layers=2) == forward_flops(towers.with_layers(CONFIG, 1, 2))
+def _curve(*values: float, step: int = 10, start: int = 1, flops: int = 100, seconds: float = 2.0) -> list[dict[str, Any]]:
+    """Evaluations every `step` steps; FLOPs and seconds grow by the given amounts per evaluation."""
+    return [
+        {"step": step * n, "samples": step * n, "flops": flops * n, "seconds": seconds * n, "q": value}
+        for n, value in enumerate(values, start=start)
+    ]
 
 
-def curve(*values: float, start: int = 1) -> list[dict[str, float]]:
-    return [{"step": 10 * n, "flops": 100 * n, "seconds": n, "q": value} for n, value in enumerate(values, start=start)]
+@pytest.mark.parametrize(
+    ("values", "start", "expected_step"),
+    [
+        ((0.1, 0.5, 0.6, 0.7), 1, 20),  # exactly the target counts
+        ((0.1, 0.5, 0.4, 0.6, 0.7), 1, 40),  # a lone evaluation does not
+        ((0.1, 0.2, 0.3, 0.9), 1, None),  # nor does the last one alone
+        ((0.6, 0.6), 0, 0),  # there before any training
+        ((0.6,), 0, 0),  # used as written: nothing to wait for
+        ((0.4,), 0, None),
+        ((0.6,), 1, None),  # one evaluation after training is a lone evaluation
+        ((float("nan"), 0.6, float("nan"), 0.6), 1, None),
+    ],
+)
+def test_first_reached(values: tuple[float, ...], start: int, expected_step: int | None) -> None:
+    point = first_reached(_curve(*values, start=start), 0.5, "q")
+    assert (None if point is None else point["step"]) == expected_step
 
 
-def test_reached_means_twice_in_a_row() -> None:
-    points = curve(0.1, 0.5, 0.4, 0.5, 0.6)
-    found = first_reached(points, 0.5, "q")
-    assert found is not None
-    assert found["step"] == 40
-    assert charge(points, 0.5, "q") == {"reached": True, "flops": 400, "seconds": 4, "step": 40}
-    assert charge(curve(0.1, 0.2, 0.5), 0.5, "q") == {"reached": False, "flops": 300, "seconds": 3, "step": 30}
+def test_charge_is_the_full_schedule_where_the_target_is_not_reached() -> None:
+    assert charge(_curve(0.1, 0.5, 0.6, 0.7), 0.5, "q") == {"reached": True, "flops": 200, "seconds": 4.0, "step": 20}
+    assert charge(_curve(0.1, 0.2, 0.3, 0.9), 0.5, "q") == {"reached": False, "flops": 400, "seconds": 8.0, "step": 40}
 
 
-def test_a_model_used_as_written_has_one_evaluation() -> None:
-    assert charge(curve(0.5, start=0), 0.5, "q")["reached"]
-    assert charge(curve(0.5, start=0), 0.5, "q")["flops"] == 0
-    assert not charge(curve(0.4, start=0), 0.5, "q")["reached"]
-
-
-def entry(init: str, layers: int, values: list[float], *, first: float | None = None, start: int = 1, modality: str = "both") -> dict:
-    return {
-        "name": f"{layers}-{init}",
-        "init": init,
+def _entry(init: str, layers: int | None, values: tuple[float, ...], **changes: Any) -> dict[str, Any]:
+    entry = {
+        "name": f"i{layers}-{init}",
         "image_layers": layers,
         "text_layers": layers,
-        "image_width": 8,
-        "text_width": 8,
-        "modality": modality,
-        "params": 10 * layers,
+        "image_width": 64,
+        "text_width": 64,
+        "modality": "both",
+        "params": 1000 * (layers or 0),
+        "init": init,
         "seed": 0,
-        "metrics_at_0": None if first is None else {"q": first},
+        "metrics_at_0": {"q": values[0]} if init in ("mmlg", "even") else None,
         "metrics_final": {"q": values[-1]},
-        "curve": curve(*values, start=start),
+        "metric": "q",
     }
+    curve = changes.pop("flops", 100), changes.pop("seconds", 2.0)
+    start = 0 if init in ("mmlg", "even") else 1
+    return {**entry, "curve": _curve(*values, start=start, flops=curve[0], seconds=curve[1]), **changes}
 
 
-def family(*entries: dict) -> dict:
+def _family(*entries: dict[str, Any]) -> dict[str, Any]:
     return {
         "metric": "q",
-        "ancestor": {"params": 100, "flops": 1000, "seconds": 10, "metrics": {"q": 0.9}},
-        "learngene": {"params": 20, "bytes": 90, "flops": 150, "teacher_flops": 50, "seconds": 2},
+        "ancestor": {"params": 20_000, "flops": 3000, "seconds": 60.0, "metrics": {"q": 0.7}},
+        "learngene": {
+            "params": 4000,
+            "bytes": 16_100,
+            "block_params": 3000,
+            "stem_params": 1000,
+            "flops": 150,
+            "teacher_flops": 50,
+            "seconds": 7.0,
+        },
         "descendants": list(entries),
     }
 
 
-def test_family_by_hand() -> None:
-    found = summarise(
-        family(
-            entry("scratch", 2, [0.2, 0.4]),  # target 0.4, cost 200
-            entry("mmlg", 2, [0.45, 0.45], first=0.3, start=0),  # there as written: cost 0
-            entry("distil", 2, [0.5, 0.5]),  # cost 100
-            entry("scratch", 3, [0.2, 0.6, 0.6]),  # target 0.6, there after 200
-            entry("mmlg", 3, [0.5, 0.6, 0.6], first=0.6, start=0),  # cost 100
-            entry("distil", 3, [0.5, 0.5, 0.5]),  # never: 300
-            entry("mmlg", 4, [0.5], first=0.5, start=0, modality="image"),  # not in the sum
-        )
-    )
-    assert found["cost_ratio"] == (200 + 200) / (150 + 50 + 0 + 100)
-    assert found["cost_ratio_by_baseline"] == {"distil": (100 + 300) / 300}
-    assert found["cost_ratio_with_ancestor"] == 400 / 1300
-    assert found["cost_ratio_with_ancestor_by_baseline"] == {"distil": (400 + 1000) / 1300}
-    assert found["cost_ratio_seconds"] == (2 + 2) / (2 + 1)
-    assert found["break_even_descendants"] == (1000 + 200) / ((400 - 100) / 2)
-    assert found["mean_quality_at_0_over_scratch"] == pytest.approx((0.3 + 0.6) / (0.4 + 0.6))
-    assert found["storage_ratio_ancestor"] == 0.2
-    assert found["storage_ratio_family"] == 20 / (20 + 30 + 40)
-    by_name = {e["name"]: e for e in found["descendants"]}
-    assert by_name["3-distil"]["reached"] is False
-    assert by_name["2-scratch"]["reached"] is True
-    assert by_name["4-mmlg"]["target"] is None
-    assert found["notes"] == []
+def _two_sizes() -> list[dict[str, Any]]:
+    """Targets 0.4 (two layers) and 0.5 (four layers).
+
+    scratch: 400 FLOPs, 8 s (only its last evaluation is there) and 600 FLOPs, 12 s (reached at the second of four evaluations).
+    mmlg: 0 and 0 s (there at step 0) and 20 FLOPs, 1 s (there after one step's evaluation).
+    """
+    return [
+        _entry("scratch", 2, (0.1, 0.2, 0.3, 0.4)),
+        _entry("scratch", 4, (0.2, 0.5, 0.6, 0.5), flops=300, seconds=6.0),
+        _entry("mmlg", 2, (0.5, 0.6, 0.7), flops=20, seconds=1.0),
+        _entry("mmlg", 4, (0.4, 0.6, 0.7), flops=20, seconds=1.0),
+    ]
+
+
+def test_targets_are_means_over_seeds_in_each_entrys_own_metric() -> None:
+    entries = [_entry("scratch", 2, (0.1, 0.3)), _entry("scratch", 2, (0.1, 0.5), seed=1), _entry("mmlg", 2, (0.9,))]
+    assert targets(entries, "unused") == {size_of(entries[0]): pytest.approx(0.4)}
+    for entry in entries:
+        del entry["metric"]
+    assert targets(entries, "q") == {size_of(entries[0]): pytest.approx(0.4)}
+
+
+def test_cost_ratios_by_hand() -> None:
+    family = summarise(_family(*_two_sizes()))
+    assert family["num_sizes_in_sum"] == 2
+    by_name = {entry["name"]: entry for entry in family["descendants"]}
+    charged = {name: (entry["target"], entry["reached"], entry["flops_to_target"]) for name, entry in by_name.items()}
+    assert charged == {
+        "i2-scratch": (0.4, True, 400),
+        "i4-scratch": (0.5, True, 600),
+        "i2-mmlg": (0.4, True, 0),
+        "i4-mmlg": (0.5, True, 20),
+    }
+    assert family["cost_ratio"] == pytest.approx(1000 / (200 + 20))
+    assert family["cost_ratio_with_ancestor"] == pytest.approx(1000 / (3000 + 200 + 20))
+    assert family["cost_ratio_seconds"] == pytest.approx((8 + 12) / (7 + 1))
+    # n * 500 >= 3000 + 200 + n * 10 from n = 3200 / 490 = 6.53
+    assert family["break_even_descendants"] == 7
+    assert family["mean_quality_at_0_over_scratch"] == pytest.approx(0.45 / 0.45)
+    assert family["totals_by_init"]["mmlg"] == {
+        "num_sizes": 2,
+        "num_reached": 2,
+        "flops_once": 200,
+        "flops": 220,
+        "flops_with_ancestor": 3220,
+        "seconds": 8.0,
+        "params_shipped": 4000,
+        "mean_metric_at_0": pytest.approx(0.45),
+        "mean_metric_final": pytest.approx(0.7),
+    }
+    assert family["totals_by_init"]["scratch"]["params_shipped"] == 6000
+    assert family["totals_by_init"]["scratch"]["flops_with_ancestor"] == 1000  # scratch needs no ancestor
+    assert family["notes"] == []
+
+
+def test_break_even_is_the_smallest_whole_number() -> None:
+    entries = _two_sizes()
+    family = _family(*entries)
+    family["ancestor"]["flops"] = 980 - 200  # 2 * 490: exactly two descendants pay for it
+    assert summarise(family)["break_even_descendants"] == 2
+    family["ancestor"]["flops"] += 1
+    assert summarise(family)["break_even_descendants"] == 3
+
+
+def test_never_breaks_even_where_adaptation_costs_more_than_scratch() -> None:
+    entries = [_entry("scratch", 2, (0.4, 0.4)), _entry("mmlg", 2, (0.1, 0.1, 0.1), flops=1000)]
+    family = summarise(_family(*entries))
+    assert family["break_even_descendants"] is None
+    assert family["cost_ratio"] == pytest.approx(100 / 2200)  # charged in full, and marked
+    assert [entry["reached"] for entry in family["descendants"]] == [True, False]
+    assert family["totals_by_init"]["mmlg"]["num_reached"] == 0
+    assert "1 of 1 descendants never reach the target" in family["notes"][0]
+
+
+def test_baselines_pay_for_the_ancestor_too() -> None:
+    even = [_entry("even", 2, (0.3, 0.4, 0.5), flops=40), _entry("even", 4, (0.3, 0.4, 0.45), flops=40)]
+    family = summarise(_family(*_two_sizes(), *even))
+    # Reached at its second evaluation (40) and never reached (its whole schedule, 80).
+    assert family["cost_ratio_by_baseline"] == {"even": pytest.approx(120 / 220)}
+    assert family["cost_ratio_with_ancestor_by_baseline"] == {"even": pytest.approx(3120 / 3220)}
+    assert family["totals_by_init"]["even"]["params_shipped"] == 20_000  # it needs the whole ancestor
+    assert family["totals_by_init"]["even"]["num_reached"] == 1
 
 
 def test_a_baseline_that_lacks_a_size_has_no_ratio() -> None:
-    found = summarise(
-        family(
-            *(entry("scratch", n, [0.5, 0.5]) for n in (2, 3)),
-            *(entry("mmlg", n, [0.5], first=0.5, start=0) for n in (2, 3)),
-            entry("even", 2, [0.5, 0.5]),
-        )
-    )
-    assert found["cost_ratio_by_baseline"] == {"even": None}
-    assert "even" in found["notes"][0]
+    family = summarise(_family(*_two_sizes(), _entry("distil", 2, (0.4, 0.4))))
+    assert family["cost_ratio_by_baseline"] == {"distil": None}
+    assert family["totals_by_init"]["distil"] is None
+    assert family["notes"] == ["baseline distil lacks a size of the sum: its ratio is not defined"]
+    assert family["cost_ratio"] == pytest.approx(1000 / 220)
 
 
-def test_descendants_that_miss_the_target_are_noted() -> None:
-    found = summarise(family(entry("scratch", 2, [0.5, 0.5]), entry("mmlg", 2, [0.3], first=0.3, start=0)))
-    assert found["descendants"][1]["reached"] is False
-    assert "1 of 1" in found["notes"][0]
+def test_only_sizes_of_both_towers_with_both_sides_are_in_the_sum() -> None:
+    alone = [
+        _entry("mmlg", 9, (0.9,)),  # no scratch
+        _entry("scratch", 8, (0.9, 0.9)),  # no mmlg
+        _entry("mmlg", 4, (0.9,), modality="image", text_layers=None, text_width=None),
+        _entry("scratch", 4, (0.9, 0.9), modality="image", text_layers=None, text_width=None),
+        _entry("mmlg", 6, (0.9,), in_sum=False),
+        _entry("scratch", 6, (0.9, 0.9), in_sum=False),
+    ]
+    family = summarise(_family(*_two_sizes(), *alone))
+    assert family["num_sizes_in_sum"] == 2
+    assert family["cost_ratio"] == pytest.approx(1000 / 220)
+    by_name = {(entry["name"], entry["modality"]): entry for entry in family["descendants"]}
+    assert by_name["i9-mmlg", "both"]["target"] is None
+    assert by_name["i4-scratch", "image"]["target"] == pytest.approx(0.9)  # its own target, apart from the sum
+
+
+def test_widths_make_sizes_differ() -> None:
+    narrow = _entry("mmlg", 2, (0.9,), image_width=32, text_width=32)
+    family = summarise(_family(_entry("scratch", 2, (0.4, 0.4)), narrow))
+    assert family["cost_ratio"] is None
+    assert family["notes"] == ["no size has both a scratch and an mmlg entry: cost ratios are not defined"]
+
+
+def test_unequal_grids_are_noted() -> None:
+    entries = _two_sizes()
+    for entry in entries:
+        if entry["init"] == "mmlg":
+            entry["curve"] = [{**point, "samples": 4 * point["samples"]} for point in entry["curve"]]
+    assert summarise(_family(*entries))["notes"] == [
+        "evaluations are not equally far apart (samples between two of them: mmlg 40, scratch 10); a charge is exact to that distance"
+    ]
+
+
+def test_seeds_of_a_size_are_averaged() -> None:
+    entries = [
+        _entry("scratch", 2, (0.2, 0.4, 0.4)),
+        _entry("scratch", 2, (0.2, 0.4, 0.6), seed=1),
+        _entry("mmlg", 2, (0.5, 0.6), flops=60),
+        _entry("mmlg", 2, (0.4, 0.5, 0.6), seed=1, flops=60),
+    ]
+    family = summarise(_family(*entries))
+    # Target 0.5: the first seed never gets there and the second only at its last evaluation: 300 each. Ours: 0 and 60.
+    assert [entry["reached"] for entry in family["descendants"]] == [False, True, True, True]
+    assert family["cost_ratio"] == pytest.approx(300 / (200 + 30))
+
+
+def test_storage_by_hand() -> None:
+    tower = _entry("mmlg", 2, (0.9,), modality="image", params=500, text_layers=None, text_width=None)
+    family = summarise(_family(*_two_sizes(), _entry("mmlg", 4, (0.4, 0.6), seed=1), tower))
+    assert family["storage_ratio_ancestor"] == pytest.approx(4000 / 20_000)
+    assert family["storage_ratio_family"] == pytest.approx(4000 / (2000 + 4000 + 500))
+    assert family["storage_share_blocks"] == pytest.approx(3000 / 20_000)
+    assert family["storage_share_stems"] == pytest.approx(1000 / 20_000)
+    assert family["storage_ratio_blocks"] == pytest.approx(3000 / 19_000)
+
+
+def test_summarising_again_changes_nothing_and_leaves_its_input_alone() -> None:
+    raw = _family(*_two_sizes(), _entry("even", 2, (0.3, 0.4, 0.5)))
+    before = copy.deepcopy(raw)
+    once = summarise(raw)
+    assert raw == before
+    assert summarise(once) == once

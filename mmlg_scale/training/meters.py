@@ -7,38 +7,51 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from mmlg_scale.files import write_text_atomic
 
-# Dense bf16 peak of data-centre GPUs in FLOP/s, from their data sheets.
-GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+# Dense bf16 peak of data-centre GPUs in FLOP/s, from their data sheets; the first key that the device's name contains counts.
+GPU_PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
 
 
 def measure_peak_flops(device: torch.device) -> float:
-    """The denominator of MFU: a GPU's data-sheet bf16 peak where it is known, else the best of a few large matrix products."""
+    """One device's FLOP/s, the denominator of MFU.
+
+    A GPU's data-sheet bf16 peak where it is known; else the best of square matrix products run for about 0.2 s (bf16 on a GPU, fp32 on
+    this process's threads on a CPU). A measured peak is lower where other processes share the cores, and MFU then looks better.
+    """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = [peak for key, peak in GPU_PEAKS.items() if key in name]
         if known:
             return known[0]
-    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (768, torch.float32)
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = math.inf
-    for _ in range(4):
+    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    generator = torch.Generator(device).manual_seed(0)  # the global random state is not touched
+    left, right = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+    best, started = math.inf, time.perf_counter()
+    while time.perf_counter() - started < 0.2 or best == math.inf:
         start = time.perf_counter()
-        (left @ right).sum().item()
+        (left @ right)[0, 0].item()  # waits for the product
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
@@ -46,10 +59,17 @@ def measure_peak_flops(device: torch.device) -> float:
 class Meters:
     """One run's figures; with `enabled` False (ranks other than the first) only the clock runs.
 
+    Order of calls: load_state_dict (a resumed run), resume_from, then step and evaluation, then close. The clock runs from resume_from
+    to the last step of the schedule, so that what comes before and after (evaluation on the test split, export) is no training time.
+
     Args:
         folder: metrics.jsonl and tensorboard/ are written there.
+        total_steps: length of the schedule.
         log_every: steps between lines of metrics.jsonl.
         line_every: seconds between console lines where the console is no terminal.
+        peak_flops: FLOP/s of one device; measured where it is not given. MFU is against the peak of all ranks together.
+        console: where the bar or the lines go; standard error where it is not given.
+        clock: seconds that only grow.
     """
 
     def __init__(
@@ -62,18 +82,25 @@ class Meters:
         enabled: bool = True,
         log_every: int = 10,
         line_every: float = 10.0,
+        peak_flops: float | None = None,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.folder, self.total_steps, self.name, self.enabled = folder, total_steps, name, enabled
         self.log_every, self.line_every = log_every, line_every
-        self._device = device
-        self._console = Console(stderr=True)
+        self._device, self._clock = device, clock
+        self._console = console if console is not None else Console(stderr=True)
         self._before = 0.0  # training seconds of earlier processes
         self._paused = 0.0  # seconds of this process that were no training
-        self._started = time.perf_counter()
+        self._started: float | None = None
+        self._stopped: float | None = None
         self._reset_window()
         self._last_line = -math.inf
-        self._peak = measure_peak_flops(device) if enabled else math.inf
-        self._writer = SummaryWriter(str(folder / "tensorboard")) if enabled else None
+        self._peak = math.inf
+        if enabled:
+            num_devices = dist.get_world_size() if dist.is_initialized() else 1
+            self._peak = num_devices * (peak_flops if peak_flops is not None else measure_peak_flops(device))
+        self._writer: SummaryWriter | None = None
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
         self._bar = Progress(*columns, console=self._console, disable=not (enabled and self._console.is_terminal))
         self._bar.start()
@@ -81,49 +108,68 @@ class Meters:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training so far over all processes of the run: evaluation and checkpoints excluded."""
-        return self._before + time.perf_counter() - self._started - self._paused
+        """Seconds of training so far over all processes of the run: evaluation and checkpoints excluded. Waits for the device."""
+        if self._started is None:
+            return self._before
+        return self._before + (self._now() if self._stopped is None else self._stopped) - self._started - self._paused
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Go on from `state_dict`; call before `resume_from`."""
         self._before = state["seconds"]
-        self._started, self._paused = time.perf_counter(), 0.0
 
     def resume_from(self, step: int) -> None:
-        """Drop what an earlier process wrote beyond `step`, so that nothing stands twice; call once before the first step."""
-        path = self.folder / "metrics.jsonl"
-        if self.enabled and path.exists():
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]  # type: ignore[operator]
-            write_text_atomic(path, "".join(f"{line}\n" for line in kept))
+        """Start the clock at `step` (0: a fresh run), and drop what an earlier process wrote beyond it, so that nothing stands twice."""
+        if self.enabled:
+            path = self.folder / "metrics.jsonl"
+            if path.exists():
+                # A fresh run repeats its evaluation at step 0 too.
+                kept = [line for line in path.read_text().splitlines() if 0 < step >= _step_of(line)]
+                write_text_atomic(path, "".join(f"{line}\n" for line in kept))
+            # TensorBoard hides what event files of earlier processes hold from purge_step on.
+            self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1 if step else 0)
         self._bar.update(self._task, completed=step)
-        self._started, self._paused = time.perf_counter(), 0.0
+        self._started, self._paused = self._clock(), 0.0
+        self._stopped = self._started if step >= self.total_steps else None
         self._reset_window()
 
     @contextmanager
     def loader_wait(self) -> Iterator[None]:
         """Time spent here is loader stall."""
-        start = time.perf_counter()
-        yield
-        self._stall += time.perf_counter() - start
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._stall += self._clock() - start
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Time spent here is no training: evaluation, checkpoints."""
-        start = time.perf_counter()
-        yield
-        spent = time.perf_counter() - start
-        self._paused += spent
-        self._window_paused += spent
+        start = self._now()
+        try:
+            yield
+        finally:
+            spent = self._now() - start
+            self._window_paused += spent
+            if self._stopped is None:
+                self._paused += spent
 
     def step(self, step: int, figures: Mapping[str, Any], *, num_samples: int, flops: float) -> None:
-        """Count one step; write a line when one is due."""
+        """Count one step; write a line when one is due.
+
+        Args:
+            step: steps done, this one included.
+            figures: numbers or tensors of one element, "loss" and "learning_rate" among them; read only when a line is due.
+            num_samples, flops: of this step, all ranks together.
+        """
+        self._steps += 1
         self._samples += num_samples
         self._flops += flops
+        if step == self.total_steps and self._stopped is None:
+            self._stopped = self._now()
         if not self.enabled:
             return
         self._bar.update(self._task, completed=step)
@@ -140,14 +186,14 @@ class Meters:
             self._write(step, {"step": step, "evaluation": dict(metrics)})
 
     def _rates(self, step: int) -> dict[str, Any]:
-        spent = max(1e-9, time.perf_counter() - self._window_start - self._window_paused)
-        steps = max(1, self._samples and self.log_every)
+        seconds = self.seconds  # waits for the device, so that the window's work is done
+        spent = max(1e-9, self._clock() - self._window_start - self._window_paused)
         return {
-            "seconds": self.seconds,
+            "seconds": seconds,
             "samples_per_second": self._samples / spent,
             "mfu": self._flops / spent / self._peak,
             "loader_stall": self._stall / spent,
-            "eta_seconds": (self.total_steps - step) * spent / steps,
+            "eta_seconds": (self.total_steps - step) * spent / self._steps,
             "peak_memory_bytes": self._memory(),
         }
 
@@ -157,15 +203,18 @@ class Meters:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _reset_window(self) -> None:
-        self._window_start, self._window_paused = time.perf_counter(), 0.0
-        self._samples, self._flops, self._stall = 0, 0.0, 0.0
+        self._window_start, self._window_paused = self._clock(), 0.0
+        self._steps, self._samples, self._flops, self._stall = 0, 0, 0.0, 0.0
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return self._clock()
 
     def _write(self, step: int, line: Mapping[str, Any]) -> None:
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(_clean(line), allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        assert self._writer is not None
+        assert self._writer is not None, "resume_from comes before the first step"
         for name, value in (line.get("evaluation") or line).items():
             if isinstance(value, (int, float)):
                 self._writer.add_scalar(f"{'evaluation' if 'evaluation' in line else 'training'}/{name}", value, step)
@@ -176,9 +225,9 @@ class Meters:
             f"MFU {line['mfu']:.0%}  stall {line['loader_stall']:.0%}  ETA {line['eta_seconds']:.0f} s"
         )
         self._bar.update(self._task, figures=figures)
-        due = time.perf_counter() - self._last_line >= self.line_every or step == self.total_steps
+        due = self._clock() - self._last_line >= self.line_every or step == self.total_steps
         if not self._console.is_terminal and due:
-            self._last_line = time.perf_counter()
+            self._last_line = self._clock()
             self._console.print(f"{self.name} {step}/{self.total_steps}  {figures}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -199,9 +248,9 @@ def _clean(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _step_of(line: str) -> int | None:
-    """The step of a line, or None for one that a kill cut short."""
+def _step_of(line: str) -> float:
+    """The step of a line; infinity for a line that a kill cut short, which is never kept."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return None
+        return math.inf
