@@ -3,9 +3,9 @@
     python -m benchmarks.contrastive_loss                    # small sizes, CPU
     python -m benchmarks.contrastive_loss --device cuda      # up to 32,768 pairs
 
-Forward and backward of both backends in turn (A B A B ...) on random unit rows at scale 100; p20 / p50 / p80 over the repeats after one
-warm-up. Every variant's gradients are first checked against fp64 at a small size. Extra memory is what autograd keeps between forward and backward on
-the CPU, and the allocator's peak above the inputs on a GPU. Depends on torch and mmlg_kernels alone.
+Forward and backward of both backends in turn (A B A B ...) on random unit rows at scale 100; p20 / p50 / p80 over the repeats after
+one warm-up. Every variant's gradients are first checked against fp64 at a small size. Extra memory is what autograd keeps between
+forward and backward on the CPU, and the allocator's peak above the inputs on a GPU. Depends on torch and mmlg_kernels alone.
 """
 
 from __future__ import annotations

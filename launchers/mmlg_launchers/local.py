@@ -25,10 +25,10 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Runs in the child: end when the parent does, also when it is killed.
 
-    Otherwise a rerun of a killed command would meet its own orphans writing to the same folder.
+    Otherwise a rerun of a killed command would meet its own orphans writing to the same folder. Linux only.
     """
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -38,7 +38,7 @@ def torchrun(argv: Sequence[str], num_processes: int) -> list[str]:
     """`argv` (python -m MODULE ..., python SCRIPT ..., or a program) under torchrun with `num_processes` ranks on this host."""
     prefix = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     if argv[0] == sys.executable:
-        return [*prefix, *argv[1:]]
+        return [*prefix, "-m", "mmlg_launchers.rank", *argv[1:]]
     return [*prefix, "--no-python", *argv]
 
 
@@ -203,6 +203,6 @@ class LocalLauncher:
                 stderr=None if self.stream else subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,  # noqa: PLW1509 (no threads hold locks here: prctl alone is called)
+                preexec_fn=end_with_parent,  # noqa: PLW1509 (no threads hold locks here: prctl alone is called)
             )
         return LocalJob(process, run_folder, command, log)

@@ -335,10 +335,11 @@ class Run:
             evaluate_first=evaluate_first,
             stop=stop,
         )
+        seconds = meters.seconds
         metrics = evaluate(test)
         state = engine.state_dict()
         engine.close()
-        result = self._result(progress, metrics, meters.seconds)
+        result = self._result(progress, metrics, seconds)
         if dist.get_rank() == 0:
             if at_start.exists():
                 result["metrics_at_0"] = json.loads(at_start.read_text())

@@ -112,6 +112,32 @@ def test_jobs_end_with_a_killed_parent(preload: str, tmp_path: Path) -> None:
     wait_until(lambda: not is_alive(child))
 
 
+def test_ranks_end_with_a_killed_parent(tmp_path: Path) -> None:
+    """Not only torchrun: each of its ranks."""
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        "import os, time\n"
+        f"open(os.path.join({str(tmp_path)!r}, 'pid' + os.environ['RANK']), 'w').write(str(os.getpid()))\n"
+        "time.sleep(300)\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from mmlg_launchers import LocalLauncher, Resources\n"
+        f"job = LocalLauncher().submit([sys.executable, {str(rank)!r}], Resources(num_processes=2), Path({str(tmp_path)!r}) / 'run')\n"
+        "job.wait()\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(script)])
+    files = [tmp_path / "pid0", tmp_path / "pid1"]
+    wait_until(lambda: all(file.exists() and file.read_text() for file in files), seconds=60)
+    ranks = [int(file.read_text()) for file in files]
+    assert all(is_alive(pid) for pid in ranks)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    wait_until(lambda: not any(is_alive(pid) for pid in ranks))
+
+
 def test_more_than_one_node_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one node"):
         LocalLauncher().submit(["true"], Resources(num_nodes=2), tmp_path)
