@@ -6,7 +6,7 @@
       tokenizer/                    optional: a word tokenizer
       train/  val/  test/
         shard-000000.tar ...        KEY.png|jpg, KEY.txt (first caption), KEY.json ({"captions": [...], "label": int | null})
-        manifest.json               per shard: SHA-256, bytes, and the offset and size of every sample's members
+        manifest.json               per shard: SHA-256, bytes, samples (key, image [extension, offset, size], text and json [offset, size])
 
 A set is written into a temporary folder and published by a rename, so that half a set never stands under its name. Shards are written by
 webdataset and indexed by the standard library's tarfile; reading goes by the manifest's offsets.
@@ -53,6 +53,7 @@ class Location:
     """Where a sample's members lie: shard file and (offset, size) of image and JSON."""
 
     shard: Path
+    key: str
     image: tuple[int, int]
     json: tuple[int, int]
 
@@ -61,16 +62,19 @@ class Location:
 def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | None]:
     """Give a temporary folder to write a data set into; publish it as `root` when the block ends without an error.
 
-    Yields None where `root` already is the data set that these arguments make.
+    Yields None, and says so, where `root` already is the data set that these arguments make.
 
     Raises:
-        UserError: `root` holds something else.
+        UserError: `root` holds something else, or is a file.
     """
     identity = {"format_version": FORMAT_VERSION, "kind": kind, "args": args}
     if root.exists():
+        if not root.is_dir():
+            raise UserError(f"{root} is a file. Give a folder that does not exist yet.")
         marker = root / "dataset.json"
-        found = json.loads(marker.read_text()) if marker.is_file() else None
+        found = _read_object(marker) if marker.is_file() else None
         if found is not None and {key: found.get(key) for key in identity} == json.loads(json.dumps(identity)):
+            print(f"{root} already holds this data set ({found.get('splits')}): nothing to do.")
             yield None
             return
         if found is not None or any(root.iterdir()):
@@ -90,8 +94,20 @@ def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object that this module wrote."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: no JSON ({error}). Remove the data set and make it again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: no JSON object. Remove the data set and make it again.")
+    return value
+
+
 def write_split(root: Path, split: str, samples: Iterable[Sample], *, samples_per_shard: int) -> None:
     """Write one split's shards and manifest. The same samples give the same bytes."""
+    assert samples_per_shard > 0
     folder = root / split
     folder.mkdir()
     source = iter(samples)
@@ -125,9 +141,12 @@ def _index(path: Path) -> dict[str, Any]:
     with tarfile.open(fileobj=io.BytesIO(payload)) as tar:
         for member in tar:
             key, _, extension = member.name.partition(".")
-            place = [member.offset_data, member.size]
             entry = samples.setdefault(key, {"key": key})
-            entry["image" if extension not in ("txt", "json") else extension] = place
+            place = [member.offset_data, member.size]
+            if extension in ("txt", "json"):
+                entry["text" if extension == "txt" else "json"] = place
+            else:
+                entry["image"] = [extension, *place]
     return {
         "file": path.name,
         "sha256": hashlib.sha256(payload).hexdigest(),
@@ -148,7 +167,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         shards = len(list(folder.glob("*.tar")))
         raise UserError(f"{folder} holds {shards} shards and no manifest.json. mmlg data pack writes both.")
-    manifest = json.loads(path.read_text())
+    manifest = _read_object(path)
     if manifest.get("format_version") != FORMAT_VERSION or not manifest.get("num_samples"):
         raise UserError(f"{path} is empty or of another version. Pack the data set again.")
     for shard in manifest["shards"]:
@@ -160,12 +179,19 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _span(offset: int, size: int) -> tuple[int, int]:
+    return offset, size
+
+
 def locations(folder: Path) -> tuple[list[Location], list[int]]:
     """Every sample of a split in shard order, and the number of samples of each shard."""
     manifest = load_manifest(folder)
-    places = [
-        Location(folder / shard["file"], tuple(sample["image"]), tuple(sample["json"]))
-        for shard in manifest["shards"]
-        for sample in shard["samples"]
-    ]
+    try:
+        places = [
+            Location(folder / shard["file"], sample["key"], _span(*sample["image"][1:]), _span(*sample["json"]))
+            for shard in manifest["shards"]
+            for sample in shard["samples"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'manifest.json'} is damaged, or of another version: {error}. Pack the data set again.") from error
     return places, [len(shard["samples"]) for shard in manifest["shards"]]

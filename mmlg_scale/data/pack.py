@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,10 +49,12 @@ def pack_table(
     """Pack a table whose rows are (image path, caption); rows of one image are its captions.
 
     Image paths are relative to the table's folder. A column `split` (train, val, test) is obeyed where it is there; otherwise `shares`
-    ({"val": 0.05, "test": 0.1}) of the images are drawn for val and test under `seed`.
+    ({"val": 0.05, "test": 0.1}) of the images are drawn for val and test under `seed`. Rows are counted as lines of the file, the header
+    being the first; a caption in quotes that runs over lines counts where it ends.
 
     Raises:
-        UserError: no such table or column, a row without caption, a missing or undecodable image (with its row): nothing is written.
+        UserError: no such table or column, a row without path or caption, a missing or undecodable image, an image in two splits. Each with
+            its row, and before anything is written.
     """
     if not table.is_file():
         raise UserError(f"no table {table}. Give a CSV or TSV file, or a folder that holds one folder per class.")
@@ -59,6 +62,9 @@ def pack_table(
     split_of: dict[str, str] = {}
     for number, row in _rows(table, (image_column, caption_column)):
         name, caption = row[image_column].strip(), row[caption_column].strip()
+        if not name:
+            raise UserError(f"{table} row {number}: empty {image_column}. Give the image's path, or remove the row.")
+        name = os.path.normpath(name)  # a.png and ./a.png are one image, which must not land in two splits
         if not caption:
             raise UserError(f"{table} row {number}: empty caption. Give one, or remove the row.")
         if name not in captions:
@@ -67,14 +73,16 @@ def pack_table(
         if row.get("split"):
             if row["split"] not in SPLITS:
                 raise UserError(f"{table} row {number}: split {row['split']!r} is none of {', '.join(SPLITS)}. Correct it.")
-            split_of[name] = row["split"]
+            if split_of.setdefault(name, row["split"]) != row["split"]:
+                raise UserError(f"{table} row {number}: {name} is in split {split_of[name]} and in {row['split']}. Keep it in one.")
     items = {name: Item(table.parent / name, texts) for name, texts in captions.items()}
     if not items:
         raise UserError(f"{table} has no rows. Give one row per image and caption.")
     if split_of and len(split_of) < len(items):
         raise UserError(f"{table}: some images have a split and {len(items) - len(split_of)} have none. Fill the column, or leave it out.")
     groups = _group(items, split_of) if split_of else _draw(items, shares, seed)
-    _write(out, groups, {"source": _digest([table]), "seed": seed, "shares": dict(shares or {})}, tokenizer, resize, progress)
+    source = _digest({"": table, **{name: item.path for name, item in items.items()}})
+    _write(out, groups, {"source": source, "seed": seed, "shares": dict(shares or {})}, tokenizer, resize, progress)
 
 
 def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -109,12 +117,21 @@ def pack_folders(
     Where `folder` holds train/, val/ and test/ with class folders inside, those splits are obeyed.
 
     Raises:
-        UserError: no class folders, a class without images, a template without `{}`, an undecodable image: nothing is written.
+        UserError: no such folder, only some of train/, val/ and test/, no class folders, a class without images, a template without `{}`,
+            an undecodable image; before anything is written.
     """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}. Give one that holds one folder of images per class.")
+    if not templates:
+        raise UserError("no caption templates. Give at least one, such as 'a photo of {}.'.")
     for template in templates:
         if "{}" not in template:
             raise UserError(f"caption template {template!r} has no {{}} for the class name. Add it.")
-    own_splits = all((folder / split).is_dir() for split in SPLITS)
+    # A folder of images that is called train is a class (the vehicle); one of folders is a split.
+    missing = [split for split in SPLITS if not any(path.is_dir() for path in (folder / split).glob("*"))]
+    if 0 < len(missing) < len(SPLITS):
+        raise UserError(f"{folder} holds folders of some splits, but none named {' or '.join(missing)}. Add it, or take the others apart.")
+    own_splits = not missing
     roots = {split: folder / split for split in SPLITS} if own_splits else {"": folder}
     names = sorted({path.name for root in roots.values() for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")})
     if len(names) < 2:
@@ -132,25 +149,27 @@ def pack_folders(
                 split_of[key] = split
     groups = _group(items, split_of) if own_splits else _draw(items, shares, seed)
     classes = {"classnames": [name.replace("_", " ") for name in names], "templates": list(templates)}
-    args = {"source": _digest([item.path for item in items.values()]), "seed": seed, "shares": dict(shares or {}), **classes}
+    args = {"source": _digest({key: item.path for key, item in items.items()}), "seed": seed, "shares": dict(shares or {}), **classes}
     _write(out, groups, args, tokenizer, resize, progress, classes)
 
 
 def _check_image(path: Path, where: str) -> None:
     if not path.is_file():
         raise UserError(f"{where}no image {path}. Correct the path (it is relative to the table's folder), or remove the row.")
+    if path.suffix.lower() not in EXTENSIONS:
+        raise UserError(f"{where}{path} does not end in {', '.join(EXTENSIONS)}. Convert it, or remove it.")
     try:
         with Image.open(path) as image:
             image.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{where}{path} is no readable image ({error}). Replace it, or remove it.") from error
 
 
-def _digest(paths: Iterable[Path]) -> str:
-    """SHA-256 of the files' contents: what tells one source from another."""
+def _digest(files: Mapping[str, Path]) -> str:
+    """SHA-256 of the files' names and contents: what tells one source from another."""
     digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.read_bytes())
+    for name, path in files.items():
+        digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

@@ -30,6 +30,7 @@ from mmlg_scale.errors import UserError
 
 SHUFFLE_WINDOW = 16
 """Shards whose samples are mixed."""
+AUGMENTATIONS = ("none", "crop")
 CACHE_BYTES = 512 * 2**20
 """A split whose decoded images fit into this is decoded once and kept."""
 
@@ -70,6 +71,20 @@ class ShardReader:
     def image_bytes(self, index: int) -> bytes:
         """The encoded image as packed."""
         return self._read(self.places[index], self.places[index].image)
+
+    def image(self, index: int, image_size: int) -> np.ndarray:
+        """The image as the towers see it: uint8 [H, W, 3].
+
+        Raises:
+            UserError: the image cannot be decoded (a cut JPEG passes the check that packing makes).
+        """
+        try:
+            return decode(self.image_bytes(index), image_size)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            place = self.places[index]
+            raise UserError(
+                f"{place.shard} sample {place.key}: its image cannot be decoded ({error}). Replace it and pack again."
+            ) from error
 
     def about(self, index: int) -> dict[str, Any]:
         """{"captions": [...], "label": int | None}."""
@@ -118,8 +133,9 @@ class _Pairs(Dataset[Batch]):
     ) -> None:
         self.reader, self.tokenizer, self.seed, self.augment = reader, tokenizer, seed, augment
         self.image_size, self.context_length = image_size, context_length
-        fits = len(reader) * image_size * image_size * 3 <= CACHE_BYTES
-        self._cached = np.empty((len(reader), image_size, image_size, 3), np.uint8) if cache and fits else None
+        self._keep = cache and len(reader) * image_size * image_size * 3 <= CACHE_BYTES
+        # Made at the first image, so that it is made inside a worker process and does not travel there.
+        self._cached: np.ndarray | None = None
         self._known = np.zeros(len(reader), bool)
         self._tokens: list[Tensor | None] = [None] * len(reader)
 
@@ -131,11 +147,13 @@ class _Pairs(Dataset[Batch]):
         return Batch(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), texts, indices)
 
     def _image(self, epoch: int, index: int) -> np.ndarray:
-        if self._cached is None:
-            image = decode(self.reader.image_bytes(index), self.image_size)
+        if not self._keep:
+            image = self.reader.image(index, self.image_size)
         else:
+            if self._cached is None:
+                self._cached = np.empty((len(self.reader), self.image_size, self.image_size, 3), np.uint8)
             if not self._known[index]:
-                self._cached[index] = decode(self.reader.image_bytes(index), self.image_size)
+                self._cached[index] = self.reader.image(index, self.image_size)
                 self._known[index] = True
             image = self._cached[index]
         return image if self.augment == "none" else self._crop(image, epoch, index)
@@ -196,7 +214,7 @@ class TrainStream:
         cache_decoded: keep decoded images where they fit into memory.
 
     Raises:
-        UserError: the batch is not a multiple of the ranks, or the split is smaller than a batch.
+        UserError: the batch is not a multiple of the ranks, the split is smaller than a batch, or `augment` is unknown.
     """
 
     def __init__(
@@ -215,6 +233,8 @@ class TrainStream:
         start_step: int = 0,
         cache_decoded: bool = True,
     ) -> None:
+        if augment not in AUGMENTATIONS:
+            raise UserError(f"augment {augment!r} is unknown. Use one of: {', '.join(AUGMENTATIONS)}.")
         reader = ShardReader(folder)
         if global_batch_size % world_size:
             raise UserError(f"batch_size {global_batch_size} is not a multiple of the {world_size} ranks. Change either.")
@@ -228,6 +248,9 @@ class TrainStream:
             sampler=steps,
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(
+                seed
+            ),  # its draw for the workers, of which nothing here depends, leaves the global state alone
             multiprocessing_context="spawn" if num_workers else None,  # the engine has started threads, which a fork would break
         )
 
@@ -262,7 +285,7 @@ class EvalSplit:
 def load_eval_split(folder: Path, tokenizer: Tokenizer, image_size: int, context_length: int) -> EvalSplit:
     """Read a whole split into memory."""
     reader = ShardReader(folder)
-    images = np.stack([decode(reader.image_bytes(index), image_size) for index in range(len(reader))])
+    images = np.stack([reader.image(index, image_size) for index in range(len(reader))])
     about = [reader.about(index) for index in range(len(reader))]
     captions = [text for item in about for text in item["captions"]]
     owners = [index for index, item in enumerate(about) for _ in item["captions"]]

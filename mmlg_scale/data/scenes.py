@@ -3,6 +3,9 @@
 A scene is (A, relation, B) with A left of or above B; each object has a size, a colour and a shape. Splits share no scene, and within
 val and within test every scene differs, so that retrieval has one right answer. Training draws scenes with replacement; every image has its
 own positions, texture and noise.
+
+A scene's class is its main object's colour and shape ("red circle"): of two sizes the large object, otherwise A. So zero-shot accuracy has
+a ceiling below 1: where both objects are of one size, nothing in a class name tells which of them is meant.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from PIL import Image
 from mmlg_scale.data.manifest import Progress, Sample, new_dataset, write_split
 from mmlg_scale.data.tokens import word_tokenizer_files, write_tokenizer
 from mmlg_scale.errors import UserError
+from mmlg_scale.files import write_json_atomic
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 45, 45),
@@ -37,6 +41,8 @@ RELATIONS = {
     "above": (("above", "over"), ("below", "under")),
 }
 TEMPLATES = ("a {a} {r} a {b}", "{a} {r} {b}", "there is a {a} {r} a {b}", "the {a} is {r} the {b}")
+CLASS_TEMPLATES = ("a {}", "there is a {}")
+"""Of words that captions have, so that the vocabulary knows them."""
 MAX_WORDS = 14
 """With start and end token a caption fits a context of 16."""
 
@@ -63,6 +69,17 @@ def all_scenes() -> list[Scene]:
     """Every scene of two objects that differ."""
     things = [Thing(size, colour, shape) for size in SIZES for colour in COLOURS for shape in SHAPES]
     return [Scene(a, relation, b) for a in things for b in things if a != b for relation in RELATIONS]
+
+
+def classnames() -> list[str]:
+    """The classes of zero-shot classification, in the order of their labels."""
+    return [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+
+
+def label(scene: Scene) -> int:
+    """Index into `classnames()` of the scene's main object."""
+    main = scene.b if (scene.a.size, scene.b.size) == ("small", "large") else scene.a
+    return classnames().index(f"{main.colour} {main.shape}")
 
 
 def captions(scene: Scene, count: int, generator: np.random.Generator) -> list[str]:
@@ -166,6 +183,7 @@ def write_scenes(
             samples = _samples(picked, 3 if split == "train" else 2, image_size, [seed, 2, number])
             write_split(root, split, samples, samples_per_shard=samples_per_shard)
         write_tokenizer(root, word_tokenizer_files(_every_word()))
+        write_json_atomic(root / "classes.json", {"classnames": classnames(), "templates": list(CLASS_TEMPLATES)})
 
 
 def _samples(scenes: Iterator[Scene], num_captions: int, image_size: int, seed: list[int]) -> Iterator[Sample]:
@@ -173,7 +191,7 @@ def _samples(scenes: Iterator[Scene], num_captions: int, image_size: int, seed: 
         generator = np.random.default_rng([*seed, position])
         buffer = io.BytesIO()
         render(scene, image_size, generator).save(buffer, "PNG")
-        yield Sample(f"{position:08d}", buffer.getvalue(), "png", captions(scene, num_captions, generator))
+        yield Sample(f"{position:08d}", buffer.getvalue(), "png", captions(scene, num_captions, generator), label(scene))
 
 
 def _every_word() -> list[str]:

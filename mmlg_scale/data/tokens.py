@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import ftfy
 import torch
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors
@@ -29,6 +31,15 @@ class Tokenizer(Protocol):
         ...
 
 
+def clean(text: str) -> str:
+    """Broken encodings and curly quotes mended, HTML entities decoded, white space single, as open_clip's wrapper of Hugging Face
+    tokenizers does it (`open_clip.tokenizer`, clean="whitespace"): a model must meet the ids that it was trained on.
+    """
+    if not text.isascii() or "&" in text or not text.isprintable():  # otherwise all this changes nothing, at a hundred times the cost
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split())
+
+
 class WordTokenizer:
     """Lower-cased words and punctuation marks, one id each."""
 
@@ -40,8 +51,7 @@ class WordTokenizer:
     def __call__(self, texts: Sequence[str], context_length: int) -> Tensor:
         self._fast.enable_truncation(context_length)
         self._fast.enable_padding(length=context_length, pad_id=0, pad_token=PAD)
-        # The same cleaning as open_clip's wrapper of Hugging Face tokenizers: white space only.
-        encoded = self._fast.encode_batch([" ".join(text.split()) for text in texts])
+        encoded = self._fast.encode_batch([clean(text) for text in texts])
         return torch.tensor([item.ids for item in encoded], dtype=torch.int64).reshape(len(texts), context_length)
 
 
@@ -65,11 +75,13 @@ def word_tokenizer_files(captions: Iterable[str]) -> dict[str, str]:
     The end token gets the highest id because CLIP pools where the highest id stands.
     """
     split = pre_tokenizers.Whitespace()
-    words = sorted({word for caption in captions for word, _ in split.pre_tokenize_str(caption.lower())})
+    words = sorted({word for caption in captions for word, _ in split.pre_tokenize_str(clean(caption).lower())})
     vocabulary = {token: index for index, token in enumerate((PAD, UNKNOWN, START, *words, END))}
     fast = FastTokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     fast.normalizer = normalizers.Lowercase()
     fast.pre_tokenizer = split
+    # transformers recognises these where they stand in a text; so must we.
+    fast.add_special_tokens([PAD, UNKNOWN, START, END])
     ids = [(START, vocabulary[START]), (END, vocabulary[END])]
     fast.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ids)
     config = {
@@ -93,15 +105,15 @@ def write_tokenizer(root: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(content, encoding="utf-8")
 
 
-def load_tokenizer(root: Path) -> Tokenizer:
-    """The word tokenizer of a data set, or open_clip's where the set has none.
+def load_tokenizer(root: Path | None) -> Tokenizer:
+    """The word tokenizer of a data set, or open_clip's where the set has none (or `root` is None).
 
     Raises:
         UserError: ROOT/tokenizer is damaged.
     """
-    folder = root / "tokenizer"
-    if not folder.is_dir():
+    if root is None or not (root / "tokenizer").is_dir():
         return BytePairTokenizer()
+    folder = root / "tokenizer"
     try:
         return WordTokenizer({path.name: path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())})
     except Exception as error:  # the tokenizers library raises plain Exception

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from mmlg_scale import towers
 from mmlg_scale.data.pipeline import Batch, ShardReader, TrainStream, decode, epoch_order, load_eval_split
-from mmlg_scale.data.tokens import load_tokenizer
+from mmlg_scale.data.tokens import WordTokenizer, load_tokenizer, word_tokenizer_files
 from mmlg_scale.errors import UserError
 
 
@@ -87,13 +88,51 @@ def test_too_small_or_uneven_is_refused(scenes: Path) -> None:
         batches(scenes, 1, global_batch_size=151)
     with pytest.raises(UserError, match="not a multiple of the 5 ranks"):
         batches(scenes, 1, world_size=5)
+    with pytest.raises(UserError, match="augment 'flip' is unknown"):
+        batches(scenes, 1, augment="flip")
+
+
+def test_the_stream_leaves_the_global_random_state_alone(scenes: Path) -> None:
+    before = torch.get_rng_state()
+    batches(scenes, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_image_that_does_not_decode_is_named(scenes: Path, tmp_path: Path) -> None:
+    shutil.copytree(scenes, tmp_path / "copy")
+    reader = ShardReader(tmp_path / "copy" / "train")
+    place = reader.places[45]
+    shard = bytearray(place.shard.read_bytes())
+    shard[place.image[0] : place.image[0] + 20] = bytes(20)
+    place.shard.write_bytes(shard)
+    reader = ShardReader(tmp_path / "copy" / "train")
+    with pytest.raises(UserError, match=r"shard-000001.tar sample 00000045: its image cannot be decoded"):
+        reader.image(45, 32)
+    assert np.array_equal(reader.image(46, 32), ShardReader(scenes / "train").image(46, 32))
+
+
+def test_without_a_tokenizer_folder_captions_are_open_clips_byte_pairs(tmp_path: Path) -> None:
+    texts = ["a diagram", "Two cats & a dog", "long " * 90]
+    expected = towers.open_clip.get_tokenizer("ViT-B-32")(texts)
+    for tokenizer in (load_tokenizer(None), load_tokenizer(tmp_path)):
+        assert torch.equal(tokenizer(texts, 77), expected)
+        assert tokenizer.vocab_size == 49408
+        assert tokenizer.files == {}
+
+
+def test_vocabulary_is_made_of_cleaned_words() -> None:
+    tokenizer = WordTokenizer(word_tokenizer_files(["Don\u2019t &lt;go&gt;"]))
+    # [PAD] <unk> <start> ' < > don go t <end>
+    assert tokenizer(["don't go <3"], 8).tolist() == [[2, 6, 3, 8, 7, 4, 1, 9]]
 
 
 def test_evaluation_split_maps_captions_to_images(scenes: Path) -> None:
     tokenizer = load_tokenizer(scenes)
     split = load_eval_split(scenes / "test", tokenizer, 32, 16)
     reader = ShardReader(scenes / "test")
-    assert split.labels_N is None
+    assert split.labels_N is not None
+    assert split.labels_N.tolist() == [reader.about(index)["label"] for index in range(30)]
+    assert split.text_to_image_M.tolist() == [index for index in range(30) for _ in range(2)]
     for position, text in enumerate(split.captions):
         owner = int(split.text_to_image_M[position])
         assert text in reader.about(owner)["captions"]
@@ -122,7 +161,16 @@ def test_open_clip_gives_the_same_tokens(scenes: Path, tmp_path: Path) -> None:
     state = towers.build_clip(config, seed=0).state_dict()
     towers.export(state, config, tmp_path / "model", tokenizer_files=tokenizer.files)
     theirs = towers.open_clip.get_tokenizer(f"local-dir:{tmp_path / 'model'}")
-    texts = ["a big red circle", "A  Small blue RING, left of a zebra!", "the large red cross is to the left of the big green ring", ""]
+    texts = [
+        "a big red circle",
+        "A  Small blue RING, left of a zebra!",
+        "the large red cross is to the left of the big green ring",
+        "",
+        "red &amp; blue",  # open_clip decodes entities and mends broken encodings first
+        "caf\u00c3\u00a9 a\u00a0big\u200b \u201cred\u201d circle",
+        "a <end_of_text> red [PAD] circle <unk>",
+        "the circle is red\x1b[36m",
+    ]
     ours = tokenizer(texts, 9)
     assert torch.equal(ours, theirs(texts))
     assert ours.max() == tokenizer.vocab_size - 1

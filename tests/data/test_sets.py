@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from mmlg_scale.data.manifest import load_manifest
+from mmlg_scale.data.manifest import Sample, load_manifest, new_dataset, write_split
 from mmlg_scale.data.pack import pack_folders, pack_table
-from mmlg_scale.data.pipeline import ShardReader
-from mmlg_scale.data.scenes import COLOURS, SHAPES, SIZES, all_scenes, captions, render, write_scenes
+from mmlg_scale.data.pipeline import ShardReader, load_eval_split
+from mmlg_scale.data.scenes import COLOURS, SHAPES, SIZES, all_scenes, captions, classnames, render, write_scenes
+from mmlg_scale.data.tokens import load_tokenizer
 from mmlg_scale.errors import UserError
 
 
@@ -23,13 +25,15 @@ def hashes(root: Path) -> list[str]:
     return [shard["sha256"] for split in ("train", "val", "test") for shard in load_manifest(root / split)["shards"]]
 
 
-def test_scenes_are_deterministic_and_written_once(scenes: Path, tmp_path: Path) -> None:
+def test_scenes_are_deterministic_and_written_once(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again = tmp_path / "again"
     write_scenes(again, num_train=150, num_val=20, num_test=30, seed=3, samples_per_shard=40)
     assert hashes(again) == hashes(scenes)
     stamp = (again / "dataset.json").stat().st_mtime_ns
+    assert capsys.readouterr().out == ""
     write_scenes(again, num_train=150, num_val=20, num_test=30, seed=3, samples_per_shard=40)
     assert (again / "dataset.json").stat().st_mtime_ns == stamp
+    assert "already holds this data set" in capsys.readouterr().out
     with pytest.raises(UserError, match="other arguments"):
         write_scenes(again, num_train=151, num_val=20, num_test=30, seed=3, samples_per_shard=40)
 
@@ -59,6 +63,24 @@ def test_splits_share_no_scene_and_captions_agree(scenes: Path) -> None:
     assert len(set(told["test"])) == 30
     assert not set(told["train"]) & (set(told["val"]) | set(told["test"]))
     assert not set(told["val"]) & set(told["test"])
+
+
+def test_labels_name_the_main_object(scenes: Path) -> None:
+    classes = json.loads((scenes / "classes.json").read_text())
+    tokenizer = load_tokenizer(scenes)
+    split = load_eval_split(scenes / "train", tokenizer, 32, 16)
+    assert split.labels_N is not None
+    sizes = set()
+    for index, label in enumerate(split.labels_N.tolist()):
+        first, _, second = meaning(split.captions[3 * index])
+        main = second if first[0] == "small" and second[0] == "large" else first
+        assert classes["classnames"][label] == f"{main[1]} {main[2]}"
+        sizes.add((first[0], second[0]))
+    assert len(sizes) == 4
+    assert classes["classnames"] == classnames()
+    prompts = [template.replace("{}", name) for template in classes["templates"] for name in classnames()]
+    assert not (tokenizer(prompts, 16) == 1).any()  # every word of a prompt is known
+    assert len({tuple(row) for row in tokenizer(prompts, 16).tolist()}) == len(prompts)
 
 
 def test_what_is_drawn_is_what_is_said() -> None:
@@ -94,6 +116,9 @@ def test_offsets_are_tarfiles(scenes: Path) -> None:
             assert reader.image_bytes(position) == members[f"{sample['key']}.png"]
             assert reader.about(position) == json.loads(members[f"{sample['key']}.json"])
             assert members[f"{sample['key']}.txt"].decode() == reader.about(position)["captions"][0]
+            assert sample["image"][0] == "png"
+            offset, size = sample["text"]
+            assert (scenes / "train" / shard["file"]).read_bytes()[offset : offset + size] == members[f"{sample['key']}.txt"]
             position += 1
     assert position == 150
 
@@ -109,11 +134,20 @@ def test_webdataset_reads_the_shards(scenes: Path) -> None:
         assert text == about["captions"][0]
 
 
+def edit(manifest: Path, change: Callable[[dict], object]) -> None:
+    content = json.loads(manifest.read_text())
+    change(content["shards"][0]["samples"][0])
+    manifest.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (shutil.rmtree, "the folder is missing"),
         (lambda split: (split / "manifest.json").unlink(), "4 shards and no manifest.json"),
+        (lambda split: (split / "manifest.json").write_text('{"format_ver'), "manifest.json is damaged: no JSON"),
+        (lambda split: (split / "manifest.json").write_text("{}"), "is empty or of another version"),
+        (lambda split: edit(split / "manifest.json", lambda sample: sample.pop("json")), "is damaged, or of another version: 'json'"),
         (lambda split: (split / "shard-000001.tar").unlink(), "shard-000001.tar is missing"),
         (lambda split: (split / "shard-000001.tar").write_bytes(b"x"), "has 1 bytes"),
     ],
@@ -184,3 +218,97 @@ def test_folders_become_classes(tmp_path: Path) -> None:
     assert sorted(labels) == [0] * 10 + [1] * 10
     with pytest.raises(UserError, match=r"has no \{\}"):
         pack_folders(tmp_path / "in", tmp_path / "other", templates=["a thing"])
+    with pytest.raises(UserError, match="no folder"):
+        pack_folders(tmp_path / "none", tmp_path / "other", templates=["a {}"])
+    with pytest.raises(UserError, match="no caption templates"):
+        pack_folders(tmp_path / "in", tmp_path / "other", templates=[])
+    assert not (tmp_path / "other").exists()
+
+
+def test_splits_in_folders_are_obeyed(tmp_path: Path) -> None:
+    counts = {"train": 4, "val": 1, "test": 2}
+    for split, count in counts.items():
+        for name in ("car", "train"):
+            write_images(tmp_path / "in" / split / name, count)
+    pack_folders(tmp_path / "in", tmp_path / "out", templates=["a {}"], seed=0)
+    for split, count in counts.items():
+        reader = ShardReader(tmp_path / "out" / split)
+        assert sorted((reader.about(i)["label"], reader.about(i)["captions"]) for i in range(len(reader))) == (
+            [(0, ["a car"])] * count + [(1, ["a train"])] * count
+        )
+    shutil.rmtree(tmp_path / "in" / "val")
+    with pytest.raises(UserError, match="none named val"):
+        pack_folders(tmp_path / "in", tmp_path / "other", templates=["a {}"])
+    # A class may be called train.
+    for name in ("car", "train"):
+        write_images(tmp_path / "classes" / name, 10)
+    pack_folders(tmp_path / "classes", tmp_path / "vehicles", templates=["a {}"])
+    assert json.loads((tmp_path / "vehicles" / "classes.json").read_text())["classnames"] == ["car", "train"]
+
+
+def test_another_source_is_not_taken_for_the_packed_one(tmp_path: Path) -> None:
+    """The same table over other images, and an image moved to the next class: the bytes in reading order are the same."""
+    table = tmp_path / "in" / "t.csv"
+    paths = write_images(tmp_path / "in", 10)
+    table.write_text("filepath,caption\n" + "".join(f"{path.name},x\n" for path in paths))
+    pack_table(table, tmp_path / "out")
+    pack_table(table, tmp_path / "out")
+    Image.fromarray(np.full((20, 30, 3), 255, np.uint8)).save(paths[3])
+    with pytest.raises(UserError, match="made with other arguments"):
+        pack_table(table, tmp_path / "out")
+    for name in ("a", "b"):
+        write_images(tmp_path / "folders" / name, 10)
+    pack_folders(tmp_path / "folders", tmp_path / "packed", templates=["a {}"])
+    (tmp_path / "folders" / "a" / "9.png").rename(tmp_path / "folders" / "b" / "+.png")
+    with pytest.raises(UserError, match="made with other arguments"):
+        pack_folders(tmp_path / "folders", tmp_path / "packed", templates=["a {}"])
+
+
+def test_one_image_is_in_one_split(tmp_path: Path) -> None:
+    write_images(tmp_path, 4)
+    table = tmp_path / "t.csv"
+    table.write_text("filepath,caption,split\n0.png,x,train\n1.png,x,val\n2.png,x,test\n./0.png,y,train\n")
+    pack_table(table, tmp_path / "out")
+    assert ShardReader(tmp_path / "out" / "train").about(0)["captions"] == ["x", "y"]
+    for rows, said in (
+        ("0.png,x,train\n./0.png,y,val\n", "row 3: 0.png is in split train and in val"),
+        ("0.png,x,dev\n", "row 2: split 'dev' is none of train, val, test"),
+        ("0.png,x,train\n1.png,x,\n", "1 have none"),
+        ("0.png,x,train\n1.png,x,val\n", "split test has no images"),
+        ("0.png, ,train\n", "row 2: empty caption"),
+        (",x,train\n", "row 2: empty filepath"),
+        ("t.csv,x,train\n", "t.csv does not end in .png"),
+    ):
+        table.write_text("filepath,caption,split\n" + rows)
+        with pytest.raises(UserError, match=said):
+            pack_table(table, tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+
+
+def test_a_set_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted() -> Iterator[Sample]:
+        yield Sample("00000000", b"x", "png", ["x"])
+        raise KeyboardInterrupt
+
+    def write() -> None:
+        with new_dataset(tmp_path / "out", "scenes", {}) as root:
+            assert root is not None
+            write_split(root, "train", interrupted(), samples_per_shard=1)
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stands_in_the_way_is_kept(tmp_path: Path) -> None:
+    file, folder, damaged = tmp_path / "file", tmp_path / "folder", tmp_path / "damaged"
+    file.write_text("mine")
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    damaged.mkdir()
+    (damaged / "dataset.json").write_text("{")
+    for out, said in ((file, "is a file"), (folder, "holds files that are no data set"), (damaged, "dataset.json is damaged")):
+        with pytest.raises(UserError, match=said):
+            write_scenes(out, num_train=1, num_val=1, num_test=1)
+    assert file.read_text() == (folder / "mine.txt").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 3
