@@ -190,6 +190,8 @@ def run_family(settings: recipe.Recipe, out: Path, *, launcher: Launcher | None 
     """
     out = out.absolute()
     console = Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(stderr=True, width=130)  # a log file has no width of its own
     config = towers.model_config(settings.model.config if settings.model.config is not None else settings.model.architecture)
     with _only_one(out):
         claim_run_folder(out, {"role": "family", "recipe": settings.to_dict()})
