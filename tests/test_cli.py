@@ -153,7 +153,7 @@ def test_a_folder_of_another_run_is_kept(tmp_path: Path, capsys: pytest.CaptureF
         ("ViT-B-33", "Nearest: "),
         ("RN50", "ResNet"),
         ({"embed_dim": 8}, "needs embed_dim, vision_cfg and text_cfg"),
-        ({**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "widht": 3}}, "vision_cfg.width"),
+        ({**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "widht": 3}}, "vision_cfg.widht: unknown. Nearest valid key: width"),
         ({**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "width": 20}}, "not a multiple of head_width"),
         ({**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "timm_model_name": "x"}}, "not carried"),
         ({**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "hf_model_name": "x"}}, "not carried"),

@@ -50,10 +50,10 @@ def figures(out: Path) -> dict[str, Any]:
     """family.json without what the clock decides, and the learngene's bytes."""
     family = json.loads((out / "family.json").read_text())
     del family["environment"], family["cost_ratio_seconds"]
-    for part in (family["ancestor"], family["learngene"], *family["descendants"]):
+    for part in (family["ancestor"], family["learngene"], *family["descendants"], *family["totals_by_init"].values()):
         part.pop("seconds", None)
         part.pop("seconds_to_target", None)
-        for point in part["curve"]:
+        for point in part.get("curve", []):
             del point["seconds"]
     family["learngene_file"] = (out / "learngene" / "learngene.safetensors").read_bytes()
     return family
