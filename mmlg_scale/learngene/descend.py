@@ -32,8 +32,9 @@ class Descendant:
     modality: str
     tokenizer_files: dict[str, str]
 
-    def export(self, out: Path, *, overwrite: bool = False) -> None:
+    def export(self, out: str | Path, *, overwrite: bool = False) -> None:
         """Write an open_clip model folder, or a single tower's folder. Raises UserError where OUT holds something else."""
+        out = Path(out)
         if self.modality == "both":
             towers.export(self.state, self.config, out, tokenizer_files=self.tokenizer_files, overwrite=overwrite)
         else:

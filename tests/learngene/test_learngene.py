@@ -114,7 +114,7 @@ def test_descendant_on_disk_equals_auxiliary_model(
     """Written, loaded by open_clip's own factory, and compared in features; depths beyond the ancestor's three too."""
     learngene.save(tmp_path / "learngene.safetensors")
     loaded = load_learngene(tmp_path / "learngene.safetensors")
-    loaded.descend(image_layers=image_layers, text_layers=text_layers).export(tmp_path / "model")
+    loaded.descend(image_layers=image_layers, text_layers=text_layers).export(str(tmp_path / "model"))
     clip, _, preprocess = towers.open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'model'}")
     images, texts = batch(0)
     with torch.no_grad():
