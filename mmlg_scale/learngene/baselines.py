@@ -34,7 +34,7 @@ def initialise(
         assert learngene is not None
         return learngene.descend(image_layers=image_layers, text_layers=text_layers).state
     if init in ("scratch", "distil"):
-        return towers.build_clip(towers.with_layers(config, image_layers, text_layers), seed=seed).state_dict()
+        return towers.build_clip(towers.with_sizes(config, image_layers=image_layers, text_layers=text_layers), seed=seed).state_dict()
     assert init == "even", init
     assert ancestor_state is not None
     stem, blocks = towers.split_state(ancestor_state)

@@ -73,5 +73,5 @@ def compose_descendant(
         stem = {name: tensor for name, tensor in stem.items() if name.startswith("visual.") == (modality == "image")}
         stem.pop("logit_scale", None)
     state = {name: tensor.clone() for name, tensor in towers.join_state(stem, blocks).items()}
-    own = towers.with_layers(config, image_layers or towers.num_layers(config, "image"), text_layers or towers.num_layers(config, "text"))
+    own = towers.with_sizes(config, image_layers=image_layers, text_layers=text_layers)
     return Descendant(state, own, modality, dict(tokenizer_files))

@@ -214,13 +214,13 @@ def _first_weights(
         seed=run.settings.seed,
     )
     if size.modality == "both":
-        return towers.with_layers(config, size.image_layers, size.text_layers), state
+        return towers.with_sizes(config, image_layers=size.image_layers, text_layers=size.text_layers), state
     assert ancestor_state is not None
     own_image = size.modality == "image"
     layers = (size.image_layers, config["text_cfg"]["layers"]) if own_image else (config["vision_cfg"]["layers"], size.text_layers)
     pair = {name: tensor for name, tensor in ancestor_state.items() if name.startswith("visual.") != own_image}
     pair |= {name: tensor for name, tensor in state.items() if name.startswith("visual.") == own_image and name != "logit_scale"}
-    return towers.with_layers(config, *layers), pair
+    return towers.with_sizes(config, image_layers=layers[0], text_layers=layers[1]), pair
 
 
 def _training_of(settings: recipe.Recipe, init: str) -> tuple[recipe.Training, recipe.DistillationLoss | None]:

@@ -165,10 +165,10 @@ def test_even_picking() -> None:
     assert even_layers(8, 2) == [0, 7]
     assert even_layers(8, 4) == [0, 2, 5, 7]
     assert even_layers(8, 1) == [4]
-    config = towers.with_layers(towers.model_config(CONFIG), 5, 5)
+    config = towers.with_sizes(towers.model_config(CONFIG), image_layers=5, text_layers=5)
     ancestor = towers.build_clip(config, seed=4).state_dict()
     state = initialise("even", config=config, image_layers=3, text_layers=2, ancestor_state=ancestor, learngene=None, seed=0)
-    clip = towers.build_clip(towers.with_layers(config, 3, 2), seed=9)
+    clip = towers.build_clip(towers.with_sizes(config, image_layers=3, text_layers=2), seed=9)
     clip.load_state_dict(state)
     assert torch.equal(clip.visual.transformer.resblocks[1].mlp.c_fc.weight, ancestor["visual.transformer.resblocks.2.mlp.c_fc.weight"])
     assert torch.equal(clip.transformer.resblocks[1].attn.in_proj_weight, ancestor["transformer.resblocks.4.attn.in_proj_weight"])

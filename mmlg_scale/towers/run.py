@@ -1,0 +1,137 @@
+"""Building CLIPs and running their towers block by block."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmlg_scale.towers.config import with_sizes
+from mmlg_scale.towers.library import (
+    CLIP,
+    CLIPTextCfg,
+    CLIPVisionCfg,
+    ResidualAttentionBlock,
+    VisionTransformer,
+    open_clip,
+    text_global_pool,
+)
+
+Block = Callable[..., Tensor]
+MAX_LOGIT_SCALE = math.log(100.0)
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+
+
+def build_clip(config: Mapping[str, Any], *, seed: int) -> CLIP:
+    """An open_clip CLIP with open_clip's own initialisation under `seed`.
+
+    The logit scale has one element instead of none: DeepSpeed cannot broadcast 0-dim parameters. `export` writes it 0-dim again.
+    """
+    config = json.loads(json.dumps(config))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIP(
+            embed_dim=config["embed_dim"],
+            vision_cfg=CLIPVisionCfg(**config["vision_cfg"]),
+            text_cfg=CLIPTextCfg(**config["text_cfg"]),
+            quick_gelu=config.get("quick_gelu", False),
+            init_logit_scale=INITIAL_LOGIT_SCALE,
+            nonscalar_logit_scale=True,
+        )
+
+
+def logit_multiplier(logit_scale: Tensor) -> Tensor:
+    """exp of the logit scale, bounded by 100 as in CLIP, with the gradient of the unbounded value.
+
+    A plain clamp has no gradient above the bound, so a scale that went over it could never come back.
+    """
+    bounded = logit_scale + (logit_scale.clamp(max=MAX_LOGIT_SCALE) - logit_scale).detach()
+    return bounded.exp()
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """uint8 images [B, 3, H, W] -> normalised float images on the same device."""
+
+    mean: tuple[float, ...] = open_clip.OPENAI_DATASET_MEAN
+    std: tuple[float, ...] = open_clip.OPENAI_DATASET_STD
+
+    def __call__(self, image_uint8_BCHW: Tensor) -> Tensor:
+        scale = torch.tensor(self.std, device=image_uint8_BCHW.device).view(3, 1, 1) * 255
+        shift = torch.tensor(self.mean, device=image_uint8_BCHW.device).view(3, 1, 1) * 255
+        return (image_uint8_BCHW.float() - shift) / scale
+
+    def to_config(self) -> dict[str, Any]:
+        """open_clip's preprocess_cfg: resize of the shorter side, centre crop."""
+        return {"mean": list(self.mean), "std": list(self.std), "interpolation": "bicubic", "resize_mode": "shortest"}
+
+
+def run_image_tower(
+    visual: VisionTransformer, blocks: Sequence[Block], image: Tensor, tap: Sequence[int] = ()
+) -> tuple[Tensor, list[Tensor]]:
+    """The image tower with `blocks` in place of its own.
+
+    Args:
+        visual: supplies stem, pooling and projection.
+        blocks: called as ``block(x, attn_mask=...)`` on [B, T, d].
+        image: [B, 3, H, W], normalised.
+        tap: layers, counted from 1, after which the hidden state is kept.
+
+    Returns:
+        Features [B, D], not normalised, and the hidden states in the order of `tap`.
+    """
+    hidden, kept = _run_blocks(blocks, visual._embeds(image), None, tap)
+    pooled, _ = visual._pool(hidden)
+    return pooled @ visual.proj, kept
+
+
+def run_text_tower(clip: CLIP, blocks: Sequence[Block], text: Tensor, tap: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
+    """The text tower with `blocks` in place of its own; see `run_image_tower`. `text` holds token ids [B, T]."""
+    hidden, kept = _run_blocks(blocks, clip.token_embedding(text) + clip.positional_embedding, clip.attn_mask, tap)
+    pooled = text_global_pool(clip.ln_final(hidden), text, clip.text_pool_type, eos_token_id=clip.text_eos_id)
+    return pooled @ clip.text_projection, kept
+
+
+def _run_blocks(blocks: Sequence[Block], hidden: Tensor, mask: Tensor | None, tap: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    states: dict[int, Tensor] = {}
+    for number, block in enumerate(blocks, start=1):
+        hidden = block(hidden, attn_mask=mask)
+        states[number] = hidden
+    return hidden, [states[number] for number in tap]
+
+
+def encode_image_with_hidden(clip: CLIP, image: Tensor, tap: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
+    """`run_image_tower` with the model's own blocks."""
+    return run_image_tower(clip.visual, list(clip.visual.transformer.resblocks), image, tap)
+
+
+def encode_text_with_hidden(clip: CLIP, text: Tensor, tap: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
+    """`run_text_tower` with the model's own blocks."""
+    return run_text_tower(clip, list(clip.transformer.resblocks), text, tap)
+
+
+def block_template(config: Mapping[str, Any], tower: str) -> ResidualAttentionBlock:
+    """One block of the tower ("image" or "text") on the meta device: its structure, to be called with other tensors."""
+    with torch.device("meta"):
+        clip = build_meta(with_sizes(config, image_layers=1, text_layers=1))
+    return clip.visual.transformer.resblocks[0] if tower == "image" else clip.transformer.resblocks[0]
+
+
+def build_meta(config: Mapping[str, Any]) -> CLIP:
+    """`build_clip` on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return build_clip(config, seed=0)
+
+
+def empty_stem(config: Mapping[str, Any]) -> CLIP:
+    """A CLIP without blocks: the stems that the auxiliary model owns beside the learngene's blocks."""
+    # One layer, then none: open_clip's initialisation divides by the depth.
+    clip = build_clip(with_sizes(config, image_layers=1, text_layers=1), seed=0)
+    clip.visual.transformer.resblocks = nn.ModuleList()
+    clip.transformer.resblocks = nn.ModuleList()
+    return clip
