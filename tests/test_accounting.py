@@ -68,7 +68,7 @@ def test_a_block_by_hand() -> None:
 
 
 def test_depths_can_be_replaced() -> None:
-    assert forward_flops(ODD, image_layers=1, text_layers=5) == forward_flops(towers.with_layers(ODD, 1, 5))
+    assert forward_flops(ODD, image_layers=1, text_layers=5) == forward_flops(towers.with_sizes(ODD, image_layers=1, text_layers=5))
 
 
 def test_training_flops_by_hand() -> None:

@@ -59,7 +59,7 @@ def test_every_shipped_recipe_builds(path: Path, capsys: pytest.CaptureFixture[s
         given["text_cfg"].setdefault("vocab_size", 50)
     config = towers.model_config(given)
     for size in settings.family.sizes:
-        towers.build_meta(towers.with_layers(config, size.image_layers, size.text_layers))
+        towers.build_meta(towers.with_sizes(config, image_layers=size.image_layers, text_layers=size.text_layers))
     steps = plan(settings, Path("out"), image_size=towers.image_size(config))
     known: set[str] = set()
     pending = list(steps)
