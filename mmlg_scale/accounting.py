@@ -185,8 +185,8 @@ def _totals(family: Mapping[str, Any], entries: Sequence[Entry], init: str, size
 
     Returns:
         num_reached of num_sizes (every seed of a size must reach); flops, seconds: per-size charges plus what is spent once;
-        flops_once; flops_with_ancestor; params_shipped: what must be stored to have every size (None where it is not known);
-        mean_metric_at_0 (None where there is none) and mean_metric_final on the test split. None where a size is missing.
+        flops_once; flops_with_ancestor; params_shipped: what must be stored to have every size; mean_metric_at_0 (None where there
+        is none) and mean_metric_final on the test split. None where a size is missing.
     """
     groups = [[entry for entry in entries if entry["init"] == init and size_of(entry) == size] for size in sizes]
     if not groups or not all(groups):
@@ -195,10 +195,10 @@ def _totals(family: Mapping[str, Any], entries: Sequence[Entry], init: str, size
     def total(key: str) -> float:
         return sum(mean(entry[key] for entry in group) for group in groups)
 
-    learngene, ancestor = family["learngene"], family["ancestor"]
-    once = learngene["flops"] + learngene["teacher_flops"] if init == "mmlg" else 0
+    ancestor, learngene = family["ancestor"], _learngene(family, init)
+    once = learngene["flops"] + learngene["teacher_flops"] if learngene else 0
     flops, needs_ancestor = once + total("flops_to_target"), init != "scratch"
-    shipped = {"mmlg": learngene["params"], "even": ancestor["params"], "scratch": total("params"), "distil": total("params")}
+    shipped = learngene["params"] if learngene else ancestor["params"] if init == "even" else total("params")
     at_0 = [entry["metrics_at_0"][family["metric"]] for group in groups for entry in group if entry["metrics_at_0"]]
     return {
         "num_sizes": len(groups),
@@ -206,11 +206,16 @@ def _totals(family: Mapping[str, Any], entries: Sequence[Entry], init: str, size
         "flops_once": once,
         "flops": flops,
         "flops_with_ancestor": flops + ancestor["flops"] * needs_ancestor,
-        "seconds": total("seconds_to_target") + (learngene["seconds"] if init == "mmlg" else 0),
-        "params_shipped": shipped.get(init),
+        "seconds": total("seconds_to_target") + (learngene["seconds"] if learngene else 0),
+        "params_shipped": shipped,
         "mean_metric_at_0": mean(at_0) if at_0 else None,
         "mean_metric_final": mean(mean(entry["metrics_final"][family["metric"]] for entry in group) for group in groups),
     }
+
+
+def _learngene(family: Mapping[str, Any], init: str) -> Mapping[str, Any] | None:
+    """The learngene that an initialisation writes from: ours, or that of another method."""
+    return family["learngene"] if init == "mmlg" else family.get("rival_learngenes", {}).get(init)
 
 
 def _cost_ratios(family: Mapping[str, Any], totals: Mapping[str, dict[str, Any] | None], num_sizes: int) -> dict[str, Any]:

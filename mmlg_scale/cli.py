@@ -31,7 +31,7 @@ Step by step:
                                             distil the learngene
   mmlg descend LEARNGENE --image-layers A --text-layers B --out DIR
                                             write a descendant as an ordinary open_clip model
-  mmlg train RECIPE --init mmlg|scratch|even|distil --image-layers A --text-layers B ...
+  mmlg train RECIPE --init mmlg|tleg|sws|scratch|even|distil --image-layers A --text-layers B ...
                                             train a descendant or a baseline
   mmlg eval MODEL --data DIR                retrieval and zero-shot metrics of any open_clip folder
   mmlg report DIR                           draw report.html of a family run again
@@ -203,6 +203,9 @@ def _progress(name: str) -> Callable[[Any], Any]:
     return lambda items: track(items, description=name, disable=not sys.stderr.isatty())
 
 
+WIDTH_HELP = "Residual width of the {} tower, a multiple of its head dimension; the ancestor's where left out"
+
+
 def _train(arguments: list[str]) -> int:
     parser = _parser(
         "train",
@@ -213,18 +216,20 @@ def _train(arguments: list[str]) -> int:
         "--init",
         type=str,
         default="ancestor",
-        choices=["ancestor", "mmlg", "scratch", "even", "distil"],
+        choices=["ancestor", "mmlg", "tleg", "sws", "scratch", "even", "distil"],
         help="What is trained.",
     )
     parser.add_argument("--image-layers", type=int, default=4, help="Depth of the image tower (not for the ancestor).")
     parser.add_argument("--text-layers", type=int, default=4, help="Depth of the text tower (not for the ancestor).")
+    for tower in ("image", "text"):
+        parser.add_argument(f"--{tower}-width", type=int | None, default=None, help=f"{WIDTH_HELP.format(tower)} (not for the ancestor).")
     parser.add_argument(
         "--ancestor-model",
         type=str | None,
         default=None,
-        help="Ancestor's open_clip folder (even, distil, and mmlg when it is adapted).",
+        help="Ancestor's open_clip folder (even, distil, and learngenes when their descendants are adapted).",
     )
-    parser.add_argument("--learngene", type=str | None, default=None, help="Learngene file (mmlg).")
+    parser.add_argument("--learngene", type=str | None, default=None, help="Learngene file (mmlg, tleg, sws).")
     parser.add_argument(
         "--modality", type=str, default="both", choices=["both", "image", "text"], help="One tower alone: mmlg only, not trained."
     )
@@ -240,7 +245,7 @@ def _train(arguments: list[str]) -> int:
             recipe,
             Path(args.out),
             init=args.init,
-            size=Size(args.image_layers, args.text_layers, args.modality),
+            size=Size(args.image_layers, args.text_layers, args.image_width, args.text_width, args.modality),
             ancestor=_path(args.ancestor_model),
             learngene=_path(args.learngene),
             target_of=_path(args.target_of),
@@ -256,10 +261,17 @@ def _extract(arguments: list[str]) -> int:
     parser = _parser("extract", "Distil the learngene out of an ancestor. Started again, it goes on from its last checkpoint.")
     parser.add_argument("--ancestor-model", type=str, required=True, help="The ancestor's open_clip folder.")
     parser.add_argument("--out", type=str, required=True, help="The run's folder; the result is OUT/learngene.safetensors.")
+    parser.add_argument(
+        "--method",
+        type=str,
+        default="mmlg",
+        choices=["mmlg", "tleg", "sws"],
+        help="Which settings of the recipe: extraction, or a baseline's.",
+    )
     args, recipe = _parse_recipe(parser, arguments)
     from mmlg_scale.training.run import extract
 
-    extract(recipe, Path(args.ancestor_model), Path(args.out))
+    extract(recipe, Path(args.ancestor_model), Path(args.out), method=args.method)
     return 0
 
 
@@ -273,6 +285,8 @@ def _descend(arguments: list[str]) -> int:
         help="Depth of the image tower; deeper than the ancestor works too.",
     )
     parser.add_argument("--text-layers", type=int | None, default=None, help="Depth of the text tower.")
+    for tower in ("image", "text"):
+        parser.add_argument(f"--{tower}-width", type=int | None, default=None, help=WIDTH_HELP.format(tower) + ".")
     parser.add_argument("--modality", type=str, default="both", choices=["both", "image", "text"], help="Both towers, or one alone.")
     parser.add_argument("--out", type=str, required=True, help="Folder to write: open_clip.create_model('local-dir:OUT') loads it.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an export that stands there.")
@@ -286,7 +300,8 @@ def _descend(arguments: list[str]) -> int:
 
     learngene = load_learngene(Path(args.learngene))
     started = time.perf_counter()
-    descendant = learngene.descend(image_layers=args.image_layers, text_layers=args.text_layers, modality=args.modality)
+    sizes = {f"{tower}_{kind}": getattr(args, f"{tower}_{kind}") for tower in ("image", "text") for kind in ("layers", "width")}
+    descendant = learngene.descend(**sizes, modality=args.modality)
     written = time.perf_counter() - started
     descendant.export(Path(args.out), overwrite=args.overwrite)
     print(f"{args.out}: composed in {written * 1e3:.1f} ms, on disk after {(time.perf_counter() - started) * 1e3:.1f} ms")

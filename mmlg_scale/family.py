@@ -33,6 +33,8 @@ from mmlg_scale.files import write_json_atomic, write_text_atomic
 from mmlg_scale.report import console_table, retrieval_samples, write_report
 from mmlg_scale.training.checkpoint import claim_run_folder
 
+LEARNGENE_KEYS = ("params", "bytes", "block_params", "stem_params", "flops", "teacher_flops", "seconds", "metrics", "curve")
+
 
 @dataclass(frozen=True)
 class Step:
@@ -60,7 +62,8 @@ def plan(settings: recipe.Recipe, out: Path, *, image_size: int) -> list[Step]:
     """
     file = str(out / "recipe.yaml")
     data = Path(settings.data.path) if settings.data.path is not None else out / "data"
-    ancestor, learngene = out / "ancestor", out / "learngene" / "learngene.safetensors"
+    ancestor, learngenes = out / "ancestor", {"mmlg": out / "learngene" / "learngene.safetensors"}
+    learngenes |= {method: out / method / "learngene.safetensors" for method in settings.baselines.learngenes()}
     resources = Resources(num_processes=settings.engine.num_processes)
     steps: list[Step] = []
 
@@ -75,39 +78,32 @@ def plan(settings: recipe.Recipe, out: Path, *, image_size: int) -> list[Step]:
     first: tuple[str, ...] = ()
     if settings.data.path is None:
         scenes = settings.data.scenes
-        options = [f"--{key}={value}" for key, value in vars(scenes).items()]
-        add(
-            "data",
-            ["data", "scenes", "--out", str(data), f"--image-size={image_size}", *options],
-            (),
-            data / "dataset.json",
-        )
+        options = [f"--image-size={image_size}", *(f"--{key}={value}" for key, value in vars(scenes).items())]
+        add("data", ["data", "scenes", "--out", str(data), *options], (), data / "dataset.json")
         first = ("data",)
     training("ancestor", ancestor, (), settings.ancestor.steps)
     model = ("--ancestor-model", str(ancestor / "model"))
-    training("learngene", learngene.parent, ("ancestor",), settings.extraction.training.steps, *model, command="extract")
-
-    by_depth = sorted(settings.family.sizes, key=lambda size: -(size.image_layers + size.text_layers))
-    for init in ("scratch", "mmlg", "distil", "even"):
-        for size in by_depth:
+    training("learngene", learngenes["mmlg"].parent, ("ancestor",), settings.extraction.training.steps, *model, command="extract")
+    for method, rival in settings.baselines.learngenes().items():
+        folder, method_option = learngenes[method].parent, ("--method", method)
+        training(method, folder, ("ancestor",), rival.training.steps, *model, *method_option, command="extract")
+    for init in ("scratch", "mmlg", "distil", "even", *settings.baselines.learngenes()):
+        chosen: recipe.Training | None = settings.adaptation.training if init in learngenes else getattr(settings.baselines, init)
+        for size in sorted(settings.family.sizes, key=lambda size: -(size.image_layers + size.text_layers)):
             counted = size.in_sum and size.modality == "both"
-            chosen: recipe.Training | None = settings.adaptation.training if init == "mmlg" else getattr(settings.baselines, init)
             if chosen is None or (init != "mmlg" and not counted):
                 continue
             folder = out / "descendants" / f"{size.name}-{init}"
-            options = ["--init", init, "--image-layers", str(size.image_layers), "--text-layers", str(size.text_layers)]
-            options += ["--modality", size.modality]
-            needs: tuple[str, ...] = ()
-            if init != "scratch":
-                options += model
-                needs = ("ancestor",)
-            if init == "mmlg":
-                options += ["--learngene", str(learngene)]
-                needs = ("learngene",)
+            needs: tuple[str, ...] = () if init == "scratch" else ("ancestor",)
+            words = ["--init", init, "--modality", size.modality, *(model if needs else ())]
+            words += [word for key, value in size.sizes().items() if value for word in (f"--{key.replace('_', '-')}", str(value))]
+            if init in learngenes:
+                words += ["--learngene", str(learngenes[init])]
+                needs = ("learngene" if init == "mmlg" else init,)
             if init != "scratch" and counted and settings.baselines.scratch is not None:
-                options += ["--target-of", str(out / "descendants" / f"{size.name}-scratch")]
+                words += ["--target-of", str(out / "descendants" / f"{size.name}-scratch")]
                 needs = (*needs, f"{size.name}-scratch")
-            training(folder.name, folder, needs, chosen.steps, *options)
+            training(folder.name, folder, needs, chosen.steps, *words)
     return steps
 
 
@@ -258,19 +254,9 @@ def assemble(settings: recipe.Recipe, out: Path) -> dict[str, Any]:
             **{key: ancestor[key] for key in ("params", "flops", "seconds", "metrics", "image_layers", "text_layers", "curve")},
             "num_bytes": 4 * ancestor["params"],
         },
-        "learngene": {
-            key: learngene[key]
-            for key in (
-                "params",
-                "bytes",
-                "block_params",
-                "stem_params",
-                "flops",
-                "teacher_flops",
-                "seconds",
-                "metrics",
-                "curve",
-            )
+        "learngene": {key: learngene[key] for key in LEARNGENE_KEYS},
+        "rival_learngenes": {
+            method: {key: result(out / method)[key] for key in LEARNGENE_KEYS} for method in settings.baselines.learngenes()
         },
         "descendants": entries,
         "environment": environment(settings),

@@ -65,6 +65,8 @@ class Model:
     """Name of an open_clip configuration (ViT-B-32, ...); null: `config` below."""
     config: dict[str, Any] | None = None
     """An open_clip model configuration inline: embed_dim, vision_cfg, text_cfg. A vocab_size left out is taken from the tokenizer."""
+    weights: str | None = None
+    """A file of the ancestor's weights (open_clip, OpenAI or Hugging Face state dict; .safetensors or .pt): it is then not trained here."""
 
 
 @dataclass
@@ -131,8 +133,16 @@ class Extraction:
     """Blocks shared by both towers (K_M)."""
     num_unimodal: int = 1
     """Blocks of each tower alone (K_U)."""
+    basis: Literal["knots", "linear", "step"] = "knots"
+    """How coefficients depend on depth: learned at knots; fixed {1, t} (TLEG, two blocks); fixed stages (SWS, one block each)."""
+    convention: Literal["inclusive", "paper"] = "inclusive"
+    """Relative depth in the linear basis: l / (L - 1), or TLEG's l / L."""
     num_knots: int = 8
     """Knots over relative depth between which coefficients and vectors are interpolated (R)."""
+    width_map: Literal["slice", "learned"] = "slice"
+    """How the multimodal blocks, as wide as the wider tower, reach the other: leading heads and channels, or learned maps."""
+    width_shares: list[float] = field(default_factory=lambda: [1.0])
+    """Shares of a tower's heads, one drawn for each tower every step; [1, 1, 0.5] takes half the width every third time."""
     min_layers: int = 2
     """Smallest depth drawn."""
     max_layers: int | None = None
@@ -146,6 +156,19 @@ class Extraction:
     loss: DistillationLoss = field(default_factory=DistillationLoss)
     """What is compared with the ancestor."""
 
+    def check(self, key: str) -> None:
+        """Raise UserError when a field is out of its range; `key` is where this object sits in the recipe."""
+        self.training.check(f"{key}.training")
+        for name in ("num_multimodal", "num_unimodal"):
+            _require(getattr(self, name) >= 0, f"{key}.{name}", "is negative", "Use 0 or more.")
+        _require(self.num_multimodal + self.num_unimodal > 0, key, "has no blocks", "Set num_unimodal to 1.")
+        _require(self.num_knots >= 2, f"{key}.num_knots", f"is {self.num_knots}", "Use 2 or more.")
+        _require(self.min_layers >= 1, f"{key}.min_layers", f"is {self.min_layers}", "Use 1 or more.")
+        most = self.max_layers
+        _require(most is None or most >= self.min_layers, f"{key}.max_layers", f"is {most}, below min_layers", "Use that or more.")
+        shares = self.width_shares
+        _require(bool(shares) and all(0 < share <= 1 for share in shares), f"{key}.width_shares", f"is {shares}", "Use shares in (0, 1].")
+
 
 @dataclass
 class Size:
@@ -155,6 +178,10 @@ class Size:
     """Depth of the image tower."""
     text_layers: int = 4
     """Depth of the text tower."""
+    image_width: int | None = None
+    """Residual width of the image tower, a multiple of its head dimension; null: the ancestor's."""
+    text_width: int | None = None
+    """Residual width of the text tower, likewise."""
     modality: Modality = "both"
     """Both towers, or one alone."""
     in_sum: bool = True
@@ -162,9 +189,15 @@ class Size:
 
     @property
     def name(self) -> str:
-        """`i4-t4` for both towers, `i4` or `t4` for one: names folders and table rows."""
-        parts = {"both": f"i{self.image_layers}-t{self.text_layers}", "image": f"i{self.image_layers}"}
-        return parts.get(self.modality, f"t{self.text_layers}")
+        """`i4-t4` for both towers, `i4` or `t4` for one, `i4w48-t4w48` where narrower: names folders and table rows."""
+        image = f"i{self.image_layers}" + (f"w{self.image_width}" if self.image_width else "")
+        text = f"t{self.text_layers}" + (f"w{self.text_width}" if self.text_width else "")
+        return {"both": f"{image}-{text}", "image": image}.get(self.modality, text)
+
+    def sizes(self) -> dict[str, int | None]:
+        """The sizes of the towers that the descendant has, as keyword arguments."""
+        towers = ("image", "text") if self.modality == "both" else (self.modality,)
+        return {f"{tower}_{kind}": getattr(self, f"{tower}_{kind}") for tower in towers for kind in ("layers", "width")}
 
 
 @dataclass
@@ -189,6 +222,14 @@ class Baselines:
     """Training each size from random weights with the ancestor as teacher."""
     distil_loss: DistillationLoss = field(default_factory=DistillationLoss)
     """Terms of the separate distillation."""
+    tleg: Extraction | None = None
+    """A learngene of the linear basis (TLEG), extracted and adapted beside ours; null: not run."""
+    sws: Extraction | None = None
+    """A learngene of the step basis (stage-wise weight sharing), likewise."""
+
+    def learngenes(self) -> dict[str, Extraction]:
+        """The learngenes of other methods that are asked for."""
+        return {name: found for name in ("tleg", "sws") if (found := getattr(self, name)) is not None}
 
 
 @dataclass
@@ -259,23 +300,14 @@ class Recipe:
             "Name an open_clip configuration, or give one inline.",
         )
         self.ancestor.check("ancestor")
-        self.extraction.training.check("extraction.training")
+        self.extraction.check("extraction")
+        for name, extraction in self.baselines.learngenes().items():
+            extraction.check(f"baselines.{name}")
         self.adaptation.training.check("adaptation.training", allow_zero_steps=True)
         for name in ("scratch", "even", "distil"):
             training: Training | None = getattr(self.baselines, name)
             if training is not None:
                 training.check(f"baselines.{name}")
-        extraction = self.extraction
-        for key in ("num_multimodal", "num_unimodal"):
-            _require(getattr(extraction, key) >= 0, f"extraction.{key}", "is negative", "Use 0 or more.")
-        _require(
-            extraction.num_multimodal + extraction.num_unimodal > 0,
-            "extraction",
-            "has no blocks",
-            "Set num_unimodal to 1.",
-        )
-        _require(extraction.num_knots >= 2, "extraction.num_knots", f"is {extraction.num_knots}", "Use 2 or more.")
-        _require(extraction.min_layers >= 1, "extraction.min_layers", f"is {extraction.min_layers}", "Use 1 or more.")
         for index, size in enumerate(self.family.sizes):
             for key in ("image_layers", "text_layers"):
                 _require(

@@ -118,13 +118,12 @@ def test_empty_data_and_missing_images(tmp_path: Path, capsys: pytest.CaptureFix
 def test_depth_zero_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
     from mmlg_scale.learngene.file import Learngene
+    from mmlg_scale.learngene.structure import Structure
 
     config = towers.model_config(CONFIG)
-    model = AuxiliaryCLIP.from_ancestor(
-        towers.build_clip(config, seed=0).state_dict(), config, num_multimodal=1, num_unimodal=1, num_knots=2, seed=0
-    )
+    model = AuxiliaryCLIP.from_ancestor(towers.build_clip(config, seed=0).state_dict(), Structure(config, num_knots=2), seed=0)
     file = tmp_path / "learngene.safetensors"
-    Learngene.from_auxiliary(config, model.state_dict(), tokenizer_files={}, extraction={}).save(file)
+    Learngene.from_auxiliary(model.structure, model.state_dict(), tokenizer_files={}, extraction={}).save(file)
     out = tmp_path / "out"
     said = refused("descend", str(file), "--image-layers", "0", "--text-layers", "2", "--out", str(out), capsys=capsys)
     assert "image layers: 0 is no depth" in said

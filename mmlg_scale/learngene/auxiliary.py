@@ -11,104 +11,74 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmlg_scale import towers
-from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.blocks import BlockLayout
-from mmlg_scale.learngene.mixing import compose_layers
+from mmlg_scale.learngene.compose import compose_layers, narrow_state
+from mmlg_scale.learngene.structure import STEM, TOWERS, Structure, stem_shapes
 
-TOWERS = ("image", "text")
 # Matrices that write into the residual stream: scaled down with depth at the start, as in CLIP and GPT-2.
 RESIDUAL_OUTPUTS = ("attn.out_proj.weight", "mlp.c_proj.weight")
 COEFFICIENT_NOISE = 0.05
 
 
 class AuxiliaryCLIP(nn.Module):
-    """Owns every tensor of the learngene and composes the layers inside its own forward.
+    """Owns every tensor of the learngene and composes stems and layers inside its own forward.
 
-    One module owns all parameters because ZeRO-3 gathers them only in the forward of their owner.
+    One module owns all parameters because ZeRO-3 gathers them only in the forward of their owner; the modules that compute are kept out of
+    the registry, on the meta device, and are called with these tensors. A parameter's name is the learngene's with / for each dot.
 
-    Parameters:
+    Parameters (P: numbers in a block's matrices, V: in its vectors, of the tower or, for `multimodal`, of the wider one):
         multimodal: [K_M, P], blocks shared by both towers.
         unimodal_image, unimodal_text: [K_U, P], blocks of one tower.
-        coefficients_image, coefficients_text: [R, G, K_M + K_U] for the G matrices of a block, multimodal blocks first.
-        vectors_image, vectors_text: [R, V], LayerNorms and biases at each knot.
-        stem: an open_clip CLIP without blocks.
+        coefficients_image, coefficients_text: [R, G, K_M + K_U] for the G matrices of a block, multimodal blocks first; basis `knots` only.
+        vectors_image, vectors_text: LayerNorms and biases, [R, V] at each knot or [K, V] for each block.
+        residual_map_*, head_map_*: [d, d_wide], with learned maps only.
+        stem/...: an open_clip CLIP's tensors outside its blocks.
     """
 
-    unimodal_image: nn.Parameter
-    unimodal_text: nn.Parameter
-    coefficients_image: nn.Parameter
-    coefficients_text: nn.Parameter
-    vectors_image: nn.Parameter
-    vectors_text: nn.Parameter
+    attn_mask: Tensor
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        stem: towers.CLIP,
-        *,
-        num_multimodal: int,
-        num_unimodal: int,
-        num_knots: int,
-    ) -> None:
+    def __init__(self, structure: Structure) -> None:
         super().__init__()
-        self.config = config
-        self.num_multimodal, self.num_unimodal, self.num_knots = num_multimodal, num_unimodal, num_knots
-        # Kept out of the module registry: functional_call on a registered module fails under ZeRO-3.
-        self._templates = {tower: [towers.block_template(config, tower)] for tower in TOWERS}
-        self.layout = common_layout(config)
-        size, vectors, matrices = self.layout.matrix_size, self.layout.vector_size, len(self.layout.matrices)
-        self.multimodal = nn.Parameter(torch.empty(num_multimodal, size))
-        for tower in TOWERS:
-            setattr(self, f"unimodal_{tower}", nn.Parameter(torch.empty(num_unimodal, size)))
-            setattr(self, f"coefficients_{tower}", nn.Parameter(torch.empty(num_knots, matrices, num_multimodal + num_unimodal)))
-            setattr(self, f"vectors_{tower}", nn.Parameter(torch.empty(num_knots, vectors)))
-        self.stem = stem
+        self.structure = structure
+        for name, shape in structure.shapes().items():
+            self.register_parameter(_parameter_name(name), nn.Parameter(torch.empty(shape)))
+        length = towers.context_length(structure.config)
+        self.register_buffer("attn_mask", torch.full((length, length), -torch.inf).triu_(1), persistent=False)
+        # A dictionary in a list is not searched for modules.
+        self._runners: list[dict[tuple[int | None, int | None], tuple[_StemRunner, dict[str, tuple[int, ...]]]]] = [{}]
+        self._templates: list[dict[tuple[str, int | None], nn.Module]] = [{}]
 
     @classmethod
-    def empty(cls, config: dict[str, Any], *, num_multimodal: int, num_unimodal: int, num_knots: int) -> AuxiliaryCLIP:
-        """On the meta device: names and shapes, no memory."""
-        with torch.device("meta"):
-            stem = towers.empty_stem(config)
-            return cls(config, stem, num_multimodal=num_multimodal, num_unimodal=num_unimodal, num_knots=num_knots)
-
-    @classmethod
-    def from_ancestor(
-        cls,
-        ancestor_state: Mapping[str, Tensor],
-        config: dict[str, Any],
-        *,
-        num_multimodal: int,
-        num_unimodal: int,
-        num_knots: int,
-        seed: int,
-    ) -> AuxiliaryCLIP:
+    def from_ancestor(cls, ancestor_state: Mapping[str, Tensor], structure: Structure, *, seed: int) -> AuxiliaryCLIP:
         """Stems copied from the ancestor; blocks random like a fresh block; coefficients centred.
 
         A multimodal block's coefficient starts at 1 at every depth, the j-th unimodal block's at the Legendre polynomial of degree j in
-        2t - 1 (the first: 2t - 1 itself), each with noise of 0.05, so that no two blocks start alike.
+        2t - 1 (the first: 2t - 1 itself), each with noise of 0.05, so that no two blocks start alike. Learned maps start as slices.
         """
-        stem = towers.empty_stem(config)
-        stem.load_state_dict({name: tensor.clone() for name, tensor in towers.split_state(ancestor_state)[0].items()})
-        model = cls(config, stem, num_multimodal=num_multimodal, num_unimodal=num_unimodal, num_knots=num_knots)
+        model = cls(structure)
         generator = torch.Generator().manual_seed(seed)
-        depth = max(towers.num_layers(config, tower) for tower in TOWERS)
+        depth = max(towers.num_layers(structure.config, tower) for tower in TOWERS)
         with torch.no_grad():
-            for blocks_KP in (model.multimodal, model.unimodal_image, model.unimodal_text):
-                for block_P in blocks_KP:
-                    _fill_block(model.layout, block_P, depth, generator)
+            for name, tensor in towers.split_state(ancestor_state)[0].items():
+                model._get(STEM + name).copy_(tensor)
+            for name, tower in (("multimodal", structure.wide), ("unimodal_image", "image"), ("unimodal_text", "text")):
+                for block_P in model._get(name):
+                    _fill_block(structure.layout(tower), block_P, depth, generator)
             for tower in TOWERS:
-                _fill_coefficients(getattr(model, f"coefficients_{tower}"), num_multimodal, generator)
-                vectors_RV = getattr(model, f"vectors_{tower}")
-                for entry in model.layout.vectors:
-                    is_scale = entry.name in ("ln_1.weight", "ln_2.weight")
-                    entry.view(vectors_RV).fill_(1.0 if is_scale else 0.0)
+                if structure.basis == "knots":
+                    _fill_coefficients(model._get(f"coefficients_{tower}"), structure.num_multimodal, generator)
+                _fill_vectors(structure, structure.layout(tower), model._get(f"vectors_{tower}"))
+                if structure.mapped(tower):
+                    for kind in ("residual_map", "head_map"):
+                        nn.init.eye_(model._get(f"{kind}_{tower}"))
         return model
 
-    def layers(self, tower: str, num_layers: int) -> list[dict[str, Tensor]]:
+    def _get(self, name: str) -> Tensor:
+        return self.get_parameter(_parameter_name(name))
+
+    def layers(self, tower: str, num_layers: int, width: int | None = None) -> list[dict[str, Tensor]]:
         """The named tensors of each layer of a tower of `num_layers`; differentiable."""
-        blocks_KP = torch.cat([self.multimodal, getattr(self, f"unimodal_{tower}")])
-        coefficients, vectors = getattr(self, f"coefficients_{tower}"), getattr(self, f"vectors_{tower}")
-        return compose_layers(self.layout, blocks_KP, coefficients, vectors, num_layers)
+        return compose_layers(self.structure, self._get, tower, num_layers, width)
 
     def forward(
         self,
@@ -117,56 +87,83 @@ class AuxiliaryCLIP(nn.Module):
         *,
         image_layers: int | None = None,
         text_layers: int | None = None,
+        image_width: int | None = None,
+        text_width: int | None = None,
         tap_image: Sequence[int] = (),
         tap_text: Sequence[int] = (),
     ) -> dict[str, Any]:
-        """Features (not normalised), hidden states after the tapped layers, and the logit multiplier, at the given depths."""
-        outputs: dict[str, Any] = {"logit_scale": towers.logit_multiplier(self.stem.logit_scale)}
-        if image is not None:
-            assert image_layers is not None
-            outputs["image_features"], outputs["image_hidden"] = towers.run_image_tower(
-                self.stem.visual, self._blocks("image", image_layers), image, tap_image
-            )
-        if text is not None:
-            assert text_layers is not None
-            outputs["text_features"], outputs["text_hidden"] = towers.run_text_tower(
-                self.stem, self._blocks("text", text_layers), text, tap_text
-            )
-        return outputs
+        """Features (not normalised), hidden states after the tapped layers, and the logit multiplier, at the given sizes."""
+        runner, shapes = self._runner(image_width, text_width)
+        stem = {f"clip.{name}": tensor for name, tensor in narrow_state(shapes, lambda name: self._get(STEM + name)).items()}
+        stem["clip.attn_mask"] = self.attn_mask
+        image_blocks = self._blocks("image", image_layers, image_width) if image is not None else []
+        text_blocks = self._blocks("text", text_layers, text_width) if text is not None else []
+        return functional_call(runner, stem, (image, text, image_blocks, text_blocks, tap_image, tap_text))
 
-    def _blocks(self, tower: str, num_layers: int) -> list[towers.Block]:
-        template = self._templates[tower][0]
-        return [functools.partial(_call_block, template, tensors) for tensors in self.layers(tower, num_layers)]
+    def _runner(self, image_width: int | None, text_width: int | None) -> tuple[_StemRunner, dict[str, tuple[int, ...]]]:
+        key = (image_width, text_width)
+        if key not in self._runners[0]:
+            config = self.structure.sized(image_width=image_width, text_width=text_width)
+            with torch.device("meta"):
+                self._runners[0][key] = _StemRunner(towers.empty_stem(config)), stem_shapes(config)
+        runner, shapes = self._runners[0][key]
+        return runner.train(self.training), shapes
+
+    def _blocks(self, tower: str, num_layers: int | None, width: int | None) -> list[towers.Block]:
+        assert num_layers is not None
+        key = (tower, width)
+        if key not in self._templates[0]:
+            self._templates[0][key] = towers.block_template(self.structure.sized(**{f"{tower}_width": width}), tower)
+        template = self._templates[0][key]
+        return [functools.partial(_call_block, template, tensors) for tensors in self.layers(tower, num_layers, width)]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by kind: blocks, coefficients, vectors, stem_matrices, stem_other."""
-        groups: dict[str, list[nn.Parameter]] = {
-            "blocks": [self.multimodal, self.unimodal_image, self.unimodal_text],
-            "coefficients": [self.coefficients_image, self.coefficients_text],
-            "vectors": [self.vectors_image, self.vectors_text],
-            "stem_matrices": [],
-            "stem_other": [],
-        }
-        for name, parameter in self.stem.named_parameters():
-            is_matrix = parameter.ndim >= 2 and "embedding" not in name
-            groups["stem_matrices" if is_matrix else "stem_other"].append(parameter)
-        groups["blocks"] = [parameter for parameter in groups["blocks"] if parameter.numel()]
+        """Parameters by kind: blocks, coefficients, vectors, maps, stem_matrices, stem_other; kinds without any are left out."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if not parameter.numel():
+                continue
+            if name.startswith(_parameter_name(STEM)):
+                kind = "stem_matrices" if parameter.ndim >= 2 and "embedding" not in name else "stem_other"
+            elif name == "multimodal" or name.startswith("unimodal"):
+                kind = "blocks"
+            else:
+                kind = "maps" if "_map_" in name else name.split("_")[0]
+            groups.setdefault(kind, []).append(parameter)
         return groups
 
 
-def common_layout(config: dict[str, Any]) -> BlockLayout:
-    """The block layout that both towers share.
+def learngene_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An AuxiliaryCLIP's state dict under the learngene's names."""
+    return {name.replace("/", "."): tensor for name, tensor in state.items()}
 
-    Raises:
-        UserError: the towers' blocks differ in shape.
-    """
-    image, text = (BlockLayout.of(towers.block_template(config, tower)) for tower in TOWERS)
-    if image != text:
-        widths = [towers.width(config, tower) for tower in TOWERS]
-        raise UserError(
-            f"recipe key model: image and text blocks differ (widths {widths[0]} and {widths[1]}). Towers of equal width are carried."
-        )
-    return image
+
+def _parameter_name(name: str) -> str:
+    return name.replace(".", "/")
+
+
+class _StemRunner(nn.Module):
+    """A CLIP without blocks, whose forward runs both towers with the blocks that it is given."""
+
+    def __init__(self, clip: towers.CLIP) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(
+        self,
+        image: Tensor | None,
+        text: Tensor | None,
+        image_blocks: Sequence[towers.Block],
+        text_blocks: Sequence[towers.Block],
+        tap_image: Sequence[int],
+        tap_text: Sequence[int],
+    ) -> dict[str, Any]:
+        outputs: dict[str, Any] = {"logit_scale": towers.logit_multiplier(self.clip.logit_scale)}
+        if image is not None:
+            outputs["image_features"], outputs["image_hidden"] = towers.run_image_tower(self.clip.visual, image_blocks, image, tap_image)
+        if text is not None:
+            outputs["text_features"], outputs["text_hidden"] = towers.run_text_tower(self.clip, text_blocks, text, tap_text)
+        return outputs
 
 
 def _call_block(template: nn.Module, tensors: dict[str, Tensor], hidden: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -181,6 +178,15 @@ def _fill_block(layout: BlockLayout, block_P: Tensor, depth: int, generator: tor
         if entry.name in RESIDUAL_OUTPUTS:
             std *= (2 * depth) ** -0.5
         entry.view(block_P).normal_(0.0, std, generator=generator)
+
+
+def _fill_vectors(structure: Structure, layout: BlockLayout, vectors_RV: Tensor) -> None:
+    """LayerNorm weights of one and biases of zero at every depth: in the linear basis the constant row carries them."""
+    vectors_RV.zero_()
+    rows_RV = vectors_RV[:1] if structure.basis == "linear" else vectors_RV
+    for entry in layout.vectors:
+        if entry.name in ("ln_1.weight", "ln_2.weight"):
+            entry.view(rows_RV).fill_(1.0)
 
 
 def _fill_coefficients(coefficients_RGK: Tensor, num_multimodal: int, generator: torch.Generator) -> None:

@@ -8,41 +8,48 @@ from typing import Any
 from torch import Tensor
 
 from mmlg_scale import towers
+from mmlg_scale.learngene.compose import narrow_state
 from mmlg_scale.learngene.file import Learngene
+from mmlg_scale.learngene.structure import TOWERS
 
-INITIALISATIONS = ("mmlg", "scratch", "even", "distil")
+FROM_LEARNGENE = ("mmlg", "tleg", "sws")
+FROM_ANCESTOR = ("even",)
+INITIALISATIONS = (*FROM_LEARNGENE, "scratch", *FROM_ANCESTOR, "distil")
 
 
 def initialise(
     init: str,
     *,
     config: Mapping[str, Any],
-    image_layers: int,
-    text_layers: int,
+    sizes: Mapping[str, int | None],
     ancestor_state: Mapping[str, Tensor] | None,
     learngene: Learngene | None,
     seed: int,
 ) -> dict[str, Tensor]:
-    """A CLIP state dict of the requested depths.
+    """A CLIP state dict of the requested sizes, or (from a learngene, where `sizes` name one tower alone) that tower's part of one.
 
     Args:
-        init: `mmlg` writes it from the learngene; `scratch` and `distil` draw open_clip's random weights (the teacher of `distil` comes in
-            training); `even` picks layers of the ancestor at even distances, the first and the last among them, with its stems.
+        init: `mmlg`, `tleg` and `sws` write it from a learngene of that kind; `scratch` and `distil` draw open_clip's random weights (the
+            teacher of `distil` comes in training); `even` picks layers of the ancestor at even distances, the first and the last among
+            them, with its stems, and takes the leading channels and heads where the size is narrower.
         config: the ancestor's configuration.
+        sizes: image_layers, text_layers, image_width, text_width; a width left out is the ancestor's.
     """
-    if init == "mmlg":
+    if init in FROM_LEARNGENE:
         assert learngene is not None
-        return learngene.descend(image_layers=image_layers, text_layers=text_layers).state
+        present = tuple(tower for tower in TOWERS if f"{tower}_layers" in sizes)
+        modality = "both" if present == TOWERS else present[0]
+        return learngene.descend(**sizes, modality=modality).state
+    own = towers.with_sizes(config, **sizes)
     if init in ("scratch", "distil"):
-        return towers.build_clip(towers.with_sizes(config, image_layers=image_layers, text_layers=text_layers), seed=seed).state_dict()
+        return towers.build_clip(own, seed=seed).state_dict()
     assert init == "even", init
     assert ancestor_state is not None
     stem, blocks = towers.split_state(ancestor_state)
-    picked = {
-        "image": [blocks["image"][layer] for layer in even_layers(len(blocks["image"]), image_layers)],
-        "text": [blocks["text"][layer] for layer in even_layers(len(blocks["text"]), text_layers)],
-    }
-    return towers.join_state(stem, picked)
+    picked = {tower: [found[layer] for layer in even_layers(len(found), towers.num_layers(own, tower))] for tower, found in blocks.items()}
+    full = towers.join_state(stem, picked)
+    shapes = {name: tuple(tensor.shape) for name, tensor in towers.build_meta(own).state_dict().items()}
+    return {name: tensor.clone() for name, tensor in narrow_state(shapes, full.__getitem__).items()}
 
 
 def even_layers(num_ancestor_layers: int, num_layers: int) -> list[int]:

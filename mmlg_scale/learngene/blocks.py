@@ -15,6 +15,22 @@ import torch
 from torch import Tensor, nn
 
 
+def narrow(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The leading part of a tensor [..., *full] that a tower of smaller width takes: [..., *shape].
+
+    Leading residual channels, leading MLP rows, and the leading heads of each of queries, keys and values, which lie one after the other in
+    `in_proj`. Only so is the result a plain open_clip block.
+    """
+    lead = tensor.ndim - len(shape)
+    if tuple(tensor.shape[lead:]) == shape:
+        return tensor
+    for axis, count in enumerate(shape[1:], start=lead + 1):
+        tensor = tensor.narrow(axis, 0, count)
+    if "in_proj_" not in name:
+        return tensor.narrow(lead, 0, shape[0])
+    return tensor.unflatten(lead, (3, -1)).narrow(lead + 1, 0, shape[0] // 3).flatten(lead, lead + 1)
+
+
 @dataclass(frozen=True)
 class Entry:
     """Where a named tensor lies in its flat vector."""

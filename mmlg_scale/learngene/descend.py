@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mmlg_scale import towers
 from mmlg_scale.errors import UserError
-from mmlg_scale.learngene.blocks import BlockLayout
-from mmlg_scale.learngene.mixing import compose_layers
+from mmlg_scale.learngene.compose import compose_layers, narrow_state
+from mmlg_scale.learngene.structure import STEM, TOWERS, Structure, stem_shapes
 
 MODALITIES = ("both", "image", "text")
 
@@ -24,7 +24,7 @@ class Descendant:
 
     Attributes:
         state: open_clip CLIP state dict; of a single tower, that tower's part of it.
-        config: open_clip configuration with the requested depths.
+        config: open_clip configuration with the requested sizes.
     """
 
     state: dict[str, Tensor]
@@ -44,34 +44,30 @@ class Descendant:
 
 @torch.no_grad()
 def compose_descendant(
+    structure: Structure,
     tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    layout: BlockLayout,
     *,
-    image_layers: int | None,
-    text_layers: int | None,
+    layers: Mapping[str, int | None],
+    widths: Mapping[str, int | None],
     modality: str,
     tokenizer_files: Mapping[str, str],
 ) -> Descendant:
-    """See `Learngene.descend`; `tensors` are named as AuxiliaryCLIP's parameters."""
+    """See `Learngene.descend`; `layers` and `widths` per tower."""
     if modality not in MODALITIES:
         raise UserError(f"modality {modality!r} is unknown. Use one of: {', '.join(MODALITIES)}.")
-    depths = {"image": image_layers, "text": text_layers}
-    wanted = [tower for tower in ("image", "text") if modality in ("both", tower)]
+    wanted = [tower for tower in TOWERS if modality in ("both", tower)]
     for tower in wanted:
-        depth = depths[tower]
-        if depth is None or depth < 1:
-            raise UserError(f"{tower} layers: {depth} is no depth. Use 1 or more.")
+        if layers[tower] is None:
+            raise UserError(f"{tower} layers: say how deep the {tower} tower shall be.")
+    sizes = {f"{tower}_{kind}": of[tower] for tower in wanted for kind, of in (("layers", layers), ("width", widths))}
+    config = structure.sized(**sizes)
     blocks: dict[str, list[dict[str, Tensor]]] = {"image": [], "text": []}
     for tower in wanted:
-        blocks_KP = torch.cat([tensors["multimodal"], tensors[f"unimodal_{tower}"]])
-        num_layers = depths[tower]
-        assert num_layers is not None
-        blocks[tower] = compose_layers(layout, blocks_KP, tensors[f"coefficients_{tower}"], tensors[f"vectors_{tower}"], num_layers)
-    stem = {name.removeprefix("stem."): tensor for name, tensor in tensors.items() if name.startswith("stem.")}
+        num_layers = towers.num_layers(config, tower)
+        blocks[tower] = compose_layers(structure, tensors.__getitem__, tower, num_layers, towers.width(config, tower))
+    stem = narrow_state(stem_shapes(config), lambda name: tensors[STEM + name])
     if modality != "both":
         stem = {name: tensor for name, tensor in stem.items() if name.startswith("visual.") == (modality == "image")}
         stem.pop("logit_scale", None)
     state = {name: tensor.clone() for name, tensor in towers.join_state(stem, blocks).items()}
-    own = towers.with_sizes(config, image_layers=image_layers, text_layers=text_layers)
-    return Descendant(state, own, modality, dict(tokenizer_files))
+    return Descendant(state, config, modality, dict(tokenizer_files))

@@ -1,7 +1,13 @@
 """Coefficients over relative depth -> layer weights: the weighted sum.
 
-Layer l of L sits at relative depth t = l / (L - 1). For each matrix g of a block and each block k, the coefficient a[g, k](t) is piecewise
-linear in t between R knots, so any depth evaluates in closed form:  W[l, g] = sum_k a[g, k](t_l) * B[k, g].
+Layer l of L sits at relative depth t = l / (L - 1), and its weights are a sum over blocks, W[l, g] = sum_k a[g, k](t_l) * B[k, g] for each
+matrix g of a block. The basis says what a is:
+
+knots   learned values at R knots, piecewise linear between them; any depth evaluates in closed form (ours).
+linear  fixed, {1, t}: W[l] = A + t B (TLEG, "Transformer as Linear Expansion of Learngene", Xia et al. 2024). Convention `inclusive`
+        is t = l / (L - 1); `paper` is that paper's l / L.
+step    fixed, stage-wise sharing: layer l is block floor(l K / L) (SWS, "Exploring Learngene via Stage-wise Weight Sharing for
+        Initializing Variable-sized Models", Xia et al. 2024).
 """
 
 from __future__ import annotations
@@ -9,12 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmlg_scale.learngene.blocks import BlockLayout
+BASES = ("knots", "linear", "step")
+CONVENTIONS = ("inclusive", "paper")
 
 
-def relative_depth(layer: int, num_layers: int) -> float:
-    """t = l / (L - 1) for l = 0 ... L - 1; one half where there is one layer only."""
+def relative_depth(layer: int, num_layers: int, convention: str = "inclusive") -> float:
+    """t = l / (L - 1) for l = 0 ... L - 1, one half where there is one layer only; under the convention `paper`, l / L."""
     assert 0 <= layer < num_layers
+    if convention == "paper":
+        return layer / num_layers
     return layer / (num_layers - 1) if num_layers > 1 else 0.5
 
 
@@ -29,31 +38,26 @@ def knot_weights(num_layers: int, num_knots: int) -> Tensor:
     return weights_LR
 
 
+def fixed_weights(basis: str, num_layers: int, num_blocks: int, convention: str = "inclusive") -> list[list[float]]:
+    """The coefficients [L][K] of the bases `linear` (K = 2) and `step`."""
+    if basis == "linear":
+        assert num_blocks == 2
+        return [[1.0, relative_depth(layer, num_layers, convention)] for layer in range(num_layers)]
+    assert basis == "step", basis
+    stages = [layer * num_blocks // num_layers for layer in range(num_layers)]
+    return [[float(block == stage) for block in range(num_blocks)] for stage in stages]
+
+
 def interpolate(knots_R: Tensor, num_layers: int) -> Tensor:
     """Values at R knots, [R, ...], interpolated to the layers, [L, ...]."""
     weights_LR = knot_weights(num_layers, knots_R.shape[0]).to(knots_R)
     return torch.tensordot(weights_LR, knots_R, dims=1)
 
 
-def compose_layers(
-    layout: BlockLayout, blocks_KP: Tensor, coefficients_RGK: Tensor, vectors_RV: Tensor, num_layers: int
-) -> list[dict[str, Tensor]]:
-    """The named tensors of each of `num_layers` layers.
-
-    Args:
-        blocks_KP: the flat matrices of K blocks.
-        coefficients_RGK: per knot, matrix (in the layout's order) and block.
-        vectors_RV: the flat vectors per knot.
-    """
-    coefficients_LGK = interpolate(coefficients_RGK, num_layers)
-    vectors_LV = interpolate(vectors_RV, num_layers)
-    layers: list[dict[str, Tensor]] = [{} for _ in range(num_layers)]
-    for index, entry in enumerate(layout.matrices):
-        flat_Kn = blocks_KP[:, entry.offset : entry.offset + entry.size]
-        composed = (coefficients_LGK[:, index] @ flat_Kn).unflatten(-1, entry.shape)
-        for layer, tensor in zip(layers, composed.unbind(0), strict=True):
-            layer[entry.name] = tensor
-    for entry in layout.vectors:
-        for layer, tensor in zip(layers, entry.view(vectors_LV).unbind(0), strict=True):
-            layer[entry.name] = tensor
-    return layers
+def fixed_sum(weights_LK: list[list[float]], values_K: Tensor) -> Tensor:
+    """Values [K, ...] summed by fixed coefficients to [L, ...]: term by term, so that A + t B is rounded as written."""
+    layers = []
+    for weights_K in weights_LK:
+        terms = [values_K[k] if weight == 1.0 else weight * values_K[k] for k, weight in enumerate(weights_K) if weight]
+        layers.append(sum(terms[1:], start=terms[0]))
+    return torch.stack(layers)

@@ -24,8 +24,9 @@ from mmlg_scale.errors import UserError
 from mmlg_scale.evaluation.evaluate import evaluate_pairs
 from mmlg_scale.files import write_json_atomic
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
-from mmlg_scale.learngene.baselines import initialise
+from mmlg_scale.learngene.baselines import FROM_ANCESTOR, FROM_LEARNGENE, initialise
 from mmlg_scale.learngene.file import Learngene, load_learngene
+from mmlg_scale.learngene.structure import Structure
 from mmlg_scale.training.checkpoint import Checkpoints, claim_run_folder
 from mmlg_scale.training.engine import Engine, start_ranks, stop_ranks
 from mmlg_scale.training.loop import Curve, Progress, train
@@ -107,29 +108,27 @@ def train_ancestor(settings: recipe.Recipe, out: Path) -> dict[str, Any]:
     return Run(settings, out, {"role": "ancestor"}).execute(build, _export_clip)
 
 
-def extract(settings: recipe.Recipe, ancestor: Path, out: Path) -> dict[str, Any]:
-    """Distil the learngene out of the open_clip folder `ancestor`; writes OUT/learngene.safetensors and OUT/result.json."""
+def extract(settings: recipe.Recipe, ancestor: Path, out: Path, *, method: str = "mmlg") -> dict[str, Any]:
+    """Distil the learngene out of the open_clip folder `ancestor`; writes OUT/learngene.safetensors and OUT/result.json.
+
+    `method` is mmlg, or tleg or sws where the recipe's baselines hold their settings.
+    """
+    extraction = settings.extraction if method == "mmlg" else settings.baselines.learngenes().get(method)
+    if extraction is None:
+        raise UserError(f"recipe key baselines.{method} is null: this baseline is left out. Give it settings to extract it.")
 
     def build(run: Run) -> Stage:
         config, state = towers.load_clip(ancestor)
-        extraction = settings.extraction
-        auxiliary = AuxiliaryCLIP.from_ancestor(
-            state,
-            config,
-            num_multimodal=extraction.num_multimodal,
-            num_unimodal=extraction.num_unimodal,
-            num_knots=extraction.num_knots,
-            seed=settings.seed,
-        )
+        auxiliary = AuxiliaryCLIP.from_ancestor(state, _structure(config, extraction), seed=settings.seed)
         return ExtractionStage(extraction, auxiliary, Teacher(config, state, run.device), run.device, seed=settings.seed)
 
     def finish(run: Run, stage: Stage, state: Mapping[str, Tensor]) -> dict[str, Any]:
         assert isinstance(stage, ExtractionStage)
         learngene = Learngene.from_auxiliary(
-            stage.auxiliary.config,
+            stage.auxiliary.structure,
             stage.auxiliary_state(state),
             tokenizer_files=run.corpus.tokenizer.files,
-            extraction=asdict(settings.extraction),
+            extraction=asdict(extraction),
         )
         learngene.save(run.out / "learngene.safetensors")
         return {
@@ -139,7 +138,19 @@ def extract(settings: recipe.Recipe, ancestor: Path, out: Path) -> dict[str, Any
             "stem_params": learngene.stem_params,
         }
 
-    return Run(settings, out, {"role": "extraction"}).execute(build, finish)
+    return Run(settings, out, {"role": "extraction", "method": method}).execute(build, finish)
+
+
+def _structure(config: dict[str, Any], extraction: recipe.Extraction) -> Structure:
+    return Structure(
+        config,
+        num_multimodal=extraction.num_multimodal,
+        num_unimodal=extraction.num_unimodal,
+        num_knots=extraction.num_knots,
+        basis=extraction.basis,
+        convention=extraction.convention,
+        width_map=extraction.width_map,
+    )
 
 
 def train_descendant(
@@ -157,14 +168,14 @@ def train_descendant(
     A single tower is written and evaluated together with the ancestor's other tower, and not trained.
 
     Args:
-        init: mmlg, scratch, even or distil.
+        init: mmlg, tleg, sws, scratch, even or distil.
         target_of: a finished scratch run: where the recipe says so, training stops once it is at that run's quality in two
             consecutive evaluations.
     """
     training, weights = _training_of(settings, init)
     for name, given, needed in (
-        ("--ancestor-model", ancestor, init in ("even", "distil") or size.modality != "both" or (init == "mmlg" and training.steps > 0)),
-        ("--learngene", learngene, init == "mmlg"),
+        ("--ancestor-model", ancestor, init == "even" or size.modality != "both" or (weights is not None and training.steps > 0)),
+        ("--learngene", learngene, init in FROM_LEARNGENE),
     ):
         if needed and given is None:
             raise UserError(f"--init {init} needs {name}. Give what mmlg train or mmlg extract wrote.")
@@ -194,7 +205,7 @@ def train_descendant(
     if size.modality != "both":
         assert learngene is not None
         finish = functools.partial(_export_tower, size=size, learngene=learngene)
-    return Run(settings, out, identity).execute(build, finish, stop=stop, evaluate_first=init in ("mmlg", "even"))
+    return Run(settings, out, identity).execute(build, finish, stop=stop, evaluate_first=init in (*FROM_LEARNGENE, *FROM_ANCESTOR))
 
 
 def _first_weights(
@@ -207,24 +218,23 @@ def _first_weights(
     state = initialise(
         init,
         config=config,
-        image_layers=size.image_layers,
-        text_layers=size.text_layers,
+        sizes=size.sizes(),
         ancestor_state=ancestor_state,
         learngene=gene,
         seed=run.settings.seed,
     )
+    own = towers.with_sizes(config, **size.sizes())
     if size.modality == "both":
-        return towers.with_sizes(config, image_layers=size.image_layers, text_layers=size.text_layers), state
+        return own, state
     assert ancestor_state is not None
     own_image = size.modality == "image"
-    layers = (size.image_layers, config["text_cfg"]["layers"]) if own_image else (config["vision_cfg"]["layers"], size.text_layers)
     pair = {name: tensor for name, tensor in ancestor_state.items() if name.startswith("visual.") != own_image}
     pair |= {name: tensor for name, tensor in state.items() if name.startswith("visual.") == own_image and name != "logit_scale"}
-    return towers.with_sizes(config, image_layers=layers[0], text_layers=layers[1]), pair
+    return own, pair
 
 
 def _training_of(settings: recipe.Recipe, init: str) -> tuple[recipe.Training, recipe.DistillationLoss | None]:
-    if init == "mmlg":
+    if init in FROM_LEARNGENE:
         return settings.adaptation.training, settings.adaptation.loss
     training = getattr(settings.baselines, init)
     if training is None:
@@ -233,8 +243,8 @@ def _training_of(settings: recipe.Recipe, init: str) -> tuple[recipe.Training, r
 
 
 def _export_tower(run: Run, stage: Stage, state: Mapping[str, Tensor], *, size: recipe.Size, learngene: Path) -> dict[str, Any]:
-    config = run.corpus.config
-    descendant = load_learngene(learngene).descend(image_layers=size.image_layers, text_layers=size.text_layers, modality=size.modality)
+    descendant = load_learngene(learngene).descend(**size.sizes(), modality=size.modality)
+    config = descendant.config
     descendant.export(run.out / "model", overwrite=True)
     return {
         "params": sum(tensor.numel() for tensor in descendant.state.values()),
@@ -367,18 +377,17 @@ class Run:
 
 @torch.no_grad()
 def evaluate_sizes(engine: Engine, stage: Stage, split: EvalSplit, preprocess: towers.Preprocess, corpus: Corpus) -> dict[str, float]:
-    """Metrics of the stage's model on `split`; several sizes are averaged, and each is given under `...@iA-tB` too."""
+    """Metrics of the stage's model on `split`; several sizes are averaged, and each is given under `.../iA-tB` too."""
     model: nn.Module = engine.model
     was_training = model.training
     model.eval()
     total: dict[str, float] = {}
     sizes = stage.evaluated_sizes()
     with engine.autocast():
-        for size in sizes:
-            depths = {} if size is None else {"image_layers": size[0], "text_layers": size[1]}
+        for size_name, size in sizes.items():
             metrics = evaluate_pairs(
-                functools.partial(_encode, model, "image", depths),
-                functools.partial(_encode, model, "text", depths),
+                functools.partial(_encode, model, "image", size),
+                functools.partial(_encode, model, "text", size),
                 split,
                 preprocess,
                 engine.device,
@@ -387,11 +396,11 @@ def evaluate_sizes(engine: Engine, stage: Stage, split: EvalSplit, preprocess: t
             )
             for name, value in metrics.items():
                 total[name] = total.get(name, 0.0) + value / len(sizes)
-                if size is not None:
-                    total[f"{name}/i{size[0]}-t{size[1]}"] = value
+                if size_name:
+                    total[f"{name}/{size_name}"] = value
     model.train(was_training)
     return total
 
 
-def _encode(model: nn.Module, tower: str, depths: Mapping[str, int], inputs: Tensor) -> Tensor:
-    return model(**{tower: inputs}, **depths)[f"{tower}_features"]
+def _encode(model: nn.Module, tower: str, size: Mapping[str, int], inputs: Tensor) -> Tensor:
+    return model(**{tower: inputs}, **size)[f"{tower}_features"]

@@ -43,8 +43,8 @@ class Stage(Protocol):
         """FLOPs per sample that this step costs: (student forward and backward, teacher forward)."""
         ...
 
-    def evaluated_sizes(self) -> list[tuple[int, int] | None]:
-        """The (image, text) depths to evaluate; None where the model has one size only."""
+    def evaluated_sizes(self) -> dict[str, dict[str, int]]:
+        """The sizes to evaluate, as keyword arguments of the model's forward, by name; one without arguments where there is one only."""
         ...
 
 
@@ -79,6 +79,7 @@ class PlainCLIP(nn.Module):
 class WithHiddenMaps(nn.Module):
     """A model plus one linear map per tower from its width to the teacher's, the identity at the start, used in training only.
 
+    A model drawn at a smaller width uses the maps' leading columns.
     The maps are applied inside this forward because ZeRO-3 gathers parameters only in the forward of the module that owns them.
     """
 
@@ -97,10 +98,15 @@ class WithHiddenMaps(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         outputs = self.model(*args, **kwargs)
         if "image_hidden" in outputs:
-            outputs["image_hidden"] = [self.image_map(hidden) for hidden in outputs["image_hidden"]]
+            outputs["image_hidden"] = [_map_leading(self.image_map, hidden) for hidden in outputs["image_hidden"]]
         if "text_hidden" in outputs:
-            outputs["text_hidden"] = [self.text_map(hidden) for hidden in outputs["text_hidden"]]
+            outputs["text_hidden"] = [_map_leading(self.text_map, hidden) for hidden in outputs["text_hidden"]]
         return outputs
+
+
+def _map_leading(linear: nn.Linear, hidden: Tensor) -> Tensor:
+    width = hidden.shape[-1]
+    return linear(hidden) if width == linear.in_features else nn.functional.linear(hidden, linear.weight[:, :width])
 
 
 def _with_maps(model: nn.Module, config: Mapping[str, Any], teacher_config: Mapping[str, Any]) -> WithHiddenMaps:
@@ -196,8 +202,8 @@ class ClipStage:
     def flops(self, step: int) -> tuple[int, int]:
         return 3 * forward_flops(self.config)["total"], self.teacher.flops if self.teacher else 0
 
-    def evaluated_sizes(self) -> list[tuple[int, int] | None]:
-        return [None]
+    def evaluated_sizes(self) -> dict[str, dict[str, int]]:
+        return {"": {}}
 
     def clip_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The open_clip part of the engine's gathered state."""
@@ -205,7 +211,7 @@ class ClipStage:
 
 
 class ExtractionStage:
-    """Training the auxiliary CLIP, whose layers are weighted sums of the learngene's blocks, at a random depth each step."""
+    """Training the auxiliary CLIP, whose layers are weighted sums of the learngene's blocks, at a random size each step."""
 
     name = "extraction"
 
@@ -226,10 +232,19 @@ class ExtractionStage:
             model = _with_maps(auxiliary, teacher.config, teacher.config)
         self.model = model.to(device)
 
-    def depth(self, step: int) -> int:
-        """The depth of both towers at `step`: the same on every rank, and after every resume."""
+    def size(self, step: int) -> dict[str, int]:
+        """The size drawn at `step`, one depth for both towers and a width for each: the same on every rank, and after every resume."""
         generator = np.random.default_rng([self.seed, step])
-        return int(generator.integers(self.settings.min_layers, self.max_layers, endpoint=True))
+        layers = int(generator.integers(self.settings.min_layers, self.max_layers, endpoint=True))
+        shares = generator.choice(self.settings.width_shares, size=2)
+        widths = {f"{tower}_width": self._width(tower, share) for tower, share in zip(("image", "text"), shares, strict=True)}
+        return {"image_layers": layers, "text_layers": layers, **widths}
+
+    def _width(self, tower: str, share: float) -> int:
+        """The residual width with this share of the tower's heads, rounded to whole ones."""
+        head = towers.head_dim(self.teacher.config, tower)
+        heads = towers.width(self.teacher.config, tower) // head
+        return head * max(1, int(share * heads + 0.5))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         optimizer = self.training.optimizer
@@ -249,19 +264,25 @@ class ExtractionStage:
         return groups
 
     def loss(self, forward: Forward, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, step: int) -> tuple[Tensor, Terms]:
-        layers, weights = self.depth(step), self.settings.loss
+        size, weights = self.size(step), self.settings.loss
         depths = weights.hidden_depths if weights.hidden else []
-        taps = tap_layers(depths, layers)
-        student = forward(image_BCHW, text_BT, image_layers=layers, text_layers=layers, tap_image=taps, tap_text=taps)
+        taps = tap_layers(depths, size["image_layers"])
+        student = forward(image_BCHW, text_BT, **size, tap_image=taps, tap_text=taps)
         return distillation(student, self.teacher(image_BCHW, text_BT, autocast, depths), text_BT, weights)
 
     def flops(self, step: int) -> tuple[int, int]:
-        layers = self.depth(step)
-        return 3 * forward_flops(self.teacher.config, image_layers=layers, text_layers=layers)["total"], self.teacher.flops
+        return 3 * forward_flops(towers.with_sizes(self.teacher.config, **self.size(step)))["total"], self.teacher.flops
 
-    def evaluated_sizes(self) -> list[tuple[int, int] | None]:
+    def evaluated_sizes(self) -> dict[str, dict[str, int]]:
         middle = (self.settings.min_layers + self.max_layers) // 2
-        return [(n, n) for n in sorted({self.settings.min_layers, middle, self.max_layers})]
+        depths = sorted({self.settings.min_layers, middle, self.max_layers})
+        sizes = {f"i{n}-t{n}": {"image_layers": n, "text_layers": n} for n in depths}
+        narrowest = {tower: self._width(tower, min(self.settings.width_shares)) for tower in ("image", "text")}
+        if min(self.settings.width_shares) < 1:
+            name = f"i{self.max_layers}w{narrowest['image']}-t{self.max_layers}w{narrowest['text']}"
+            full = {"image_layers": self.max_layers, "text_layers": self.max_layers}
+            sizes[name] = {**full, **{f"{tower}_width": width for tower, width in narrowest.items()}}
+        return sizes
 
     def auxiliary_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The learngene's part of the engine's gathered state (the maps are left behind)."""

@@ -78,18 +78,18 @@ def test_extraction_rates() -> None:
     assert settings[id(auxiliary.multimodal)] == (1.0, 0.1)
     assert settings[id(auxiliary.coefficients_text)] == (3.0, 0.0)
     assert settings[id(auxiliary.vectors_image)] == (1.0, 0.0)
-    assert settings[id(auxiliary.stem.visual.proj)] == (0.5, 0.1)
-    assert settings[id(auxiliary.stem.logit_scale)] == (0.5, 0.0)
+    assert settings[id(auxiliary.get_parameter("stem/visual/proj"))] == (0.5, 0.1)
+    assert settings[id(auxiliary.get_parameter("stem/logit_scale"))] == (0.5, 0.0)
     assert len(settings) == len(list(stage.model.parameters()))
 
 
 def test_depths_are_drawn_by_seed_and_step_alone() -> None:
     stage = build_stage("extraction", torch.device("cpu"))
     assert isinstance(stage, ExtractionStage)
-    depths = [stage.depth(step) for step in range(200)]
+    depths = [stage.size(step)["image_layers"] for step in range(200)]
     assert set(depths) == {2, 3}
     assert 70 < depths.count(2) < 130
-    assert [stage.depth(step) for step in (5, 150, 5)] == [depths[5], depths[150], depths[5]]
+    assert [stage.size(step)["text_layers"] for step in (5, 150, 5)] == [depths[5], depths[150], depths[5]]
 
 
 def test_a_resumed_run_has_every_line_once(tmp_path: Path) -> None:

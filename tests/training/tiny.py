@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmlg_scale import recipe, towers
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
+from mmlg_scale.learngene.structure import Structure
 from mmlg_scale.training.stages import ClipStage, ExtractionStage, Stage, Teacher
 
 CONFIG = {
@@ -38,6 +39,6 @@ def build_stage(kind: str, device: torch.device) -> Stage:
     state = towers.build_clip(config, seed=1).state_dict()
     if kind == "ancestor":
         return ClipStage("ancestor", config, state, training, device)
-    auxiliary = AuxiliaryCLIP.from_ancestor(state, config, num_multimodal=1, num_unimodal=1, num_knots=4, seed=2)
+    auxiliary = AuxiliaryCLIP.from_ancestor(state, Structure(config, num_knots=4), seed=2)
     settings = recipe.Extraction(training=training, min_layers=2)
     return ExtractionStage(settings, auxiliary, Teacher(config, state, device), device, seed=3)
