@@ -203,6 +203,7 @@ def _progress(name: str) -> Callable[[Any], Any]:
     return lambda items: track(items, description=name, disable=not sys.stderr.isatty())
 
 
+ANCESTOR_HELP = "The ancestor: an open_clip folder, or a file of weights (.safetensors, .pt) for the recipe's architecture."
 WIDTH_HELP = "Residual width of the {} tower, a multiple of its head dimension; the ancestor's where left out"
 
 
@@ -227,7 +228,7 @@ def _train(arguments: list[str]) -> int:
         "--ancestor-model",
         type=str | None,
         default=None,
-        help="Ancestor's open_clip folder (even, distil, and learngenes when their descendants are adapted).",
+        help=f"{ANCESTOR_HELP} For even, distil, and learngenes when their descendants are adapted.",
     )
     parser.add_argument("--learngene", type=str | None, default=None, help="Learngene file (mmlg, tleg, sws).")
     parser.add_argument(
@@ -259,7 +260,7 @@ def _path(value: str | None) -> Path | None:
 
 def _extract(arguments: list[str]) -> int:
     parser = _parser("extract", "Distil the learngene out of an ancestor. Started again, it goes on from its last checkpoint.")
-    parser.add_argument("--ancestor-model", type=str, required=True, help="The ancestor's open_clip folder.")
+    parser.add_argument("--ancestor-model", type=str, required=True, help=ANCESTOR_HELP)
     parser.add_argument("--out", type=str, required=True, help="The run's folder; the result is OUT/learngene.safetensors.")
     parser.add_argument(
         "--method",

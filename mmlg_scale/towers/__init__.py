@@ -15,7 +15,7 @@ from mmlg_scale.towers.config import (
     width,
     with_sizes,
 )
-from mmlg_scale.towers.files import BLOCK_PREFIX, export, export_tower, join_state, load_clip, load_tower, split_state
+from mmlg_scale.towers.files import BLOCK_PREFIX, export, export_tower, join_state, load_ancestor, load_clip, load_tower, split_state
 from mmlg_scale.towers.library import CLIP, open_clip
 from mmlg_scale.towers.run import (
     INITIAL_LOGIT_SCALE,
@@ -32,6 +32,7 @@ from mmlg_scale.towers.run import (
     run_image_tower,
     run_text_tower,
 )
+from mmlg_scale.towers.weights import load_weights
 
 __all__ = [
     "BLOCK_PREFIX",
@@ -54,8 +55,10 @@ __all__ = [
     "head_dim",
     "image_size",
     "join_state",
+    "load_ancestor",
     "load_clip",
     "load_tower",
+    "load_weights",
     "logit_multiplier",
     "model_config",
     "num_layers",

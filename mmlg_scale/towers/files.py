@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_json_atomic
-from mmlg_scale.towers.config import image_size, model_config
+from mmlg_scale.towers.config import first_difference, image_size, model_config
 from mmlg_scale.towers.library import CLIPTextCfg, CLIPVisionCfg, TextTransformer, VisionTransformer, open_clip
 from mmlg_scale.towers.run import Preprocess
+from mmlg_scale.towers.weights import load_weights
 
 BLOCK_PREFIX = {"image": "visual.transformer.resblocks.", "text": "transformer.resblocks."}
 
@@ -157,6 +158,22 @@ def _write_folder(
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_ancestor(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and state dict of an ancestor: an open_clip folder (`load_clip`), or a file of weights for `config`.
+
+    Raises:
+        UserError: as `load_clip` and `load_weights`; the folder's architecture is not that of `config`.
+    """
+    if not path.is_dir():
+        return dict(config), load_weights(path, config)
+    own, state = load_clip(path)
+    difference = first_difference(own, config)
+    if difference is not None:
+        key, theirs, ours = difference
+        raise UserError(f"{path} has {key} {theirs}, recipe key model.config.{key} is {ours}. Name the architecture of the folder.")
+    return own, state
 
 
 def load_clip(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -99,13 +99,19 @@ def open_corpus(settings: recipe.Recipe) -> Corpus:
 
 
 def train_ancestor(settings: recipe.Recipe, out: Path) -> dict[str, Any]:
-    """Train the ancestor; writes OUT/model (an open_clip folder) and OUT/result.json, and returns the result."""
+    """Train the ancestor, or take the recipe's weights; writes OUT/model (an open_clip folder) and OUT/result.json; returns the result."""
+    weights = settings.model.weights
 
     def build(run: Run) -> Stage:
-        state = towers.build_clip(run.corpus.config, seed=settings.seed).state_dict()
-        return ClipStage("ancestor", run.corpus.config, state, settings.ancestor, run.device)
+        config, training = run.corpus.config, settings.ancestor
+        if weights is not None:
+            config, state = towers.load_ancestor(Path(weights), config)
+            training = replace(training, steps=0)
+        else:
+            state = towers.build_clip(config, seed=settings.seed).state_dict()
+        return ClipStage("ancestor", config, state, training, run.device)
 
-    return Run(settings, out, {"role": "ancestor"}).execute(build, _export_clip)
+    return Run(settings, out, {"role": "ancestor"}).execute(build, _export_clip, evaluate_first=weights is not None)
 
 
 def extract(settings: recipe.Recipe, ancestor: Path, out: Path, *, method: str = "mmlg") -> dict[str, Any]:
@@ -118,7 +124,7 @@ def extract(settings: recipe.Recipe, ancestor: Path, out: Path, *, method: str =
         raise UserError(f"recipe key baselines.{method} is null: this baseline is left out. Give it settings to extract it.")
 
     def build(run: Run) -> Stage:
-        config, state = towers.load_clip(ancestor)
+        config, state = towers.load_ancestor(ancestor, run.corpus.config)
         auxiliary = AuxiliaryCLIP.from_ancestor(state, _structure(config, extraction), seed=settings.seed)
         return ExtractionStage(extraction, auxiliary, Teacher(config, state, run.device), run.device, seed=settings.seed)
 
@@ -189,7 +195,7 @@ def train_descendant(
         teacher = None
         if weights is not None and training.steps:
             assert ancestor is not None
-            teacher = Teacher(*towers.load_clip(ancestor), run.device)
+            teacher = Teacher(*towers.load_ancestor(ancestor, run.corpus.config), run.device)
         return ClipStage(init, own, state, training, run.device, teacher=teacher, weights=weights if teacher else None)
 
     metric = settings.evaluation.metric
@@ -214,7 +220,8 @@ def _first_weights(
     """Configuration and state dict before training; a single tower is paired with the ancestor's other one."""
     config = run.corpus.config
     gene = load_learngene(learngene) if learngene is not None else None
-    ancestor_state = towers.load_clip(ancestor)[1] if ancestor is not None and (init == "even" or size.modality != "both") else None
+    needs_ancestor = init in FROM_ANCESTOR or size.modality != "both"
+    ancestor_state = towers.load_ancestor(ancestor, config)[1] if ancestor is not None and needs_ancestor else None
     state = initialise(
         init,
         config=config,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import forward_flops
+from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
 from mmlg_scale.objectives import contrastive, distillation
 
@@ -225,7 +226,13 @@ class ExtractionStage:
         seed: int,
     ) -> None:
         self.settings, self.training, self.teacher, self.seed = settings, settings.training, teacher, seed
-        self.max_layers = settings.max_layers or max(teacher.image_layers, teacher.text_layers)
+        self.max_layers = {
+            "image": settings.max_layers or teacher.image_layers,
+            "text": settings.max_layers or teacher.text_layers,
+        }
+        for tower, most in self.max_layers.items():
+            if most < settings.min_layers:
+                raise UserError(f"recipe key extraction.min_layers: is {settings.min_layers}, the {tower} tower has {most}. Use fewer.")
         self.auxiliary = auxiliary
         model: nn.Module = auxiliary
         if settings.loss.hidden:
@@ -233,12 +240,20 @@ class ExtractionStage:
         self.model = model.to(device)
 
     def size(self, step: int) -> dict[str, int]:
-        """The size drawn at `step`, one depth for both towers and a width for each: the same on every rank, and after every resume."""
+        """The size drawn at `step`: the same on every rank, and after every resume.
+
+        One depth for both towers, scaled down for the one that has fewer layers to draw from, and a width for each.
+        """
         generator = np.random.default_rng([self.seed, step])
-        layers = int(generator.integers(self.settings.min_layers, self.max_layers, endpoint=True))
+        layers = self._depths(int(generator.integers(self.settings.min_layers, max(self.max_layers.values()), endpoint=True)))
         shares = generator.choice(self.settings.width_shares, size=2)
-        widths = {f"{tower}_width": self._width(tower, share) for tower, share in zip(("image", "text"), shares, strict=True)}
-        return {"image_layers": layers, "text_layers": layers, **widths}
+        return layers | {f"{tower}_width": self._width(tower, share) for tower, share in zip(("image", "text"), shares, strict=True)}
+
+    def _depths(self, layers: int) -> dict[str, int]:
+        """Both towers' depths where the deeper one has `layers`: equally far between the least and each tower's most."""
+        least, most = self.settings.min_layers, max(self.max_layers.values())
+        share = (layers - least) / max(1, most - least)
+        return {f"{tower}_layers": least + int(share * (own - least) + 0.5) for tower, own in self.max_layers.items()}
 
     def _width(self, tower: str, share: float) -> int:
         """The residual width with this share of the tower's heads, rounded to whole ones."""
@@ -266,23 +281,20 @@ class ExtractionStage:
     def loss(self, forward: Forward, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, step: int) -> tuple[Tensor, Terms]:
         size, weights = self.size(step), self.settings.loss
         depths = weights.hidden_depths if weights.hidden else []
-        taps = tap_layers(depths, size["image_layers"])
-        student = forward(image_BCHW, text_BT, **size, tap_image=taps, tap_text=taps)
+        taps = {f"tap_{tower}": tap_layers(depths, size[f"{tower}_layers"]) for tower in ("image", "text")}
+        student = forward(image_BCHW, text_BT, **size, **taps)
         return distillation(student, self.teacher(image_BCHW, text_BT, autocast, depths), text_BT, weights)
 
     def flops(self, step: int) -> tuple[int, int]:
         return 3 * forward_flops(towers.with_sizes(self.teacher.config, **self.size(step)))["total"], self.teacher.flops
 
     def evaluated_sizes(self) -> dict[str, dict[str, int]]:
-        middle = (self.settings.min_layers + self.max_layers) // 2
-        depths = sorted({self.settings.min_layers, middle, self.max_layers})
-        sizes = {f"i{n}-t{n}": {"image_layers": n, "text_layers": n} for n in depths}
-        narrowest = {tower: self._width(tower, min(self.settings.width_shares)) for tower in ("image", "text")}
-        if min(self.settings.width_shares) < 1:
-            name = f"i{self.max_layers}w{narrowest['image']}-t{self.max_layers}w{narrowest['text']}"
-            full = {"image_layers": self.max_layers, "text_layers": self.max_layers}
-            sizes[name] = {**full, **{f"{tower}_width": width for tower, width in narrowest.items()}}
-        return sizes
+        least, most = self.settings.min_layers, max(self.max_layers.values())
+        sizes = [self._depths(layers) for layers in sorted({least, (least + most) // 2, most})]
+        narrowest = min(self.settings.width_shares)
+        if narrowest < 1:
+            sizes.append(sizes[-1] | {f"{tower}_width": self._width(tower, narrowest) for tower in ("image", "text")})
+        return {recipe.Size(**size).name: size for size in sizes}  # type: ignore[arg-type]
 
     def auxiliary_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The learngene's part of the engine's gathered state (the maps are left behind)."""
