@@ -69,5 +69,6 @@ def compose_descendant(
     if modality != "both":
         stem = {name: tensor for name, tensor in stem.items() if name.startswith("visual.") == (modality == "image")}
         stem.pop("logit_scale", None)
-    state = {name: tensor.clone() for name, tensor in towers.join_state(stem, blocks).items()}
-    return Descendant(state, config, modality, dict(tokenizer_files))
+    # Layers are fresh tensors; stems are copied, so that whoever changes a descendant in place leaves the learngene alone.
+    stem = {name: tensor.clone() for name, tensor in stem.items()}
+    return Descendant(towers.join_state(stem, blocks), config, modality, dict(tokenizer_files))

@@ -152,19 +152,12 @@ def _write_folder(
             write_json_atomic(temporary / name, content)
         for name, content in other_files.items():
             (temporary / name).write_text(content, encoding="utf-8")
-        save_file({name: _own_storage(tensor) for name, tensor in tensors.items()}, temporary / weights_name)
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary / weights_name)
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _own_storage(tensor: Tensor) -> Tensor:
-    """A contiguous tensor with a storage to itself, as safetensors wants it; copied only where it has not."""
-    tensor = tensor.detach()
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if whole else tensor.contiguous().clone()
 
 
 def load_ancestor(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
