@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mmlg_scale import towers
@@ -19,8 +20,22 @@ Encoder = Callable[[Tensor], Tensor]
 
 
 def encode_in_chunks(encode: Encoder, inputs: Tensor, device: torch.device, *, chunk_size: int = 256) -> Tensor:
-    """`encode` over the rows of `inputs`, moved to `device` chunk by chunk -> fp32 features [N, D] on the CPU."""
-    parts = [encode(chunk.to(device)).float().cpu() for chunk in inputs.split(chunk_size)]
+    """`encode` over the rows of `inputs`, moved to `device` chunk by chunk -> fp32 features [N, D] on the CPU.
+
+    Under several ranks each encodes every world-size-th chunk and all get all features: the same numbers as on one rank. Every rank calls
+    `encode` equally often (the last chunk again where there are none left), since under ZeRO-3 a forward pass is a collective.
+    """
+    chunks = inputs.split(chunk_size)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return torch.cat([encode(chunk.to(device)).float().cpu() for chunk in chunks])
+    world_size, parts = dist.get_world_size(), []
+    for start in range(0, len(chunks), world_size):
+        own = encode(chunks[min(start + dist.get_rank(), len(chunks) - 1)].to(device)).float()
+        padded = own.new_zeros(len(chunks[0]), own.shape[1])
+        padded[: len(own)] = own
+        gathered = [torch.empty_like(padded) for _ in range(world_size)]
+        dist.all_gather(gathered, padded)
+        parts += [part[: len(chunk)].cpu() for part, chunk in zip(gathered, chunks[start : start + world_size], strict=False)]
     return torch.cat(parts)
 
 

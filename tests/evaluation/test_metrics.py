@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from sklearn.metrics import balanced_accuracy_score
+from torch import Tensor
 
 from mmlg_scale.errors import UserError
+from mmlg_scale.evaluation.evaluate import encode_in_chunks
 from mmlg_scale.evaluation.retrieval import recall_at_k, retrieval_ranks
 from mmlg_scale.evaluation.zeroshot import class_embeddings, zero_shot_metrics
 
@@ -60,3 +66,29 @@ def test_zero_shot_equals_scikit_learn() -> None:
     assert found["acc1"] == pytest.approx((predicted == labels).double().mean().item())
     assert found["acc5"] == pytest.approx(np.mean([label in row.topk(5).indices for label, row in zip(labels, scores, strict=True)]))
     assert found["mean_per_class_recall"] == pytest.approx(balanced_accuracy_score(labels, predicted))
+
+
+def _encode_on_rank(rank: int, store: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
+    calls = 0
+
+    def encode(chunk: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.stack([chunk.sum(dim=1), chunk[:, 0] * 7], dim=1)
+
+    inputs = torch.arange(46.0).reshape(23, 2)
+    found = encode_in_chunks(encode, inputs, torch.device("cpu"), chunk_size=4)
+    torch.save((found, calls), f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_share_the_encoding(tmp_path: Path) -> None:
+    """23 rows in chunks of 4 on 3 ranks: every rank gets every feature in order, after two calls each."""
+    mp.spawn(_encode_on_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=3)
+    inputs = torch.arange(46.0).reshape(23, 2)
+    for rank in range(3):
+        found, calls = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(found, torch.stack([inputs.sum(dim=1), inputs[:, 0] * 7], dim=1))
+        assert calls == 2
