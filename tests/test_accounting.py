@@ -132,12 +132,12 @@ def _entry(init: str, layers: int | None, values: tuple[float, ...], **changes: 
         "params": 1000 * (layers or 0),
         "init": init,
         "seed": 0,
-        "metrics_at_0": {"q": values[0]} if init in ("mmlg", "even") else None,
+        "metrics_at_0": {"q": values[0]} if init in ("mmlg", "even", "tleg") else None,
         "metrics_final": {"q": values[-1]},
         "metric": "q",
     }
     curve = changes.pop("flops", 100), changes.pop("seconds", 2.0)
-    start = 0 if init in ("mmlg", "even") else 1
+    start = 0 if init in ("mmlg", "even", "tleg") else 1
     return {**entry, "curve": _curve(*values, start=start, flops=curve[0], seconds=curve[1]), **changes}
 
 
@@ -313,3 +313,14 @@ def test_summarising_again_changes_nothing_and_leaves_its_input_alone() -> None:
     once = summarise(raw)
     assert raw == before
     assert summarise(once) == once
+
+
+def test_another_methods_learngene_is_charged_its_own_extraction() -> None:
+    """TLEG: 300 once, 0 and 40 FLOPs of adaptation; it ships its own file."""
+    tleg = [_entry("tleg", 2, (0.5, 0.6)), _entry("tleg", 4, (0.4, 0.6, 0.7), flops=40)]
+    family = _family(*_two_sizes(), *tleg)
+    family["rival_learngenes"] = {"tleg": {"params": 5000, "flops": 200, "teacher_flops": 100, "seconds": 9.0}}
+    found = summarise(family)
+    assert found["totals_by_init"]["tleg"]["flops_once"] == 300
+    assert found["totals_by_init"]["tleg"]["params_shipped"] == 5000
+    assert found["cost_ratio_by_baseline"] == {"tleg": pytest.approx((300 + 0 + 40) / (200 + 20))}
