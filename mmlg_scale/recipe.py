@@ -51,10 +51,16 @@ class Data:
     """A packed data set (a folder written by `mmlg data scenes` or `mmlg data pack`); null: the scenes below are generated."""
     scenes: Scenes = field(default_factory=Scenes)
     """The procedural set, used when path is null."""
-    augment: Literal["none", "crop"] = "none"
-    """Augmentation of training images; never a horizontal flip, since captions say left and right."""
+    augment: Literal["none", "crop", "resized_crop"] = "none"
+    """Augmentation of training images: crop takes 80 to 100 % of the side of the centre square; resized_crop takes 90 to 100 % of the whole
+    image's area (open_clip's, for photographs). Never a horizontal flip, since captions say left and right."""
     num_workers: int = 0
     """Loader processes per rank; 0 decodes in the training process (small images are cached after their first use)."""
+    check: Literal["decode", "structure"] = "decode"
+    """What is looked at once before the first step, so that every epoch reads each intact sample exactly once: decode also decodes every
+    image; structure reads headers and captions alone, and replaces an image that does not decode by another sample."""
+    max_bad_fraction: float = 0.01
+    """Share of damaged samples, which are skipped and listed, above which the run stops with the list."""
 
 
 @dataclass
@@ -101,12 +107,19 @@ class Training:
     """Optimiser and schedule."""
     eval_every: int = 50
     """Steps between evaluations on the validation split; a checkpoint is written after each."""
+    accumulation: int = 1
+    """Parts in which each rank computes its share of the batch: less memory, the same numbers, one more forward pass where above 1."""
 
     def check(self, key: str, *, allow_zero_steps: bool = False) -> None:
         """Raise UserError when a field is out of its range; `key` is where this object sits in the recipe."""
         _require(self.steps >= (0 if allow_zero_steps else 1), f"{key}.steps", f"is {self.steps}", "Use a positive count.")
         _require(self.batch_size >= 2, f"{key}.batch_size", f"is {self.batch_size}", "A contrastive loss needs 2 or more.")
         _require(self.eval_every >= 1, f"{key}.eval_every", f"is {self.eval_every}", "Use 1 or more.")
+        parts = self.accumulation
+        _require(parts >= 1, f"{key}.accumulation", f"is {parts}", "Use 1 or more.")
+        _require(
+            self.batch_size % parts == 0, f"{key}.accumulation", f"{parts} does not divide batch_size {self.batch_size}", "Use a divisor."
+        )
         rate = self.optimizer.learning_rate
         _require(rate > 0, f"{key}.optimizer.learning_rate", f"is {rate}", "Use a positive rate.")
 
@@ -248,6 +261,8 @@ class Engine:
     """DeepSpeed ZeRO stage."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 keeps fp32 parameters and computes by autocast."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of each transformer block and recompute it in the backward pass: less memory, a third more compute."""
     num_processes: int = 1
     """Ranks of each training step of `mmlg family`."""
     threads: int | None = 1

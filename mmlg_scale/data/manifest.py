@@ -9,18 +9,21 @@
         manifest.json               per shard: SHA-256, bytes, samples (key, image [extension, offset, size], text and json [offset, size])
 
 A set is written into a temporary folder and published by a rename, so that half a set never stands under its name. Shards are written by
-webdataset and indexed by the standard library's tarfile; reading goes by the manifest's offsets.
+webdataset and indexed by the standard library's tarfile; reading goes by the manifest's offsets. Of shards made elsewhere (`indexing.py`) a
+sample has a text, or a JSON, or both.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
 import os
+import platform
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -50,12 +53,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Location:
-    """Where a sample's members lie: shard file and (offset, size) of image and JSON."""
+    """Where a sample's members lie: shard file and (offset, size) of image, text and JSON; at least one of the last two is there."""
 
     shard: Path
     key: str
+    extension: str
     image: tuple[int, int]
-    json: tuple[int, int]
+    text: tuple[int, int] | None
+    json: tuple[int, int] | None
 
 
 @contextmanager
@@ -80,7 +85,8 @@ def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | 
         if found is not None or any(root.iterdir()):
             what = "a data set made with other arguments" if found is not None else "files that are no data set"
             raise UserError(f"{root} holds {what}. Give another --out, or remove it.")
-    temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+    remove_stale(root)
+    temporary = root.with_name(f".{root.name}.{_host()}-{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -92,6 +98,28 @@ def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | 
         os.replace(temporary, root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _host() -> str:
+    return platform.node().replace(".", "_") or "localhost"
+
+
+def remove_stale(root: Path) -> None:
+    """Remove the temporary folders that killed processes of this host left beside `root`; those of other hosts may be in use."""
+    for left in root.parent.glob(f".{glob.escape(root.name)}.{glob.escape(_host())}-*.tmp"):
+        pid = left.name.removesuffix(".tmp").rpartition("-")[2]
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -156,42 +184,43 @@ def _index(path: Path) -> dict[str, Any]:
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a split, its shards checked to be there with their size.
+    """The manifest of a split. Whether the shards are there and whole is for `faults.scan` to say.
 
     Raises:
-        UserError: no folder, no manifest, no samples, a missing or cut shard.
+        UserError: no folder, no manifest, no samples.
     """
     path = folder / "manifest.json"
     if not folder.is_dir():
         raise UserError(f"no data in {folder}: the folder is missing. mmlg data scenes or mmlg data pack writes a data set.")
     if not path.is_file():
         shards = len(list(folder.glob("*.tar")))
-        raise UserError(f"{folder} holds {shards} shards and no manifest.json. mmlg data pack writes both.")
+        raise UserError(f"{folder} holds {shards} shards and no manifest.json. mmlg data index writes one for shards made elsewhere.")
     manifest = _read_object(path)
     if manifest.get("format_version") != FORMAT_VERSION or not manifest.get("num_samples"):
         raise UserError(f"{path} is empty or of another version. Pack the data set again.")
-    for shard in manifest["shards"]:
-        file = folder / shard["file"]
-        size = file.stat().st_size if file.is_file() else None
-        if size != shard["num_bytes"]:
-            state = "is missing" if size is None else f"has {size} bytes, its manifest says {shard['num_bytes']}"
-            raise UserError(f"{file} {state}. Copy the shard again, or pack the data set again.")
     return manifest
 
 
-def _span(offset: int, size: int) -> tuple[int, int]:
+def _span(place: Sequence[int] | None) -> tuple[int, int] | None:
+    if place is None:
+        return None
+    offset, size = place
     return offset, size
 
 
 def locations(folder: Path) -> tuple[list[Location], list[int]]:
     """Every sample of a split in shard order, and the number of samples of each shard."""
     manifest = load_manifest(folder)
+    places = []
     try:
-        places = [
-            Location(folder / shard["file"], sample["key"], _span(*sample["image"][1:]), _span(*sample["json"]))
-            for shard in manifest["shards"]
-            for sample in shard["samples"]
-        ]
-    except (KeyError, TypeError) as error:
+        for shard in manifest["shards"]:
+            file = folder / shard["file"]
+            for sample in shard["samples"]:
+                extension, *image = sample["image"]
+                text, about = _span(sample.get("text")), _span(sample.get("json"))
+                if text is None and about is None:
+                    raise KeyError(f"text or json of sample {sample['key']}")
+                places.append(Location(file, sample["key"], extension, (image[0], image[1]), text, about))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{folder / 'manifest.json'} is damaged, or of another version: {error}. Pack the data set again.") from error
     return places, [len(shard["samples"]) for shard in manifest["shards"]]

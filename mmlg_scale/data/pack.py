@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from mmlg_scale.data.manifest import SPLITS, Progress, Sample, new_dataset, write_split
-from mmlg_scale.data.pipeline import decode
+from mmlg_scale.data.reader import decode
 from mmlg_scale.data.tokens import word_tokenizer_files, write_tokenizer
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_json_atomic

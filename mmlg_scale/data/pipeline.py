@@ -4,33 +4,53 @@ The global order is a function of (seed, epoch, position) alone: global step s t
 concatenation of shuffled epochs, and each rank takes its slice. So a run resumes at the exact sample, at any world size that divides the
 batch and with any number of workers, and every rank has the same amount of work.
 
+An epoch is the intact samples of the split: the damaged ones are known before the first step (`faults.py` says why and how). With `record`
+that set is written down when a run starts and used again when it resumes, so that a shard that is mended or breaks in between changes no
+batch. A sample that fails only when it is read is replaced by another one, drawn by a function of (seed, epoch, sample): the batch stays
+full, no rank needs to hear of it, and the epoch reads the substitute twice.
+
 The shuffle is by blocks: shards are shuffled, then samples inside a window of consecutive shards, so that reading stays near-sequential.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import json
-import mmap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mmlg_scale.data.manifest import Location, locations
+from mmlg_scale.data.faults import (
+    MAX_BAD_FRACTION,
+    Check,
+    EpochReport,
+    FaultLog,
+    append_faults,
+    check_limit,
+    is_first_rank,
+    print_report,
+    scan,
+)
+from mmlg_scale.data.reader import DamagedSample, Fault, ShardReader
 from mmlg_scale.data.tokens import Tokenizer
 from mmlg_scale.errors import UserError
+from mmlg_scale.files import write_json_atomic
 
 SHUFFLE_WINDOW = 16
 """Shards whose samples are mixed."""
-AUGMENTATIONS = ("none", "crop")
+AUGMENTATIONS = ("none", "crop", "resized_crop")
+ATTEMPTS = 100
+"""Substitutes that are tried for a sample before reading is given up."""
 CACHE_BYTES = 512 * 2**20
 """A split whose decoded images fit into this is decoded once and kept."""
 
@@ -48,62 +68,6 @@ class Batch:
         return Batch(self.image_uint8_BCHW.pin_memory(), self.text_BT.pin_memory(), self.indices_B.pin_memory())
 
 
-class ShardReader:
-    """Random access to a split by seek: (image bytes, captions, label) of sample i."""
-
-    def __init__(self, folder: Path) -> None:
-        self.places, self.shard_sizes = locations(folder)
-        self._shards: dict[Path, mmap.mmap] = {}
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_shards": {}}  # mappings do not travel to worker processes
-
-    def _read(self, place: Location, part: tuple[int, int]) -> bytes:
-        shard = self._shards.get(place.shard)
-        if shard is None:
-            with open(place.shard, "rb") as file:
-                shard = self._shards[place.shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return shard[part[0] : part[0] + part[1]]
-
-    def image_bytes(self, index: int) -> bytes:
-        """The encoded image as packed."""
-        return self._read(self.places[index], self.places[index].image)
-
-    def image(self, index: int, image_size: int) -> np.ndarray:
-        """The image as the towers see it: uint8 [H, W, 3].
-
-        Raises:
-            UserError: the image cannot be decoded (a cut JPEG passes the check that packing makes).
-        """
-        try:
-            return decode(self.image_bytes(index), image_size)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            place = self.places[index]
-            raise UserError(
-                f"{place.shard} sample {place.key}: its image cannot be decoded ({error}). Replace it and pack again."
-            ) from error
-
-    def about(self, index: int) -> dict[str, Any]:
-        """{"captions": [...], "label": int | None}."""
-        return json.loads(self._read(self.places[index], self.places[index].json))
-
-
-def decode(payload: bytes, image_size: int) -> np.ndarray:
-    """RGB, shorter side to `image_size` (bicubic), centre crop, as open_clip's evaluation transform: uint8 [H, W, 3]."""
-    with Image.open(io.BytesIO(payload)) as opened:
-        image = opened.convert("RGB")
-    if image.size != (image_size, image_size):
-        # Truncation here and rounding there are torchvision's, whose transforms open_clip uses.
-        width, height = (int(image_size * side / min(image.size)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-        image = image.crop((left, top, left + image_size, top + image_size))
-    return np.asarray(image)
-
-
 def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int) -> np.ndarray:
     """The samples of one epoch in reading order: shards shuffled, then samples inside each window of shards."""
     generator = np.random.default_rng([seed, epoch])
@@ -114,46 +78,81 @@ def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int) -> np.ndarray
 
 
 class _Order:
-    """(epoch, sample) of each position of the endless concatenation of epochs."""
+    """(epoch, sample) of each position of the endless concatenation of epochs over the intact samples of each shard."""
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int) -> None:
-        self._size = sum(shard_sizes)
-        self._epoch = functools.lru_cache(maxsize=2)(lambda epoch: epoch_order(shard_sizes, seed, epoch))
+    def __init__(self, shards: Sequence[np.ndarray], seed: int) -> None:
+        self.intact = np.concatenate(shards)
+        sizes = [len(shard) for shard in shards if len(shard)]
+        self._epoch = functools.lru_cache(maxsize=2)(lambda epoch: self.intact[epoch_order(sizes, seed, epoch)])
 
     def __call__(self, position: int) -> tuple[int, int]:
-        epoch, offset = divmod(position, self._size)
+        epoch, offset = divmod(position, len(self.intact))
         return epoch, int(self._epoch(epoch)[offset])
 
 
-class _Pairs(Dataset[Batch]):
+_Met = list[tuple[int, Fault]]
+"""(epoch, fault) of what failed while a batch was read."""
+
+
+class _Pairs(Dataset[tuple[Batch, _Met]]):
     """Batches by their list of (epoch, sample)."""
 
     def __init__(
-        self, reader: ShardReader, tokenizer: Tokenizer, image_size: int, context_length: int, seed: int, augment: str, cache: bool
+        self,
+        reader: ShardReader,
+        intact: np.ndarray,
+        tokenizer: Tokenizer,
+        image_size: int,
+        context_length: int,
+        seed: int,
+        augment: str,
+        cache: bool,
     ) -> None:
-        self.reader, self.tokenizer, self.seed, self.augment = reader, tokenizer, seed, augment
+        self.reader, self.intact, self.tokenizer, self.seed, self.augment = reader, intact, tokenizer, seed, augment
         self.image_size, self.context_length = image_size, context_length
-        self._keep = cache and len(reader) * image_size * image_size * 3 <= CACHE_BYTES
+        fits = len(reader) * image_size * image_size * 3 <= CACHE_BYTES
+        self._keep = cache and fits and augment != "resized_crop"
         # Made at the first image, so that it is made inside a worker process and does not travel there.
         self._cached: np.ndarray | None = None
         self._known = np.zeros(len(reader), bool)
+        self._captions: dict[int, list[str]] = {}
         self._tokens: list[Tensor | None] = [None] * len(reader)
 
-    def __getitem__(self, places: Sequence[tuple[int, int]]) -> Batch:
-        self._tokenize([index for _, index in places])
-        images = np.stack([self._image(epoch, index) for epoch, index in places])
-        texts = torch.stack([self._text(epoch, index) for epoch, index in places])
-        indices = torch.tensor([index for _, index in places])
-        return Batch(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), texts, indices)
+    def __getitem__(self, places: Sequence[tuple[int, int]]) -> tuple[Batch, _Met]:
+        met: _Met = []
+        read = [self._readable(epoch, index, met) for epoch, index in places]
+        indices = [index for index, _ in read]
+        epochs = [epoch for epoch, _ in places]
+        images = np.stack([image for _, image in read])
+        self._tokenize(indices)
+        texts = torch.stack([self._text(epoch, index) for epoch, index in zip(epochs, indices, strict=True)])
+        return Batch(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), texts, torch.tensor(indices)), met
+
+    def _readable(self, epoch: int, wanted: int, met: _Met) -> tuple[int, np.ndarray]:
+        """The sample, or the first of its substitutes that can be read, with its image."""
+        index = wanted
+        for attempt in range(ATTEMPTS):
+            try:
+                if self._tokens[index] is None and index not in self._captions:
+                    self._captions[index] = self.reader.about(index)["captions"]
+                return index, self._image(epoch, index)
+            except DamagedSample as damage:
+                met.append((epoch, damage.fault(index)))
+                generator = np.random.default_rng([self.seed, epoch, wanted, attempt, 2])
+                index = int(self.intact[generator.integers(len(self.intact))])
+        last = met[-1][1]
+        raise UserError(f"{ATTEMPTS} samples in a row cannot be read, the last being {last}. Check the storage.")
 
     def _image(self, epoch: int, index: int) -> np.ndarray:
+        if self.augment == "resized_crop":
+            return self.reader.crop(index, self.image_size, np.random.default_rng([self.seed, epoch, index, 1]))
         if not self._keep:
-            image = self.reader.image(index, self.image_size)
+            image = self.reader.image(index, self.image_size, draft=True)
         else:
             if self._cached is None:
                 self._cached = np.empty((len(self.reader), self.image_size, self.image_size, 3), np.uint8)
             if not self._known[index]:
-                self._cached[index] = self.reader.image(index, self.image_size)
+                self._cached[index] = self.reader.image(index, self.image_size, draft=True)
                 self._known[index] = True
             image = self._cached[index]
         return image if self.augment == "none" else self._crop(image, epoch, index)
@@ -168,12 +167,12 @@ class _Pairs(Dataset[Batch]):
 
     def _tokenize(self, indices: Sequence[int]) -> None:
         """Tokenise the captions of samples that are met for the first time, all in one call: a call each costs five times as much."""
-        new = [index for index in indices if self._tokens[index] is None]
-        captions = [self.reader.about(index)["captions"] for index in new]
+        captions, self._captions = self._captions, {}
+        new = [index for index in dict.fromkeys(indices) if self._tokens[index] is None]
         if not new:
             return
-        tokens = self.tokenizer([text for texts in captions for text in texts], self.context_length)
-        for index, part in zip(new, tokens.split([len(texts) for texts in captions]), strict=True):
+        tokens = self.tokenizer([text for index in new for text in captions[index]], self.context_length)
+        for index, part in zip(new, tokens.split([len(captions[index]) for index in new]), strict=True):
             self._tokens[index] = part
 
     def _text(self, epoch: int, index: int) -> Tensor:
@@ -204,17 +203,23 @@ class _Steps(Sampler[list[tuple[int, int]]]):
 
 
 class TrainStream:
-    """The endless stream of one rank's batches from `start_step` on.
+    """The endless stream of one rank's batches from `start_step` on. Where ranks run as one process group, all make it together.
 
     Args:
         folder: a split.
         global_batch_size: pairs per step over all ranks.
         num_workers: processes that decode; 0 decodes here. The batches are the same.
-        augment: `none`, or `crop` (a random square of 80 to 100 % of the side).
+        augment: `none`; `crop` (a random square of 80 to 100 % of the side of the centre square); `resized_crop` (open_clip's: 90 to 100 %
+            of the whole image's area at a random aspect ratio).
         cache_decoded: keep decoded images where they fit into memory.
+        check: whether damaged images are found before the first step (`decode`) or when they are read (`structure`).
+        max_bad_fraction: share of the samples of an epoch above which damage stops the run.
+        record: folder of the run: keeps the set of damaged samples over a resume, and the list of faults.
+        on_epoch: told at the end of each epoch what was skipped; by default the console is, where something was.
 
     Raises:
-        UserError: the batch is not a multiple of the ranks, the split is smaller than a batch, or `augment` is unknown.
+        UserError: the batch is not a multiple of the ranks, fewer samples are intact than a batch has, more than the limit are damaged, or
+            `augment` or `check` is unknown.
     """
 
     def __init__(
@@ -232,17 +237,37 @@ class TrainStream:
         augment: str = "none",
         start_step: int = 0,
         cache_decoded: bool = True,
+        check: Check = "decode",
+        max_bad_fraction: float = MAX_BAD_FRACTION,
+        record: Path | None = None,
+        on_epoch: Callable[[EpochReport], None] = print_report,
     ) -> None:
         if augment not in AUGMENTATIONS:
             raise UserError(f"augment {augment!r} is unknown. Use one of: {', '.join(AUGMENTATIONS)}.")
         reader = ShardReader(folder)
         if global_batch_size % world_size:
             raise UserError(f"batch_size {global_batch_size} is not a multiple of the {world_size} ranks. Change either.")
-        if len(reader) < global_batch_size:
-            raise UserError(f"{folder} holds {len(reader)} samples, batch_size is {global_batch_size}. Use a smaller batch, or more data.")
-        steps = _Steps(_Order(reader.shard_sizes, seed), global_batch_size, rank, world_size, start_step)
-        pairs = _Pairs(reader, tokenizer, image_size, context_length, seed, augment, cache_decoded)
-        self._loader: DataLoader[Batch] = DataLoader(
+        list_file = None if record is None else record / f"data-faults-rank{rank}.jsonl"
+        known = _known_faults(folder, reader, check, max_bad_fraction, record, list_file, max(1, num_workers), world_size)
+        order = _Order(_intact(reader, known), seed)
+        self.num_intact = len(order.intact)
+        if self.num_intact < global_batch_size:
+            raise UserError(
+                f"{folder} holds {self.num_intact} samples, batch_size is {global_batch_size}. Use a smaller batch, or more data."
+            )
+        self._start, self._batch_size = start_step, global_batch_size
+        self._log = FaultLog(
+            known,
+            len(reader),
+            share=1 / world_size,
+            max_bad_fraction=max_bad_fraction,
+            file=list_file,
+            on_epoch=on_epoch if rank == 0 else _only_new(on_epoch, known),
+            what=str(folder),
+        )
+        steps = _Steps(order, global_batch_size, rank, world_size, start_step)
+        pairs = _Pairs(reader, order.intact, tokenizer, image_size, context_length, seed, augment, cache_decoded)
+        self._loader: DataLoader[tuple[Batch, _Met]] = DataLoader(
             pairs,
             batch_size=None,
             sampler=steps,
@@ -255,7 +280,75 @@ class TrainStream:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        step = self._start
+        for batch, met in self._loader:
+            for epoch in sorted({epoch for epoch, _ in met}):
+                self._log.add(epoch, step, [fault for of, fault in met if of == epoch])
+            epoch, position = divmod(step * self._batch_size, self.num_intact)
+            if position + self._batch_size >= self.num_intact:
+                self._log.end_epoch(epoch)
+            yield batch
+            step += 1
+
+
+def _only_new(on_epoch: Callable[[EpochReport], None], known: Sequence[Fault]) -> Callable[[EpochReport], None]:
+    """Reports of ranks but the first: what all know is the first's to tell."""
+    shared = Counter(fault.cause for fault in known)
+
+    def report(found: EpochReport) -> None:
+        own = dict(Counter(found.skipped) - shared)
+        on_epoch(EpochReport(found.epoch, found.num_intact, own, found.listed_in))
+
+    return report
+
+
+def _known_faults(
+    folder: Path,
+    reader: ShardReader,
+    check: Check,
+    max_bad_fraction: float,
+    record: Path | None,
+    list_file: Path | None,
+    threads: int,
+    world_size: int,
+) -> list[Fault]:
+    """The damaged samples that this run leaves out: as its record says, or else as a scan finds them, the same on every rank."""
+    shared = world_size > 1 and dist.is_available() and dist.is_initialized() and dist.get_world_size() == world_size
+    first = is_first_rank()
+    identity = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    file = None if record is None else record / "data-skipped.json"
+    recorded: list[list[Fault] | None] = [_load_record(file, identity) if first else None]
+    if shared:
+        dist.broadcast_object_list(recorded, src=0)
+    if recorded[0] is not None:
+        return recorded[0]
+    faults = scan(folder, reader, check=check, threads=threads, shared=shared)
+    if first and list_file is not None:
+        list_file.unlink(missing_ok=True)  # of an earlier start, which came no further
+        append_faults(list_file, faults, epoch=0, step=0)
+    check_limit(faults, len(reader), max_bad_fraction, list_file, str(folder))
+    if first and file is not None:
+        write_json_atomic(file, {"manifest_sha256": identity, "faults": [vars(fault) for fault in faults]})
+    return faults
+
+
+def _load_record(file: Path | None, identity: str) -> list[Fault] | None:
+    """The damaged samples that the run left out so far; None where it starts afresh, or on another data set."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return [Fault(**fault) for fault in content["faults"]] if content["manifest_sha256"] == identity else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}). Remove it; the run then checks its data again.") from error
+
+
+def _intact(reader: ShardReader, faults: Sequence[Fault]) -> list[np.ndarray]:
+    """The samples of each shard that are not damaged."""
+    whole = np.ones(len(reader), bool)
+    whole[[fault.index for fault in faults]] = False
+    edges = np.cumsum(reader.shard_sizes)[:-1]
+    return [part[keep] for part, keep in zip(np.split(np.arange(len(reader)), edges), np.split(whole, edges), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -267,6 +360,7 @@ class EvalSplit:
         texts_MT: all captions of all images.
         text_to_image_M: the image of each caption.
         labels_N: class of each image, where the set has classes.
+        skipped: the damaged samples, which are left out.
     """
 
     images_uint8_NCHW: Tensor
@@ -274,6 +368,7 @@ class EvalSplit:
     text_to_image_M: Tensor
     labels_N: Tensor | None
     captions: list[str]
+    skipped: list[Fault] = field(default_factory=list)
 
     def image_png(self, index: int) -> bytes:
         """Image `index` as a PNG file."""
@@ -282,18 +377,43 @@ class EvalSplit:
         return buffer.getvalue()
 
 
-def load_eval_split(folder: Path, tokenizer: Tokenizer, image_size: int, context_length: int) -> EvalSplit:
-    """Read a whole split into memory."""
+def load_eval_split(
+    folder: Path,
+    tokenizer: Tokenizer,
+    image_size: int,
+    context_length: int,
+    *,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
+) -> EvalSplit:
+    """Read a whole split into memory. Damaged samples are left out and named on the console: metrics are then over the others.
+
+    Raises:
+        UserError: more than `max_bad_fraction` of the samples are damaged; with the first of them.
+    """
     reader = ShardReader(folder)
-    images = np.stack([reader.image(index, image_size) for index in range(len(reader))])
-    about = [reader.about(index) for index in range(len(reader))]
+    images, about, faults = [], [], []
+    for index in range(len(reader)):
+        try:
+            reader.check_headers(index)
+            reader.check_text(index)
+            found = reader.about(index)
+            images.append(reader.image(index, image_size))
+            about.append(found)
+        except DamagedSample as damage:
+            faults.append(damage.fault(index))
+    reader.close()
+    check_limit(faults, len(reader), max_bad_fraction, None, str(folder))
+    if is_first_rank():
+        for fault in faults:
+            print(f"left out of the evaluation: {fault}", flush=True)
     captions = [text for item in about for text in item["captions"]]
-    owners = [index for index, item in enumerate(about) for _ in item["captions"]]
+    owners = [position for position, item in enumerate(about) for _ in item["captions"]]
     labels = [item["label"] for item in about]
     return EvalSplit(
-        torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
         tokenizer(captions, context_length),
         torch.tensor(owners),
         None if any(label is None for label in labels) else torch.tensor(labels),
         captions,
+        faults,
     )

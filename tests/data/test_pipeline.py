@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mmlg_scale import towers
-from mmlg_scale.data.pipeline import Batch, ShardReader, TrainStream, decode, epoch_order, load_eval_split
+from mmlg_scale.data.pipeline import Batch, TrainStream, epoch_order, load_eval_split
+from mmlg_scale.data.reader import ShardReader, decode
 from mmlg_scale.data.tokens import WordTokenizer, load_tokenizer, word_tokenizer_files
 from mmlg_scale.errors import UserError
 
@@ -106,7 +107,7 @@ def test_an_image_that_does_not_decode_is_named(scenes: Path, tmp_path: Path) ->
     shard[place.image[0] : place.image[0] + 20] = bytes(20)
     place.shard.write_bytes(shard)
     reader = ShardReader(tmp_path / "copy" / "train")
-    with pytest.raises(UserError, match=r"shard-000001.tar sample 00000045: its image cannot be decoded"):
+    with pytest.raises(UserError, match=r"shard-000001.tar sample 00000045: undecodable image"):
         reader.image(45, 32)
     assert np.array_equal(reader.image(46, 32), ShardReader(scenes / "train").image(46, 32))
 

@@ -1,0 +1,257 @@
+"""Which samples of a split are damaged: found once before the first step, kept beside the manifest, listed, and limited.
+
+Why before the first step. Batches are full on every rank, their order is a function of (seed, epoch, position), and a run resumes at the
+exact sample; so the number of samples of an epoch must be known before it starts, and be the same on all ranks. A sample that is found
+damaged in mid-epoch could only be replaced by one that the epoch reads anyway. Therefore each split is scanned: sizes, tar headers, UTF-8,
+JSON, and a decode of every image. That costs what the decoding of one epoch costs, is shared by the ranks and by threads, and is kept
+in `checked.json` beside the manifest, with size and time of every shard, until a shard changes. `mmlg data check` writes the same file
+ahead of time. With `structure` images are not decoded: what does not decode is then found when it is read.
+
+Damage that only appears while a run reads (a failing disk, an undecodable image under `structure`) is met by a substitute from the same
+epoch order (`pipeline.py`), counted under its cause, and counted towards the same limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from mmlg_scale.data.manifest import Progress
+from mmlg_scale.data.reader import MISSING, READ, DamagedSample, Fault, ShardReader
+from mmlg_scale.errors import UserError
+from mmlg_scale.files import write_json_atomic
+
+MAX_BAD_FRACTION = 0.01
+Check = Literal["decode", "structure"]
+CHECKS = ("decode", "structure")
+CACHE_VERSION = 1
+CACHE_FILE = "checked.json"
+ANNOUNCE_FROM = 20_000
+"""Samples from which a scan, which then takes a minute or more, says that it is under way."""
+
+ShardState = dict[str, Any]
+"""num_bytes and mtime_ns of a shard's file (null: missing), decode (whether images were decoded), faults [position, cause, detail]."""
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What was skipped in one epoch: counts by cause, the samples that the epoch reads, and the file with the full list, if any."""
+
+    epoch: int
+    num_intact: int
+    skipped: dict[str, int]
+    listed_in: Path | None
+
+    def __str__(self) -> str:
+        where = f", listed in {self.listed_in}" if self.listed_in is not None else ""
+        return f"epoch {self.epoch}: {sum(self.skipped.values())} samples skipped ({_causes(self.skipped)}){where}"
+
+
+def _causes(counts: dict[str, int]) -> str:
+    return ", ".join(f"{cause} {count}" for cause, count in sorted(counts.items()))
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that tells the user what all ranks know."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def print_report(report: EpochReport) -> None:
+    """One line on the console, where something was skipped."""
+    if report.skipped:
+        print(report, flush=True)
+
+
+def scan(
+    folder: Path,
+    reader: ShardReader,
+    *,
+    check: Check = "decode",
+    threads: int = 1,
+    shared: bool = False,
+    fresh: bool = False,
+    progress: Progress = lambda items: items,
+) -> list[Fault]:
+    """The damaged samples of a split in its order, from `checked.json` for the shards that have not changed since.
+
+    Args:
+        folder: the split that `reader` reads.
+        threads: PIL decodes outside Python's lock, so threads share the work.
+        shared: split the shards over the ranks of the running process group and exchange what they found; all ranks must call.
+        fresh: look at every shard again.
+
+    Raises:
+        UserError: `check` is unknown.
+    """
+    if check not in CHECKS:
+        raise UserError(f"data.check {check!r} is unknown. Use one of: {', '.join(CHECKS)}.")
+    manifest = (folder / "manifest.json").read_bytes()
+    identity = hashlib.sha256(manifest).hexdigest()
+    files = [folder / shard["file"] for shard in json.loads(manifest)["shards"]]
+    starts = _starts(reader.shard_sizes)
+    known = {} if fresh else _load_cache(folder, identity)
+    shared = shared and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+
+    def state_of(shard: int) -> tuple[int, ShardState]:
+        found, stamp = known.get(files[shard].name), _stamp(files[shard])
+        unchanged = found is not None and stamp["num_bytes"] is not None and all(found[key] == stamp[key] for key in stamp)
+        if found is not None and unchanged and (found["decode"] or check == "structure"):
+            return shard, found
+        part = reader.part(starts[shard], starts[shard] + reader.shard_sizes[shard])
+        try:
+            return shard, {**stamp, "decode": check == "decode", "faults": _scan_shard(part, decode=check == "decode")}
+        finally:
+            part.close()
+
+    own = range(rank, len(files), world_size)
+    if rank == 0 and check == "decode" and not known and len(reader) >= ANNOUNCE_FROM:
+        print(f"checking the {len(reader)} samples of {folder}, once; kept in {CACHE_FILE}", flush=True)
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        states = dict(progress(pool.map(state_of, own)))
+    if shared:
+        gathered: list[Any] = [None] * world_size
+        dist.all_gather_object(gathered, states)
+        states = {shard: state for part in gathered for shard, state in part.items()}
+    if rank == 0:
+        _save_cache(folder, identity, {files[shard].name: state for shard, state in sorted(states.items())}, known)
+    return [
+        Fault(str(files[shard]), reader.places[starts[shard] + position].key, starts[shard] + position, cause, detail)
+        for shard in range(len(files))
+        for position, cause, detail in states[shard]["faults"]
+    ]
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    starts, total = [], 0
+    for size in sizes:
+        starts.append(total)
+        total += size
+    return starts
+
+
+def _stamp(file: Path) -> dict[str, int | None]:
+    try:
+        stat = file.stat()
+    except OSError:
+        return {"num_bytes": None, "mtime_ns": None}
+    return {"num_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _scan_shard(part: ShardReader, *, decode: bool) -> list[tuple[int, str, str]]:
+    faults = []
+    for position in range(len(part)):
+        try:
+            part.check_headers(position)
+            part.check_text(position)
+            if decode:
+                part.check_image(position)
+        except DamagedSample as damage:
+            faults.append((position, damage.cause, damage.detail))
+    return faults
+
+
+def _load_cache(folder: Path, identity: str) -> dict[str, ShardState]:
+    """What an earlier scan of this manifest found; anything unreadable counts as nothing found."""
+    try:
+        content = json.loads((folder / CACHE_FILE).read_text(encoding="utf-8"))
+        if content["format_version"] == CACHE_VERSION and content["manifest_sha256"] == identity:
+            return dict(content["shards"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {}
+
+
+def _save_cache(folder: Path, identity: str, states: dict[str, ShardState], known: dict[str, ShardState]) -> None:
+    """Keep the states, except of shards that could not be read: storage may come back."""
+    lasting = {
+        name: {**state, "faults": [list(fault) for fault in state["faults"]]}
+        for name, state in states.items()
+        if not any(cause in (MISSING, READ) for _, cause, _ in state["faults"])
+    }
+    if lasting == known:
+        return
+    content = {"format_version": CACHE_VERSION, "manifest_sha256": identity, "shards": lasting}
+    with contextlib.suppress(OSError):  # a data set may be read-only: then every run scans
+        write_json_atomic(folder / CACHE_FILE, content)
+
+
+def check_limit(faults: Sequence[Fault], num_samples: float, max_bad_fraction: float, listed_in: Path | None, what: str) -> None:
+    """Stop where more than `max_bad_fraction` of `num_samples` are damaged.
+
+    Raises:
+        UserError: with the counts by cause, the first faults, and where the full list is.
+    """
+    if len(faults) <= max_bad_fraction * num_samples:
+        return
+    first = "; ".join(str(fault) for fault in faults[:3])
+    where = f"Full list: {listed_in}." if listed_in is not None else "mmlg data check lists them all."
+    raise UserError(
+        f"{what}: {len(faults)} damaged samples ({_causes(Counter(fault.cause for fault in faults))}) are more than "
+        f"data.max_bad_fraction {max_bad_fraction:g} of them. First: {first}. {where} Mend the data, or raise data.max_bad_fraction."
+    )
+
+
+class FaultLog:
+    """One rank's account of what is skipped: appended to a JSON Lines file as it is found, summed up at the end of each epoch.
+
+    Args:
+        known: the damaged samples that the epochs leave out.
+        num_samples: of the split; `share` of them, and of `known`, fall to this rank.
+        file: where the list goes; null: nowhere.
+    """
+
+    def __init__(
+        self,
+        known: Sequence[Fault],
+        num_samples: int,
+        *,
+        share: float,
+        max_bad_fraction: float,
+        file: Path | None,
+        on_epoch: Callable[[EpochReport], None],
+        what: str,
+    ) -> None:
+        self.known, self.num_samples, self.share, self.what = list(known), num_samples, share, what
+        self.max_bad_fraction, self.file, self.on_epoch = max_bad_fraction, file, on_epoch
+        self._met: dict[int, list[Fault]] = {}
+
+    def add(self, epoch: int, step: int, faults: Iterable[Fault]) -> None:
+        """Count samples of `epoch` that turned out damaged when `step` read them.
+
+        Raises:
+            UserError: more than the limit of this rank's samples of the epoch are damaged.
+        """
+        new = list(faults)
+        if not new:
+            return
+        met = self._met.setdefault(epoch, [])
+        met += new
+        append_faults(self.file, new, epoch=epoch, step=step)
+        if len(met) + self.share * len(self.known) > self.max_bad_fraction * self.num_samples * self.share:
+            check_limit([*met, *self.known], 0.0, self.max_bad_fraction, self.file, f"{self.what}, epoch {epoch}")
+
+    def end_epoch(self, epoch: int) -> None:
+        """Report the epoch; every rank reports what it met itself."""
+        met = self._met.pop(epoch, [])
+        counts = dict(Counter(fault.cause for fault in (*self.known, *met)))
+        self.on_epoch(EpochReport(epoch, self.num_samples - len(self.known), counts, self.file))
+
+
+def append_faults(file: Path | None, faults: Sequence[Fault], *, epoch: int, step: int) -> None:
+    """Append one JSON line per fault."""
+    if file is None or not faults:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"epoch": epoch, "step": step, **vars(fault)}, ensure_ascii=False) + "\n" for fault in faults]
+    with open(file, "a", encoding="utf-8") as opened:
+        opened.write("".join(lines))
