@@ -21,6 +21,7 @@ from PIL import Image
 from mmlg_scale.data.manifest import Location, locations
 from mmlg_scale.errors import UserError
 
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 OPEN_SHARDS = 32
 """Files kept open: more than the shards that are mixed with each other."""
 
@@ -151,6 +152,9 @@ class ShardReader:
     def _decoded(self, index: int, decoder: Any) -> Any:
         payload = self.image_bytes(index)
         try:
+            if payload.startswith(PNG_SIGNATURE):
+                with Image.open(io.BytesIO(payload)) as image:
+                    image.verify()  # the checksums, without which PIL takes a stream of wrong bytes for pixels
             return decoder(payload)
         except Exception as error:  # of damaged bytes PIL's plugins raise nearly anything: struct.error, EOFError, SyntaxError, ...
             raise DamagedSample(self.places[index], IMAGE, " ".join(str(error).split())) from error

@@ -1,0 +1,234 @@
+"""`mmlg data index`: manifests for webdataset shards that were made elsewhere (KEY.jpg beside KEY.txt or KEY.json). No shard is touched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmlg_scale.data.manifest import FORMAT_VERSION, SPLITS, Progress
+from mmlg_scale.data.reader import DamagedSample, ShardReader
+from mmlg_scale.data.tokens import word_tokenizer_files, write_tokenizer
+from mmlg_scale.errors import UserError
+from mmlg_scale.files import write_json_atomic
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp")
+TOKENIZERS = ("bpe", "words")
+BLOCK = 512
+_NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
+"""webdataset's rule: a key is all up to the first dot of the base name."""
+
+DAMAGED_HEADER, CUT_SHARD, NO_IMAGE, NO_CAPTION, TWICE = (
+    "damaged places (tar header)",
+    "cut shards",
+    "samples without an image",
+    "samples without a caption",
+    "members that stand twice",
+)
+
+
+@dataclass
+class Indexed:
+    """One shard's manifest entry, and what it lacks: counts by cause."""
+
+    entry: dict[str, Any]
+    problems: Counter[str] = field(default_factory=Counter)
+
+
+def index_dataset(
+    root: Path,
+    *,
+    val_shards: int = 1,
+    test_shards: int = 1,
+    tokenizer: str = "bpe",
+    progress: Progress = lambda items: items,
+) -> tuple[dict[str, int], Counter[str]]:
+    """Write a manifest per split and dataset.json, so that ROOT is a data set; returns the samples of each split and the problems found.
+
+    Splits are the subfolders train, val and test; where there is none of them, ROOT's own shards in the order of their names, the last
+    ones for test and those before for val. Indexing again renews what indexing wrote.
+
+    Raises:
+        UserError: no shards, too few for the splits, a packed data set, an unknown tokenizer, a split without a whole sample.
+    """
+    if tokenizer not in TOKENIZERS:
+        raise UserError(f"tokenizer {tokenizer!r} is unknown. Use one of: {', '.join(TOKENIZERS)}.")
+    groups = _groups(root, val_shards, test_shards)
+    _refuse_foreign(root)
+    problems: Counter[str] = Counter()
+    manifests: dict[str, dict[str, Any]] = {}
+    for split, paths in groups.items():
+        shards = []
+        for path in progress(paths):
+            found = index_shard(path)
+            found.entry["file"] = path.name if path.parent == root / split else f"../{path.name}"
+            problems += found.problems
+            shards.append(found.entry)
+        total = sum(len(shard["samples"]) for shard in shards)
+        if not total:
+            raise UserError(
+                f"{root}: split {split} has no whole sample (an image with a .txt, or a .json with a caption). {_told(problems)}"
+            )
+        manifests[split] = {"format_version": FORMAT_VERSION, "split": split, "num_samples": total, "shards": shards}
+    for split, manifest in manifests.items():
+        write_json_atomic(root / split / "manifest.json", manifest)
+    if tokenizer == "words" and not (root / "tokenizer").exists():
+        write_tokenizer(root, word_tokenizer_files(_captions(root / "train")))
+    counts = {split: manifest["num_samples"] for split, manifest in manifests.items()}
+    args = {"val_shards": val_shards, "test_shards": test_shards, "tokenizer": tokenizer}
+    write_json_atomic(root / "dataset.json", {"format_version": FORMAT_VERSION, "kind": "indexed", "args": args, "splits": counts})
+    return counts, problems
+
+
+def _told(problems: Mapping[str, int]) -> str:
+    return "Found: " + (", ".join(f"{count} {cause}" for cause, count in problems.items()) or "no image at all") + "."
+
+
+def _groups(root: Path, val_shards: int, test_shards: int) -> dict[str, list[Path]]:
+    """The shards of each split."""
+    if not root.is_dir():
+        raise UserError(f"no folder {root}. Give the one that holds the shards, or train/, val/ and test/ with shards.")
+    inside = {split: sorted((root / split).glob("*.tar")) for split in SPLITS}
+    if any(inside.values()):
+        if not inside["train"]:
+            raise UserError(f"{root} holds shards in {', '.join(split for split in SPLITS if inside[split])} but none in train. Add train.")
+        return {split: paths for split, paths in inside.items() if paths}
+    shards = sorted(root.glob("*.tar"))
+    if not shards:
+        raise UserError(f"{root} holds no .tar shards, nor does {root}/train. Give the folder that holds them.")
+    if min(val_shards, test_shards) < 0 or val_shards + test_shards >= len(shards):
+        raise UserError(
+            f"{root} holds {len(shards)} shards; {val_shards} for val and {test_shards} for test leave none for train. "
+            "Give --val-shards and --test-shards that do."
+        )
+    first_test = len(shards) - test_shards
+    first_val = first_test - val_shards
+    groups = {"train": shards[:first_val], "val": shards[first_val:first_test], "test": shards[first_test:]}
+    return {split: paths for split, paths in groups.items() if paths}
+
+
+def _refuse_foreign(root: Path) -> None:
+    file = root / "dataset.json"
+    if file.is_file():
+        try:
+            kind = json.loads(file.read_text(encoding="utf-8"))["kind"]
+        except (ValueError, KeyError, TypeError):
+            kind = None
+        if kind != "indexed":
+            raise UserError(f"{root} is a data set of its own making ({kind}), with its manifests. mmlg data check looks at it.")
+
+
+def _captions(folder: Path) -> Iterator[str]:
+    reader = ShardReader(folder)
+    for index in range(len(reader)):
+        try:
+            yield from reader.about(index)["captions"]
+        except DamagedSample:
+            continue  # training skips and counts it
+    reader.close()
+
+
+def index_shard(path: Path) -> Indexed:
+    """A shard's manifest entry; what is damaged is left out and counted."""
+    problems: Counter[str] = Counter()
+    samples: dict[str, dict[str, Any]] = {}
+    for member in _members(path, problems):
+        named = _NAME.match(member.name) if member.isfile() else None
+        if named is None:
+            continue
+        key, extension = named[1], named[2].lower()
+        kind = {"txt": "text", "json": "json"}.get(extension, "image" if extension in IMAGES else None)
+        if kind is None:
+            continue
+        entry = samples.setdefault(key, {"key": key})
+        if kind in entry:
+            problems[TWICE] += 1
+            continue
+        place = [member.offset_data, member.size]
+        entry[kind] = [named[2], *place] if kind == "image" else place
+    whole = []
+    with open(path, "rb") as file:
+        for entry in samples.values():
+            if "json" in entry and not _json_counts(file, entry):
+                del entry["json"]
+            if "image" not in entry:
+                problems[NO_IMAGE] += 1
+            elif "text" not in entry and "json" not in entry:
+                problems[NO_CAPTION] += 1
+            else:
+                whole.append(entry)
+        file.seek(0)
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        size = file.tell()
+    return Indexed({"file": path.name, "sha256": digest.hexdigest(), "num_bytes": size, "samples": whole}, problems)
+
+
+def _json_counts(file: Any, entry: Mapping[str, Any]) -> bool:
+    """Whether captions come from the sample's JSON: always where it has a list of them, else only for want of a text."""
+    offset, size = entry["json"]
+    file.seek(offset)
+    try:
+        content = json.loads(file.read(size))
+    except ValueError:
+        return "text" not in entry  # then training counts it as unreadable
+    if not isinstance(content, dict):
+        return False
+    return "captions" in content or ("text" not in entry and isinstance(content.get("caption"), str))
+
+
+def _members(path: Path, problems: Counter[str]) -> Iterator[tarfile.TarInfo]:
+    """The whole members of a tar, also behind damaged places: reading goes on at the next block with a valid header."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        expected = restart = 0
+        while restart < size:
+            file.seek(restart)
+            try:
+                # With ignore_zeros tarfile skips, block by block, what is no header.
+                with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
+                    while (member := tar.next()) is not None:
+                        tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                        problems[DAMAGED_HEADER] += _has_bytes(file, expected, member.offset)
+                        end = member.offset_data + member.size if member.isfile() else member.offset_data
+                        expected = restart = -(-end // BLOCK) * BLOCK
+                        if end > size:
+                            problems[CUT_SHARD] += 1
+                            return
+                        yield member
+                break
+            except tarfile.ReadError:
+                restart += BLOCK  # an extended header that no header follows, or nothing but damage
+        problems[DAMAGED_HEADER] += _has_bytes(file, expected, size)
+
+
+def _has_bytes(file: Any, start: int, stop: int) -> int:
+    """1 where something other than padding lies in between, else 0; the file's position is kept."""
+    if stop <= start:
+        return 0
+    position = file.tell()
+    file.seek(start)
+    found, left = 0, stop - start
+    while left and not found:
+        block = file.read(min(left, 1 << 20))
+        if not block:
+            break
+        found, left = int(any(block)), left - len(block)
+    file.seek(position)
+    return found
+
+
+def print_index(counts: Mapping[str, int], problems: Mapping[str, int], root: Path) -> None:
+    """What was indexed, and what was left out."""
+    print(f"{root}: " + ", ".join(f"{split} {count}" for split, count in counts.items()) + " samples")
+    for cause in sorted(cause for cause, count in problems.items() if count):
+        print(f"left out: {problems[cause]} {cause}")
+    for split in sorted(set(SPLITS) - set(counts)):
+        print(f"no {split} split: training and mmlg family need it; give --{split}-shards or a folder {split}/")

@@ -1,0 +1,293 @@
+"""Damaged data: every intact sample is read exactly once an epoch, every damaged one is counted under its cause, nothing hangs."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import socket
+from collections.abc import Iterable
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from mmlg_scale.data.faults import CACHE_FILE, EpochReport, scan
+from mmlg_scale.data.manifest import load_manifest
+from mmlg_scale.data.pipeline import Batch, TrainStream, load_eval_split
+from mmlg_scale.data.reader import CUT, ENCODING, HEADER, IMAGE, JSON, MISSING, READ, DamagedSample, ShardReader
+from mmlg_scale.data.scenes import write_scenes
+from mmlg_scale.data.tokens import load_tokenizer
+from mmlg_scale.errors import UserError
+from tests.data.damage import KINDS
+
+NUM, PER_SHARD, BATCH = 48, 12, 8
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("faults") / "scenes"
+    write_scenes(root, num_train=NUM, num_val=10, num_test=10, seed=4, samples_per_shard=PER_SHARD)
+    return root
+
+
+@pytest.fixture
+def copy(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "set"))
+
+
+def stream(root: Path, **options: object) -> TrainStream:
+    settings = {"image_size": 32, "context_length": 16, "global_batch_size": BATCH, "seed": 5, "max_bad_fraction": 1.0, **options}
+    return TrainStream(root / "train", load_tokenizer(root), **settings)  # type: ignore[arg-type]
+
+
+def flatten(lists: Iterable[list[int]]) -> list[int]:
+    return list(chain.from_iterable(lists))
+
+
+def read(root: Path, num_steps: int, *, ranks: int = 1, start_step: int = 0, **options: object) -> list[list[int]]:
+    """The samples of each step, ranks one after the other."""
+    parts = [stream(root, rank=rank, world_size=ranks, start_step=start_step, **options) for rank in range(ranks)]
+    each = [[batch.indices_B.tolist() for batch in islice(part, num_steps)] for part in parts]
+    assert all(len(step) == BATCH // ranks for part in each for step in part)
+    return [flatten(step) for step in zip(*each, strict=True)]
+
+
+def assert_epochs(steps: list[list[int]], intact: set[int]) -> None:
+    """As far as the steps go, each epoch is the intact samples, each once."""
+    flat, size = flatten(steps), len(intact)
+    assert len(flat) >= size
+    for start in range(0, len(flat) - size + 1, size):
+        assert sorted(flat[start : start + size]) == sorted(intact)
+    rest = flat[len(flat) // size * size :]
+    assert len(set(rest)) == len(rest)
+    assert set(rest) <= intact
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("position", [0, 5, PER_SHARD - 1])
+def test_fault_matrix(kind: str, position: int, copy: Path, tmp_path: Path) -> None:
+    """Each kind of damage x position in the shard x ranks 1 and 2; workers 0 and 2 follow."""
+    damage, cause = KINDS[kind]
+    shard = {0: 2, 5: 0, PER_SHARD - 1: 3}[position]
+    lost = {shard * PER_SHARD + lost for lost in damage(copy / "train", shard, position)}
+    intact = set(range(NUM)) - lost
+    reports: list[EpochReport] = []
+    one = read(copy, 12, record=tmp_path / "run", on_epoch=reports.append)
+    assert_epochs(one, intact)
+    assert one == read(copy, 12, ranks=2)
+    epochs = 12 * BATCH // len(intact)
+    assert [(report.epoch, report.skipped, report.num_intact) for report in reports] == [
+        (epoch, {cause: len(lost)}, len(intact)) for epoch in range(epochs)
+    ]
+    listed = [json.loads(line) for line in (tmp_path / "run" / "data-faults-rank0.jsonl").read_text().splitlines()]
+    keys = [sample["key"] for entry in load_manifest(copy / "train")["shards"] for sample in entry["samples"]]
+    assert [(line["index"], line["key"], line["cause"]) for line in listed] == [(index, keys[index], cause) for index in sorted(lost)]
+
+
+@pytest.fixture
+def damaged(copy: Path) -> tuple[Path, dict[int, str]]:
+    """A set with every kind of damage but a missing shard, and the cause of each lost sample."""
+    expected = {}
+    for number, kind in enumerate(kind for kind in KINDS if kind != "shard missing"):
+        shard, position = (3, 8) if kind == "shard cut" else (number % 3, 2 + number // 3 * 3)
+        damage, cause = KINDS[kind]
+        expected |= {shard * PER_SHARD + lost: cause for lost in damage(copy / "train", shard, position)}
+    assert set(expected.values()) == {CUT, ENCODING, HEADER, IMAGE, JSON}
+    return copy, expected
+
+
+def test_workers_change_nothing_and_all_damage_at_once_is_told_apart(damaged: tuple[Path, dict[int, str]]) -> None:
+    root, expected = damaged
+    found = scan(root / "train", ShardReader(root / "train"), fresh=True, threads=3)
+    assert {fault.index: fault.cause for fault in found} == expected
+    alone = read(root, 10)
+    assert_epochs(alone, set(range(NUM)) - set(expected))
+    assert read(root, 10, num_workers=2) == alone
+    assert read(root, 4, start_step=6) == alone[6:]
+
+
+def _rank(rank: int, port: int, root: str, out: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    part = stream(Path(root), rank=rank, world_size=2, num_workers=2 * rank, record=Path(out))
+    steps = [batch.indices_B.tolist() for batch in islice(part, 10)]
+    (Path(out) / f"{rank}.json").write_text(json.dumps(steps))
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_scan(damaged: tuple[Path, dict[int, str]], tmp_path: Path) -> None:
+    root, expected = damaged
+    out = tmp_path / "run"
+    out.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (port, str(root), str(out)), nprocs=2)
+    halves = [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
+    joined = [left + right for left, right in zip(*halves, strict=True)]
+    assert joined == read(root, 10)
+    assert_epochs(joined, set(range(NUM)) - set(expected))
+    assert len((out / "data-faults-rank0.jsonl").read_text().splitlines()) == len(expected)
+    cached = json.loads((root / "train" / CACHE_FILE).read_text())["shards"]
+    assert sum(len(state["faults"]) for state in cached.values()) == len(expected)  # of both ranks' shards
+
+
+def test_above_the_limit_the_run_stops_with_the_list(damaged: tuple[Path, dict[int, str]], tmp_path: Path) -> None:
+    root, expected = damaged
+    share = len(expected) / NUM
+    stream(root, max_bad_fraction=share)
+    with pytest.raises(UserError) as stopped:
+        stream(root, max_bad_fraction=share - 0.01, record=tmp_path / "run")
+    message = str(stopped.value)
+    assert f"{len(expected)} damaged samples" in message
+    for cause in set(expected.values()):
+        assert f"{cause} {list(expected.values()).count(cause)}" in message
+    assert "shard-000000.tar sample 00000002: tar header" in message
+    assert f"Full list: {tmp_path / 'run' / 'data-faults-rank0.jsonl'}" in message
+    assert len((tmp_path / "run" / "data-faults-rank0.jsonl").read_text().splitlines()) == len(expected)
+
+
+def test_default_limit_is_one_percent(copy: Path) -> None:
+    KINDS["json cut"][0](copy / "train", 0, 0)
+    with pytest.raises(UserError, match=r"1 damaged samples \(unreadable JSON 1\) are more than data.max_bad_fraction 0.01"):
+        TrainStream(copy / "train", load_tokenizer(copy), image_size=32, context_length=16, global_batch_size=BATCH, seed=0)
+
+
+def test_the_skipped_set_survives_a_resume(copy: Path, tmp_path: Path) -> None:
+    """A shard that comes back between two starts of a run changes none of its batches."""
+    shard = copy / "train" / "shard-000001.tar"
+    shard.rename(tmp_path / "away")
+    whole = read(copy, 9, record=tmp_path / "run")
+    (tmp_path / "away").rename(shard)
+    assert read(copy, 5, start_step=4, record=tmp_path / "run") == whole[4:]
+    assert read(copy, 9, record=tmp_path / "afresh") != whole
+    (tmp_path / "run" / "data-skipped.json").write_text("{")
+    with pytest.raises(UserError, match=r"data-skipped.json is damaged"):
+        stream(copy, record=tmp_path / "run")
+
+
+def break_between(root: Path, kind: str, num_workers: int, **options: object) -> tuple[list[Batch], list[EpochReport], set[int]]:
+    """Two epochs of a stream whose data breaks after it was checked."""
+    reports: list[EpochReport] = []
+    part = stream(root, on_epoch=reports.append, num_workers=num_workers, **options)
+    lost = {PER_SHARD + position for position in KINDS[kind][0](root / "train", 1, 7)}
+    return list(islice(part, 2 * NUM // BATCH)), reports, lost
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_workers"), [("image cut", 0), ("image cut", 1), ("json cut", 0), ("shard cut", 0), ("shard missing", 0)]
+)
+def test_what_breaks_later_is_replaced_and_counted(kind: str, num_workers: int, original: Path, tmp_path: Path) -> None:
+    outcomes = []
+    for name in ("a", "b"):
+        root = Path(shutil.copytree(original, tmp_path / name))
+        outcomes.append(break_between(root, kind, num_workers))
+    batches, reports, lost = outcomes[0]
+    healthy = list(islice(stream(original), 2 * NUM // BATCH))
+    for position, (batch, right) in enumerate(zip(batches, healthy, strict=True)):
+        assert torch.equal(batch.indices_B, outcomes[1][0][position].indices_B)
+        assert torch.equal(batch.image_uint8_BCHW, outcomes[1][0][position].image_uint8_BCHW)
+        for row, index in enumerate(right.indices_B.tolist()):
+            if index in lost:
+                assert int(batch.indices_B[row]) not in lost
+            else:
+                assert int(batch.indices_B[row]) == index
+                assert torch.equal(batch.image_uint8_BCHW[row], right.image_uint8_BCHW[row])
+    cause = KINDS[kind][1]
+    assert [report.epoch for report in reports] == [0, 1]
+    for report in reports:
+        assert set(report.skipped) == {cause}
+        assert report.skipped[cause] >= len(lost)  # a substitute may be damaged too
+
+
+def test_what_breaks_later_counts_towards_the_limit(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train, epoch 0: \d damaged samples \(missing shard \d\) are more than .* 0.05"):
+        break_between(copy, "shard missing", 0, max_bad_fraction=0.05, record=tmp_path)
+    assert 3 <= len((tmp_path / "data-faults-rank0.jsonl").read_text().splitlines()) <= 5 + BATCH
+
+
+def test_without_decoding_images_are_found_when_they_are_read(copy: Path) -> None:
+    KINDS["image cut"][0](copy / "train", 1, 7)
+    reports: list[EpochReport] = []
+    steps = read(copy, NUM // BATCH, check="structure", on_epoch=reports.append)
+    assert PER_SHARD + 7 not in flatten(steps)
+    assert len(set(flatten(steps))) == NUM - 1
+    assert reports == [EpochReport(0, NUM, {IMAGE: 1}, None)]
+    assert json.loads((copy / "train" / CACHE_FILE).read_text())["shards"]["shard-000001.tar"]["decode"] is False
+    assert scan(copy / "train", ShardReader(copy / "train"))[0].index == PER_SHARD + 7  # decoding looks again
+    with pytest.raises(UserError, match=r"data.check 'none' is unknown"):
+        stream(copy, check="none")
+
+
+def test_nothing_readable_stops_instead_of_hanging(copy: Path) -> None:
+    part = stream(copy, max_bad_fraction=1000.0)
+    for shard in (copy / "train").glob("*.tar"):
+        shard.unlink()
+    with pytest.raises(UserError, match="100 samples in a row cannot be read"):
+        next(iter(part))
+
+
+def test_checked_once_until_a_shard_changes(copy: Path) -> None:
+    split = copy / "train"
+    look = functools.partial(scan, split, ShardReader(split))
+    assert look() == []
+    cache = json.loads((split / CACHE_FILE).read_text())
+    for state in cache["shards"].values():
+        state["faults"] = [[0, IMAGE, "as remembered"]]
+    (split / CACHE_FILE).write_text(json.dumps(cache))
+    assert [fault.detail for fault in look()] == ["as remembered"] * 4
+    KINDS["json cut"][0](split, 2, 4)
+    found = look()
+    assert [(fault.index, fault.cause) for fault in found] == [(0, IMAGE), (12, IMAGE), (28, JSON), (36, IMAGE)]
+    assert len(look(fresh=True)) == 1
+    (split / CACHE_FILE).write_text("{")
+    assert len(look()) == 1
+
+
+def test_storage_that_fails_is_not_remembered(copy: Path) -> None:
+    split = copy / "train"
+    shard = split / "shard-000001.tar"
+    shard.rename(split / "away")
+    shard.mkdir()  # a read of a folder fails as a read of a bad disk does
+    assert {fault.cause for fault in scan(split, ShardReader(split))} == {READ}
+    shard.rmdir()
+    assert {fault.cause for fault in scan(split, ShardReader(split))} == {MISSING}
+    (split / "away").rename(shard)
+    assert scan(split, ShardReader(split)) == []
+
+
+def test_an_evaluation_leaves_damage_out_and_says_so(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = load_eval_split(copy / "test", load_tokenizer(copy), 32, 16)
+    KINDS["image cut"][0](copy / "test", 0, 3)
+    with pytest.raises(UserError, match="1 damaged samples"):
+        load_eval_split(copy / "test", load_tokenizer(copy), 32, 16)
+    part = load_eval_split(copy / "test", load_tokenizer(copy), 32, 16, max_bad_fraction=0.1)
+    assert [(fault.index, fault.cause) for fault in part.skipped] == [(3, IMAGE)]
+    kept = [index for index in range(10) if index != 3]
+    assert torch.equal(part.images_uint8_NCHW, whole.images_uint8_NCHW[kept])
+    assert part.text_to_image_M.tolist() == [index for index in range(9) for _ in range(2)]
+    assert part.captions == [text for position, text in enumerate(whole.captions) if position not in (6, 7)]
+    assert "left out of the evaluation" in capsys.readouterr().out
+
+
+def test_fuzzed_images_decode_or_are_damaged(copy: Path) -> None:
+    """Whatever is written over an image, reading it gives an image or names the sample; never another error."""
+    split = copy / "train"
+    place = ShardReader(split).places[5]
+    original, generator = place.shard.read_bytes(), np.random.default_rng(0)
+    outcomes = []
+    for _ in range(150):
+        shard = bytearray(original)
+        for offset in generator.integers(0, min(200, place.image[1]), size=generator.integers(1, 4)):
+            shard[place.image[0] + offset] ^= generator.integers(1, 256)
+        place.shard.write_bytes(shard)
+        try:
+            outcomes.append(str(ShardReader(split).image(5, 32).shape))
+        except DamagedSample as damage:
+            outcomes.append(damage.cause)
+    assert set(outcomes) <= {"(32, 32, 3)", IMAGE}
+    assert outcomes.count(IMAGE) > 100  # PNG has checksums
