@@ -159,8 +159,10 @@ def _data_scenes(arguments: list[str]) -> int:
 
 
 def _data_pack(arguments: list[str]) -> int:
-    parser = _parser("data pack", "Pack a CSV/TSV table (filepath,caption) or a folder per class into webdataset shards.")
-    parser.add_argument("source", type=str, help="The table, or the folder that holds one folder per class.")
+    parser = _parser(
+        "data pack", "Pack a CSV/TSV table (filepath,caption), a folder per class, or COCO or Karpathy JSON into webdataset shards."
+    )
+    parser.add_argument("source", type=str, help="The table, the JSON file, or the folder that holds one folder per class.")
     parser.add_argument("--out", type=str, required=True, help="Folder to write; made whole or not at all.")
     parser.add_argument("--image-column", type=str, default="filepath", help="Table column with image paths, relative to the table.")
     parser.add_argument(
@@ -182,18 +184,64 @@ def _data_pack(arguments: list[str]) -> int:
     parser.add_argument("--tokenizer", type=str, default="words", help="words: a vocabulary made of the captions; bpe: open_clip's.")
     parser.add_argument("--resize", type=int | None, default=None, help="Resize images to this many pixels (shorter side, centre crop).")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the split.")
+    parser.add_argument("--images", type=str | None, default=None, help="Folder that a JSON file's image names are relative to.")
+    parser.add_argument(
+        "--restval", type=str, default="train", choices=["train", "drop"], help="What becomes of a Karpathy file's restval images."
+    )
+    parser.add_argument(
+        "--allow-other-counts", action="store_true", help="Take a Karpathy file whose splits have other sizes than are known of its set."
+    )
+    parser.add_argument("--skip-bad", action="store_true", help="Leave out images that are missing or do not decode, and list them.")
     args = _parse(parser, arguments)
     from mmlg_scale.data.pack import pack_folders, pack_table
+    from mmlg_scale.data.pack_json import pack_json
 
-    source, common = (
-        Path(args.source),
-        {"shares": {"val": args.val, "test": args.test}, "seed": args.seed, "tokenizer": args.tokenizer},
-    )
+    source, out = Path(args.source), Path(args.out)
+    common = {key: getattr(args, key) for key in ("seed", "tokenizer", "resize", "skip_bad")}
+    common |= {"shares": {"val": args.val, "test": args.test}, "progress": _progress("pack")}
     if source.is_dir():
-        pack_folders(source, Path(args.out), templates=args.templates, resize=args.resize, progress=_progress("pack"), **common)
+        pack_folders(source, out, templates=args.templates, **common)
+    elif source.suffix.lower() == ".json":
+        if args.images is None:
+            raise UserError("--images is missing. Give the folder that the image names in the JSON file are relative to.")
+        pack_json(source, out, images=Path(args.images), restval=args.restval, allow_other_counts=args.allow_other_counts, **common)
     else:
-        columns = {"image_column": args.image_column, "caption_column": args.caption_column}
-        pack_table(source, Path(args.out), resize=args.resize, progress=_progress("pack"), **columns, **common)
+        pack_table(source, out, image_column=args.image_column, caption_column=args.caption_column, **common)
+    return 0
+
+
+def _data_check(arguments: list[str]) -> int:
+    parser = _parser("data check", "Check a data set: manifest, sizes, SHA-256, sample headers, captions, images. Exit code 1: damaged.")
+    parser.add_argument("folder", type=str, help="The data set.")
+    parser.add_argument("--split", type=str, nargs="+", default=None, choices=["train", "val", "test"], help="Only these splits.")
+    parser.add_argument("--decode", action="store_true", default=True, help="Decode every image (the default).")
+    parser.add_argument("--no-decode", dest="decode", action="store_false", help="Do not decode images.")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="Threads that read and decode.")
+    args = _parse(parser, arguments)
+    from mmlg_scale.data.check import check_dataset, print_damage
+
+    root = Path(args.folder)
+    found = check_dataset(root, splits=args.split, decode=args.decode, threads=args.threads, progress=_progress("check"))
+    print_damage(found, root)
+    return 1 if found else 0
+
+
+def _data_index(arguments: list[str]) -> int:
+    parser = _parser(
+        "data index", "Write manifests for webdataset shards made elsewhere (KEY.jpg with KEY.txt or KEY.json); no shard is touched."
+    )
+    parser.add_argument("folder", type=str, help="The folder of the shards, or of train/, val/ and test/ with shards.")
+    parser.add_argument("--val-shards", type=int, default=1, help="Shards for validation where there are no folders of splits.")
+    parser.add_argument("--test-shards", type=int, default=1, help="Shards for the test split, likewise: the last ones.")
+    parser.add_argument("--tokenizer", type=str, default="bpe", help="bpe: open_clip's; words: a vocabulary made of the captions.")
+    args = _parse(parser, arguments)
+    from mmlg_scale.data.indexing import index_dataset, print_index
+
+    root = Path(args.folder)
+    counts, problems = index_dataset(
+        root, val_shards=args.val_shards, test_shards=args.test_shards, tokenizer=args.tokenizer, progress=_progress("index")
+    )
+    print_index(counts, problems, root)
     return 0
 
 
@@ -390,6 +438,8 @@ def _doctor(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "data scenes": _data_scenes,
     "data pack": _data_pack,
+    "data index": _data_index,
+    "data check": _data_check,
     "train": _train,
     "extract": _extract,
     "descend": _descend,

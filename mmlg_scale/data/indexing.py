@@ -21,7 +21,7 @@ from mmlg_scale.files import write_json_atomic
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp")
 TOKENIZERS = ("bpe", "words")
 BLOCK = 512
-_NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
+_NAME = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")
 """webdataset's rule: a key is all up to the first dot of the base name."""
 
 DAMAGED_HEADER, CUT_SHARD, NO_IMAGE, NO_CAPTION, TWICE = (

@@ -1,4 +1,7 @@
-"""A user's images and captions -> webdataset shards: a CSV/TSV table, or a folder per class."""
+"""A user's images and captions -> webdataset shards: a CSV/TSV table, or a folder per class (`pack_json.py`: COCO and Karpathy JSON).
+
+Every image is decoded before anything is written, because one that is cut looks whole until then.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mmlg_scale.data.manifest import SPLITS, Progress, Sample, new_dataset, write_split
-from mmlg_scale.data.reader import decode
+from mmlg_scale.data.reader import check_decodes, decode
 from mmlg_scale.data.tokens import word_tokenizer_files, write_tokenizer
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_json_atomic
@@ -34,6 +37,32 @@ class Item:
     label: int | None = None
 
 
+class ImageCheck:
+    """Decodes images before they are packed; what does not decode is an error, or with `skip_bad` left out and listed.
+
+    Attributes:
+        skipped: what was said of each image that is left out.
+    """
+
+    def __init__(self, skip_bad: bool) -> None:
+        self.skip_bad, self.skipped = skip_bad, list[str]()
+
+    def is_good(self, path: Path, where: str = "") -> bool:
+        """Whether the image decodes; `where` (file and row) starts the message.
+
+        Raises:
+            UserError: it does not, and is not to be skipped.
+        """
+        try:
+            _check_image(path, where)
+        except UserError as error:
+            if not self.skip_bad:
+                raise UserError(f"{error} Or leave such images out with --skip-bad.") from error
+            self.skipped.append(str(error))
+            return False
+        return True
+
+
 def pack_table(
     table: Path,
     out: Path,
@@ -44,13 +73,15 @@ def pack_table(
     seed: int = 0,
     tokenizer: str = "words",
     resize: int | None = None,
+    skip_bad: bool = False,
     progress: Progress = lambda items: items,
 ) -> None:
     """Pack a table whose rows are (image path, caption); rows of one image are its captions.
 
     Image paths are relative to the table's folder. A column `split` (train, val, test) is obeyed where it is there; otherwise `shares`
     ({"val": 0.05, "test": 0.1}) of the images are drawn for val and test under `seed`. Rows are counted as lines of the file, the header
-    being the first; a caption in quotes that runs over lines counts where it ends.
+    being the first; a caption in quotes that runs over lines counts where it ends. With `skip_bad` missing and undecodable images are left
+    out and listed in OUT/skipped.json.
 
     Raises:
         UserError: no such table or column, a row without path or caption, a missing or undecodable image, an image in two splits. Each with
@@ -60,6 +91,7 @@ def pack_table(
         raise UserError(f"no table {table}. Give a CSV or TSV file, or a folder that holds one folder per class.")
     captions: dict[str, list[str]] = defaultdict(list)
     split_of: dict[str, str] = {}
+    check, good = ImageCheck(skip_bad), dict[str, bool]()
     for number, row in _rows(table, (image_column, caption_column)):
         name, caption = row[image_column].strip(), row[caption_column].strip()
         if not name:
@@ -67,8 +99,10 @@ def pack_table(
         name = os.path.normpath(name)  # a.png and ./a.png are one image, which must not land in two splits
         if not caption:
             raise UserError(f"{table} row {number}: empty caption. Give one, or remove the row.")
-        if name not in captions:
-            _check_image(table.parent / name, f"{table} row {number}: ")
+        if name not in good:
+            good[name] = check.is_good(table.parent / name, f"{table} row {number}: ")
+        if not good[name]:
+            continue
         captions[name].append(caption)
         if row.get("split"):
             if row["split"] not in SPLITS:
@@ -80,9 +114,10 @@ def pack_table(
         raise UserError(f"{table} has no rows. Give one row per image and caption.")
     if split_of and len(split_of) < len(items):
         raise UserError(f"{table}: some images have a split and {len(items) - len(split_of)} have none. Fill the column, or leave it out.")
-    groups = _group(items, split_of) if split_of else _draw(items, shares, seed)
-    source = _digest({"": table, **{name: item.path for name, item in items.items()}})
-    _write(out, groups, {"source": source, "seed": seed, "shares": dict(shares or {})}, tokenizer, resize, progress)
+    groups = group(items, split_of) if split_of else draw(items, shares, seed)
+    source = digest({"": table, **{name: item.path for name, item in items.items()}})
+    args = {"source": source, "seed": seed, "shares": dict(shares or {})}
+    write_groups(out, groups, args, tokenizer, resize, progress, skipped=check.skipped)
 
 
 def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -110,6 +145,7 @@ def pack_folders(
     seed: int = 0,
     tokenizer: str = "words",
     resize: int | None = None,
+    skip_bad: bool = False,
     progress: Progress = lambda items: items,
 ) -> None:
     """Pack a folder that holds one folder of images per class; captions are the templates with `{}` replaced by the folder's name.
@@ -136,21 +172,22 @@ def pack_folders(
     names = sorted({path.name for root in roots.values() for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")})
     if len(names) < 2:
         raise UserError(f"{folder} holds {len(names)} class folders. Give a folder with one folder of images per class.")
-    items, split_of = {}, {}
+    items, split_of, check = {}, {}, ImageCheck(skip_bad)
     for split, root in roots.items():
         for label, name in enumerate(names):
             paths = sorted(path for path in (root / name).glob("*") if path.suffix.lower() in EXTENSIONS)
             if not paths:
                 raise UserError(f"{root / name} holds no images ({', '.join(EXTENSIONS)}). Add some, or remove the class.")
             for path in paths:
-                _check_image(path, "")
+                if not check.is_good(path):
+                    continue
                 key = str(path.relative_to(folder))
                 items[key] = Item(path, [template.replace("{}", name.replace("_", " ")) for template in templates], label)
                 split_of[key] = split
-    groups = _group(items, split_of) if own_splits else _draw(items, shares, seed)
+    groups = group(items, split_of) if own_splits else draw(items, shares, seed)
     classes = {"classnames": [name.replace("_", " ") for name in names], "templates": list(templates)}
-    args = {"source": _digest({key: item.path for key, item in items.items()}), "seed": seed, "shares": dict(shares or {}), **classes}
-    _write(out, groups, args, tokenizer, resize, progress, classes)
+    args = {"source": digest({key: item.path for key, item in items.items()}), "seed": seed, "shares": dict(shares or {}), **classes}
+    write_groups(out, groups, args, tokenizer, resize, progress, classes, skipped=check.skipped)
 
 
 def _check_image(path: Path, where: str) -> None:
@@ -159,13 +196,12 @@ def _check_image(path: Path, where: str) -> None:
     if path.suffix.lower() not in EXTENSIONS:
         raise UserError(f"{where}{path} does not end in {', '.join(EXTENSIONS)}. Convert it, or remove it.")
     try:
-        with Image.open(path) as image:
-            image.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        check_decodes(path.read_bytes())
+    except Exception as error:  # of damaged bytes PIL's plugins raise nearly anything
         raise UserError(f"{where}{path} is no readable image ({error}). Replace it, or remove it.") from error
 
 
-def _digest(files: Mapping[str, Path]) -> str:
+def digest(files: Mapping[str, Path]) -> str:
     """SHA-256 of the files' names and contents: what tells one source from another."""
     digest = hashlib.sha256()
     for name, path in files.items():
@@ -173,14 +209,15 @@ def _digest(files: Mapping[str, Path]) -> str:
     return digest.hexdigest()
 
 
-def _group(items: Mapping[str, Item], split_of: Mapping[str, str]) -> dict[str, list[Item]]:
+def group(items: Mapping[str, Item], split_of: Mapping[str, str]) -> dict[str, list[Item]]:
+    """The items of each split."""
     groups: dict[str, list[Item]] = {split: [] for split in SPLITS}
     for name, item in items.items():
         groups[split_of[name]].append(item)
     return groups
 
 
-def _draw(items: Mapping[str, Item], shares: Mapping[str, float] | None, seed: int) -> dict[str, list[Item]]:
+def draw(items: Mapping[str, Item], shares: Mapping[str, float] | None, seed: int) -> dict[str, list[Item]]:
     """A random split with at least one image in each part."""
     shares = {"val": 0.05, "test": 0.1, **(shares or {})}
     if min(shares.values()) <= 0 or sum(shares.values()) >= 1:
@@ -196,7 +233,7 @@ def _draw(items: Mapping[str, Item], shares: Mapping[str, float] | None, seed: i
     return {split: [listed[index] for index in parts[split]] for split in SPLITS}
 
 
-def _write(
+def write_groups(
     out: Path,
     groups: Mapping[str, list[Item]],
     args: Mapping[str, object],
@@ -204,7 +241,13 @@ def _write(
     resize: int | None,
     progress: Progress,
     classes: Mapping[str, object] | None = None,
+    skipped: Sequence[str] = (),
 ) -> None:
+    """Write the groups of each split as a data set at `out`, and say what was left out.
+
+    Raises:
+        UserError: an unknown tokenizer, a split without images, or what `new_dataset` raises.
+    """
     if tokenizer not in TOKENIZERS:
         raise UserError(f"tokenizer {tokenizer!r} is unknown. Use one of: {', '.join(TOKENIZERS)}.")
     for split, items in groups.items():
@@ -221,6 +264,10 @@ def _write(
             write_tokenizer(root, word_tokenizer_files(text for item in groups["train"] for text in item.captions))
         if classes is not None:
             write_json_atomic(root / "classes.json", dict(classes))
+        if skipped:
+            write_json_atomic(root / "skipped.json", list(skipped))
+    if skipped:
+        print(f"left out {len(skipped)} images, listed in {out / 'skipped.json'}. First: {skipped[0]}")
 
 
 def _sample(position: int, item: Item, resize: int | None) -> Sample:

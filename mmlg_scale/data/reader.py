@@ -147,14 +147,12 @@ class ShardReader:
 
     def check_image(self, index: int) -> None:
         """Decode the image, no further than it takes to know that all of it is there."""
-        self._decoded(index, load_smallest)
+        self._decoded(index, check_decodes)
 
     def _decoded(self, index: int, decoder: Any) -> Any:
         payload = self.image_bytes(index)
         try:
-            if payload.startswith(PNG_SIGNATURE):
-                with Image.open(io.BytesIO(payload)) as image:
-                    image.verify()  # the checksums, without which PIL takes a stream of wrong bytes for pixels
+            _check_png(payload)
             return decoder(payload)
         except Exception as error:  # of damaged bytes PIL's plugins raise nearly anything: struct.error, EOFError, SyntaxError, ...
             raise DamagedSample(self.places[index], IMAGE, " ".join(str(error).split())) from error
@@ -223,16 +221,23 @@ def header_problem(header: bytes, name: str, size: int) -> str | None:
     return None
 
 
-def load_smallest(payload: bytes) -> tuple[int, int]:
-    """Decode all of an image, a JPEG at an eighth of its size, which still reads every byte; returns (width, height) of what was decoded.
+def _check_png(payload: bytes) -> None:
+    """Compare a PNG's checksums, without which PIL takes a stream of wrong bytes for pixels. Raises SyntaxError or OSError."""
+    if payload.startswith(PNG_SIGNATURE):
+        with Image.open(io.BytesIO(payload)) as image:
+            image.verify()
+
+
+def check_decodes(payload: bytes) -> None:
+    """Decode all of an image, a JPEG at an eighth of its size, which still reads every byte.
 
     Raises:
-        OSError, SyntaxError, ValueError: not an image, or cut.
+        Exception: not an image, or damaged; PIL's plugins raise OSError, SyntaxError, ValueError and others.
     """
+    _check_png(payload)
     with Image.open(io.BytesIO(payload)) as image:
         image.draft(None, (1, 1))
         image.load()
-        return image.size
 
 
 def decode(payload: bytes, image_size: int, *, draft: bool = False) -> np.ndarray:
