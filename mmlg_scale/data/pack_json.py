@@ -150,9 +150,7 @@ def _check_counts(source: Path, dataset: str, entries: list[_Entry], restval: st
     if counts in known:
         print(f"{source}: {dataset} in the split {told}; Karpathy's, which most results are on, is {wanted}.")
     elif allow_other:
-        print(
-            f"{source}: {dataset} with {told} images for train / val / test instead of {wanted}: not comparable with published results."
-        )
+        print(f"{source}: {dataset} with {told} images for train / val / test instead of {wanted}: not comparable with published results.")
     else:
         raise UserError(
             f"{source}: {dataset} should have {wanted} images for train / val / test, this file has {told}. "

@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mmlg_scale.data.augment import crop_batch, crop_boxes
 from mmlg_scale.data.faults import (
     MAX_BAD_FRACTION,
     Check,
@@ -120,13 +121,20 @@ class _Pairs(Dataset[tuple[Batch, _Met]]):
 
     def __getitem__(self, places: Sequence[tuple[int, int]]) -> tuple[Batch, _Met]:
         met: _Met = []
-        read = [self._readable(epoch, index, met) for epoch, index in places]
-        indices = [index for index, _ in read]
         epochs = [epoch for epoch, _ in places]
-        images = np.stack([image for _, image in read])
+        indices = [index for _, index in places]
+        if self._cached is not None and self._known[indices].all():
+            images = self._cached[indices]
+        else:
+            read = [self._readable(epoch, index, met) for epoch, index in places]
+            indices, images = [index for index, _ in read], np.stack([image for _, image in read])
+        if self.augment == "crop":
+            images = crop_batch(images, crop_boxes(self.seed, np.array(epochs), np.array(indices), self.image_size))
+        else:
+            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         self._tokenize(indices)
         texts = torch.stack([self._text(epoch, index) for epoch, index in zip(epochs, indices, strict=True)])
-        return Batch(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), texts, torch.tensor(indices)), met
+        return Batch(torch.from_numpy(images), texts, torch.tensor(indices)), met
 
     def _readable(self, epoch: int, wanted: int, met: _Met) -> tuple[int, np.ndarray]:
         """The sample, or the first of its substitutes that can be read, with its image."""
@@ -144,26 +152,17 @@ class _Pairs(Dataset[tuple[Batch, _Met]]):
         raise UserError(f"{ATTEMPTS} samples in a row cannot be read, the last being {last}. Check the storage.")
 
     def _image(self, epoch: int, index: int) -> np.ndarray:
+        """uint8 [H, W, 3], before `crop`, which takes a batch at once."""
         if self.augment == "resized_crop":
             return self.reader.crop(index, self.image_size, np.random.default_rng([self.seed, epoch, index, 1]))
         if not self._keep:
-            image = self.reader.image(index, self.image_size, draft=True)
-        else:
-            if self._cached is None:
-                self._cached = np.empty((len(self.reader), self.image_size, self.image_size, 3), np.uint8)
-            if not self._known[index]:
-                self._cached[index] = self.reader.image(index, self.image_size, draft=True)
-                self._known[index] = True
-            image = self._cached[index]
-        return image if self.augment == "none" else self._crop(image, epoch, index)
-
-    def _crop(self, image: np.ndarray, epoch: int, index: int) -> np.ndarray:
-        """A random square of 80 to 100 % of the side, resized back."""
-        generator = np.random.default_rng([self.seed, epoch, index, 1])
-        side = round(self.image_size * generator.uniform(0.8, 1.0))
-        left, top = generator.integers(0, self.image_size - side + 1, size=2)
-        box = (int(left), int(top), int(left) + side, int(top) + side)
-        return np.asarray(Image.fromarray(image).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box=box))
+            return self.reader.image(index, self.image_size, draft=True)
+        if self._cached is None:
+            self._cached = np.empty((len(self.reader), self.image_size, self.image_size, 3), np.uint8)
+        if not self._known[index]:
+            self._cached[index] = self.reader.image(index, self.image_size, draft=True)
+            self._known[index] = True
+        return self._cached[index]
 
     def _tokenize(self, indices: Sequence[int]) -> None:
         """Tokenise the captions of samples that are met for the first time, all in one call: a call each costs five times as much."""

@@ -247,15 +247,17 @@ def decode(payload: bytes, image_size: int, *, draft: bool = False) -> np.ndarra
     or two apart, so meant for training.
     """
     with Image.open(io.BytesIO(payload)) as opened:
-        short = min(opened.size)
+        # Truncation here and rounding below are torchvision's, whose transforms open_clip uses.
+        width, height = (int(image_size * side / min(opened.size)) for side in opened.size)
+        whole = opened.size
         if draft:
-            # PIL takes the smallest scale that is no smaller than this in both directions.
-            opened.draft("RGB", (int(image_size * opened.width / short), int(image_size * opened.height / short)))
+            opened.draft("RGB", (width, height))  # the smallest scale that is no smaller than this in both directions
         image = opened.convert("RGB")
     if image.size != (image_size, image_size):
-        # Truncation here and rounding there are torchvision's, whose transforms open_clip uses.
-        width, height = (int(image_size * side / min(image.size)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        reduced = round(whole[0] / image.width)
+        # A side that is no multiple of the scale is rounded up, its last pixel covering less: the box says where the image ends.
+        box = None if reduced == 1 else (0, 0, whole[0] / reduced, whole[1] / reduced)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
         left, top = round((width - image_size) / 2), round((height - image_size) / 2)
         image = image.crop((left, top, left + image_size, top + image_size))
     return np.asarray(image)
@@ -281,8 +283,8 @@ def random_resized_crop(
         if wanted < 1:
             opened.draft("RGB", (int(np.ceil(width * wanted)), int(np.ceil(height * wanted))))
         image = opened.convert("RGB")
-    x, y = image.width / width, image.height / height
-    box = (left * x, top * y, min(image.width, (left + box_width) * x), min(image.height, (top + box_height) * y))
+    reduced = round(width / image.width)
+    box = (left / reduced, top / reduced, (left + box_width) / reduced, (top + box_height) / reduced)
     return np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box))
 
 
