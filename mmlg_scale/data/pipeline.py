@@ -218,7 +218,7 @@ class TrainStream:
 
     Raises:
         UserError: the batch is not a multiple of the ranks, fewer samples are intact than a batch has, more than the limit are damaged, or
-            `augment` or `check` is unknown.
+            `augment` or `check` is unknown; while reading, more than the limit turn out damaged.
     """
 
     def __init__(
@@ -243,6 +243,8 @@ class TrainStream:
     ) -> None:
         if augment not in AUGMENTATIONS:
             raise UserError(f"augment {augment!r} is unknown. Use one of: {', '.join(AUGMENTATIONS)}.")
+        if not 0 <= max_bad_fraction <= 1:
+            raise UserError(f"data.max_bad_fraction is {max_bad_fraction}. Use a share from 0 to 1.")
         reader = ShardReader(folder)
         if global_batch_size % world_size:
             raise UserError(f"batch_size {global_batch_size} is not a multiple of the {world_size} ranks. Change either.")
@@ -280,7 +282,7 @@ class TrainStream:
 
     def __iter__(self) -> Iterator[Batch]:
         step = self._start
-        for batch, met in self._loader:
+        for batch, met in self._loaded():
             for epoch in sorted({epoch for epoch, _ in met}):
                 self._log.add(epoch, step, [fault for of, fault in met if of == epoch])
             epoch, position = divmod(step * self._batch_size, self.num_intact)
@@ -288,6 +290,12 @@ class TrainStream:
                 self._log.end_epoch(epoch)
             yield batch
             step += 1
+
+    def _loaded(self) -> Iterator[tuple[Batch, _Met]]:
+        try:
+            yield from self._loader
+        except UserError as error:  # from a worker process torch gives it a traceback in text, our line being the last
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from error
 
 
 def _only_new(on_epoch: Callable[[EpochReport], None], known: Sequence[Fault]) -> Callable[[EpochReport], None]:
@@ -402,6 +410,8 @@ def load_eval_split(
             faults.append(damage.fault(index))
     reader.close()
     check_limit(faults, len(reader), max_bad_fraction, None, str(folder))
+    if not images:
+        raise UserError(f"{folder}: not one sample can be read. mmlg data check says why.")
     if is_first_rank():
         for fault in faults:
             print(f"left out of the evaluation: {fault}", flush=True)
