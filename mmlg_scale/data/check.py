@@ -26,9 +26,8 @@ class Damage:
     num_samples: int
 
     def __str__(self) -> str:
-        which = (
-            f"sample {self.key}" if self.key is not None else f"{self.num_samples} samples" if self.num_samples else "the shard as a whole"
-        )
+        lost = f"{self.num_samples} samples" if self.num_samples else "the shard as a whole"
+        which = f"sample {self.key}" if self.key is not None else lost
         return f"{self.shard}: {which}: {self.cause} ({self.detail}); {REMEDIES[self.cause]}"
 
 

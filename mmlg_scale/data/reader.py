@@ -147,7 +147,7 @@ class ShardReader:
 
     def check_image(self, index: int) -> None:
         """Decode the image, no further than it takes to know that all of it is there."""
-        self._decoded(index, check_decodes)
+        self._decoded(index, _load)
 
     def _decoded(self, index: int, decoder: Any) -> Any:
         payload = self.image_bytes(index)
@@ -235,6 +235,10 @@ def check_decodes(payload: bytes) -> None:
         Exception: not an image, or damaged; PIL's plugins raise OSError, SyntaxError, ValueError and others.
     """
     _check_png(payload)
+    _load(payload)
+
+
+def _load(payload: bytes) -> None:
     with Image.open(io.BytesIO(payload)) as image:
         image.draft(None, (1, 1))
         image.load()

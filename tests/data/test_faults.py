@@ -262,6 +262,8 @@ def test_storage_that_fails_is_not_remembered(copy: Path) -> None:
     shard.rename(split / "away")
     shard.mkdir()  # a read of a folder fails as a read of a bad disk does
     assert {fault.cause for fault in scan(split, ShardReader(split))} == {READ}
+    kept = json.loads((split / CACHE_FILE).read_text())["shards"]
+    assert sorted(kept) == [f"shard-{number:06d}.tar" for number in (0, 2, 3, 4)]
     shard.rmdir()
     assert {fault.cause for fault in scan(split, ShardReader(split))} == {MISSING}
     (split / "away").rename(shard)
