@@ -90,6 +90,10 @@ class ShardReader:
         while self._open:
             self._open.popitem()[1].close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):  # not so where the constructor failed
+            self.close()
+
     def _file(self, place: Location) -> BinaryIO:
         file = self._open.get(place.shard)
         if file is None:
