@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 _MASK = 2**64 - 1
+CHUNK_PIXELS = 16 * 32**2
 
 
 def uniforms(seed: int, epochs_B: np.ndarray, indices_B: np.ndarray, count: int) -> np.ndarray:
@@ -54,10 +55,13 @@ def crop_batch(images_BHWC: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     # Few different (side, start) occur in small images: each is computed once.
     pairs, which = np.unique(np.concatenate([side * size + left, side * size + top]), return_inverse=True)
     weights = resize_weights(size, pairs // size, pairs % size)
-    across_BWW, down_BHH = weights[which[: len(side)]], weights[which[len(side) :]]
-    images_BCHW = images_BHWC.transpose(0, 3, 1, 2).astype(np.float32, order="C")
-    resized_BCHW = down_BHH[:, None] @ images_BCHW @ across_BWW.transpose(0, 2, 1)[:, None]
-    # In place: fresh memory for each of these costs more than the arithmetic.
-    np.rint(resized_BCHW, out=resized_BCHW)
-    np.clip(resized_BCHW, 0, 255, out=resized_BCHW)
-    return resized_BCHW.astype(np.uint8)
+    across_BWW, down_BHH = weights[which[: len(side)]].transpose(0, 2, 1)[:, None], weights[which[len(side) :]][:, None]
+    cropped_BCHW = np.empty((len(side), 3, size, size), np.uint8)
+    step = max(1, CHUNK_PIXELS // size**2)  # so few at a time that the floats stay in the cache
+    for part in (slice(start, start + step) for start in range(0, len(side), step)):
+        images_nCHW = images_BHWC[part].transpose(0, 3, 1, 2).astype(np.float32, order="C")
+        resized_nCHW = down_BHH[part] @ images_nCHW @ across_BWW[part]
+        np.rint(resized_nCHW, out=resized_nCHW)
+        np.clip(resized_nCHW, 0, 255, out=resized_nCHW)
+        cropped_BCHW[part] = resized_nCHW
+    return cropped_BCHW
