@@ -1,6 +1,6 @@
-"""Contrastive losses that never store the B x B similarity matrix. Depends on torch alone; usable without mmlg_scale."""
+"""Contrastive losses that never store the B x B similarity matrix. Depends on torch and triton alone; usable without mmlg_scale."""
 
-from mmlg_kernels.contrastive import contrastive_loss
+from mmlg_kernels.contrastive import contrastive_loss, sigmoid_loss
 from mmlg_kernels.dispatch import BACKENDS
 
-__all__ = ["BACKENDS", "contrastive_loss"]
+__all__ = ["BACKENDS", "contrastive_loss", "sigmoid_loss"]

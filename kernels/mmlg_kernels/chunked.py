@@ -1,21 +1,19 @@
-"""The contrastive loss in chunks of rows, recomputed in the backward pass: O(B D) memory, never B x B.
+"""Torch backend: chunks of rows of the similarities, computed again in the backward pass. O(B D) memory, never B x B.
 
-A chunk of rows i of the logits L = s * I T^T gives the rows' log-sum-exps at once and adds to the columns' running ones. The backward
-pass recomputes each chunk and feeds both feature gradients from it:
-
-    dLoss/dL[i, j] = (softmax_row[i, j] + softmax_column[i, j]) / 2 - [i = j],   divided by the batch size.
+Inputs of any floating dtype; half precisions are computed in fp32, fp32 and fp64 in themselves. `first` is the column that row 0 belongs
+to; `chunk_bytes` is the memory for one chunk of logits.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 32 * 2**20
-"""Memory for one chunk of logits: a batch of up to 2,896 in fp32 is a single chunk."""
+CHUNK_BYTES = 16 * 2**20
+"""Memory for one chunk of logits: a batch of up to 2,048 in fp32 is a single chunk."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,91 +26,82 @@ def rows_per_chunk(num_columns: int, dtype: torch.dtype, chunk_bytes: int) -> in
     return max(1, chunk_bytes // (num_columns * torch.finfo(dtype).bits // 8))
 
 
-class SymmetricCrossEntropy(torch.autograd.Function):
-    """Half the sum of row and column cross entropies of s * X Y^T, mean over the pairs (i, i); X and Y [N, D] are the whole batch."""
-
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, y_ND: Tensor, scale: Tensor, chunk_bytes: int) -> Tensor:
-        dtype = accumulation_dtype(x_ND.dtype)
-        x, y, s = x_ND.to(dtype), y_ND.to(dtype), scale.to(dtype)
-        count = x.shape[0]
-        size = rows_per_chunk(count, dtype, chunk_bytes)
-        row_lse = x.new_empty(count)
-        column_lse = x.new_full((count,), -torch.inf)
-        for start in range(0, count, size):
-            logits = (x[start : start + size] * s) @ y.T
-            torch.logsumexp(logits, dim=1, out=row_lse[start : start + size])
-            column_lse = torch.logaddexp(column_lse, torch.logsumexp(logits, dim=0))
-        own = s * (x * y).sum(dim=1)
-        ctx.save_for_backward(x_ND, y_ND, scale, row_lse, column_lse)
-        ctx.size = size
-        return ((row_lse + column_lse) / 2 - own).mean()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x_ND, y_ND, scale, row_lse, column_lse = ctx.saved_tensors
-        dtype = row_lse.dtype
-        x, y, s = x_ND.to(dtype), y_ND.to(dtype), scale.to(dtype)
-        count = x.shape[0]
-        dx, dy = torch.empty_like(x), torch.zeros_like(y)
-        for start in range(0, count, ctx.size):
-            rows = slice(start, start + ctx.size)
-            logits = (x[rows] * s) @ y.T
-            weights = (logits - row_lse[rows, None]).exp_().add_(logits.sub_(column_lse).exp_()).mul_(0.5)
-            weights.diagonal(start).sub_(1.0)
-            dx[rows] = weights @ y
-            dy += weights.T @ x[rows]
-        factor = grad.to(dtype) / count
-        # s * dLoss/ds = sum_i <x_i, dLoss/dx_i>: the scale's gradient needs no pass of its own.
-        dscale = ((x * dx).sum() * factor).reshape(scale.shape)
-        dx.mul_(factor * s)
-        dy.mul_(factor * s)
-        return dx.to(x_ND.dtype), dy.to(y_ND.dtype), dscale.to(scale.dtype), None
+def _chunks(x: Tensor, y: Tensor, chunk_bytes: int) -> Iterator[slice]:
+    size = rows_per_chunk(y.shape[0], x.dtype, chunk_bytes)
+    for start in range(0, x.shape[0], size):
+        yield slice(start, min(start + size, x.shape[0]))
 
 
-class RowCrossEntropy(torch.autograd.Function):
-    """Cross entropy of the rows of s * X Y^T, mean over rows, where row i belongs to column first + i: one rank's half of the loss."""
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    dtype = accumulation_dtype(tensors[0].dtype)
+    return [tensor.to(dtype) for tensor in tensors]
 
-    @staticmethod
-    def forward(ctx: Any, x_BD: Tensor, y_GD: Tensor, scale: Tensor, first: int, chunk_bytes: int) -> Tensor:
-        dtype = accumulation_dtype(x_BD.dtype)
-        x, y, s = x_BD.to(dtype), y_GD.to(dtype), scale.to(dtype)
-        size = rows_per_chunk(y.shape[0], dtype, chunk_bytes)
-        row_lse = torch.cat([torch.logsumexp((part * s) @ y.T, dim=1) for part in x.split(size)])
-        ctx.save_for_backward(x_BD, y_GD, scale, row_lse)
-        ctx.size, ctx.first = size, first
-        return (row_lse - s * (x * y[first : first + x.shape[0]]).sum(dim=1)).mean()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        x_BD, y_GD, scale, row_lse = ctx.saved_tensors
-        dtype = row_lse.dtype
-        x, y, s = x_BD.to(dtype), y_GD.to(dtype), scale.to(dtype)
-        dx, dy = torch.empty_like(x), torch.zeros_like(y)
-        for start in range(0, x.shape[0], ctx.size):
-            rows = slice(start, start + ctx.size)
-            weights = ((x[rows] * s) @ y.T).sub_(row_lse[rows, None]).exp_()
-            weights.diagonal(ctx.first + start)[: weights.shape[0]].sub_(1.0)
-            dx[rows] = weights @ y
-            dy += weights.T @ x[rows]
-        factor = grad.to(dtype) / x.shape[0]
-        dscale = ((x * dx).sum() * factor).reshape(scale.shape)
-        dx.mul_(factor * s)
-        dy.mul_(factor * s)
-        return dx.to(x_BD.dtype), dy.to(y_GD.dtype), dscale.to(scale.dtype), None, None
+def softmax_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, first: int, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the logits L = scale * X Y^T: log-sum-exps of rows [B] and of columns [G], and the own pairs' logits L[i, first + i], [B]."""
+    x, y, s = _wide(x_BD, y_GD, scale)
+    row_lse = x.new_empty(x.shape[0])
+    column_lse = x.new_full((y.shape[0],), -torch.inf)
+    for rows in _chunks(x, y, chunk_bytes):
+        logits = (x[rows] * s) @ y.T
+        torch.logsumexp(logits, dim=1, out=row_lse[rows])
+        peak = logits.amax(dim=0)
+        total = logits.sub_(peak).exp_().sum(dim=0)
+        column_lse = torch.logaddexp(column_lse, total.log_().add_(peak))
+    own = s * (x * y[first : first + x.shape[0]]).sum(dim=1)
+    return row_lse, column_lse, own
+
+
+def softmax_backward(
+    x_BD: Tensor, y_GD: Tensor, scale: Tensor, first: int, row_lse_B: Tensor, column_lse_G: Tensor, chunk_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """W Y [B, D] and W^T X [G, D] for W[i, j] = (softmax over row i + softmax over column j) / 2 - [j = first + i]."""
+    x, y, s = _wide(x_BD, y_GD, scale)
+    dx, dy = torch.empty_like(x), torch.zeros_like(y)
+    for rows in _chunks(x, y, chunk_bytes):
+        logits = (x[rows] * s) @ y.T
+        weights = (logits - row_lse_B[rows, None]).exp_().add_(logits.sub_(column_lse_G).exp_()).mul_(0.5)
+        _subtract_own(weights, first + rows.start)
+        dx[rows] = weights @ y
+        dy.addmm_(weights.T, x[rows])
+    return dx, dy
+
+
+def sigmoid_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, first: int, chunk_bytes: int) -> tuple[Tensor, Tensor]:
+    """Of the logits L = scale * X Y^T + bias: the sums of softplus(L) over each row, [B], and the own pairs' logits, [B]."""
+    x, y, s, b = _wide(x_BD, y_GD, scale, bias)
+    total = x.new_empty(x.shape[0])
+    for rows in _chunks(x, y, chunk_bytes):
+        total[rows] = F.softplus((x[rows] * s) @ y.T + b).sum(dim=1)
+    return total, s * (x * y[first : first + x.shape[0]]).sum(dim=1) + b
+
+
+def sigmoid_backward(
+    x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, first: int, chunk_bytes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W Y [B, D], W^T X [G, D] and the sum of W for W[i, j] = sigmoid(L[i, j]) - [j = first + i]."""
+    x, y, s, b = _wide(x_BD, y_GD, scale, bias)
+    dx, dy, total = torch.empty_like(x), torch.zeros_like(y), x.new_zeros(())
+    for rows in _chunks(x, y, chunk_bytes):
+        weights = ((x[rows] * s) @ y.T).add_(b).sigmoid_()
+        _subtract_own(weights, first + rows.start)
+        total += weights.sum()
+        dx[rows] = weights @ y
+        dy.addmm_(weights.T, x[rows])
+    return dx, dy, total
+
+
+def _subtract_own(weights: Tensor, first: int) -> None:
+    weights.diagonal(first)[: weights.shape[0]].sub_(1.0)
 
 
 @torch.no_grad()
 def ranks(rows_BD: Tensor, columns_GD: Tensor, logit_scale: Tensor, first: int, chunk_bytes: int) -> Tensor:
     """[B]: 1 + the number of strictly greater logits in each row than that of its own pair, in chunks of rows."""
-    dtype = accumulation_dtype(rows_BD.dtype)
-    rows, columns, s = rows_BD.to(dtype), columns_GD.to(dtype), logit_scale.to(dtype)
-    size = rows_per_chunk(columns.shape[0], dtype, chunk_bytes)
+    rows, columns, s = _wide(rows_BD, columns_GD, logit_scale)
     found = []
-    for start in range(0, rows.shape[0], size):
-        logits = (rows[start : start + size] * s) @ columns.T
-        own = logits.diagonal(first + start)[: logits.shape[0], None]
+    for part in _chunks(rows, columns, chunk_bytes):
+        logits = (rows[part] * s) @ columns.T
+        own = logits.diagonal(first + part.start)[: logits.shape[0], None]
         found.append(1 + (logits > own).sum(dim=1))
     return torch.cat(found)

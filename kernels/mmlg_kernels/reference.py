@@ -28,3 +28,11 @@ def ranks(rows_BD: Tensor, columns_GD: Tensor, logit_scale: Tensor, first: int) 
     logits_BG = logit_scale * (rows_BD @ columns_GD.T)
     own_B1 = logits_BG.gather(1, torch.arange(first, first + rows_BD.shape[0], device=rows_BD.device)[:, None])
     return 1 + (logits_BG > own_B1).sum(dim=1)
+
+
+def sigmoid_terms(image_BD: Tensor, all_text_GD: Tensor, logit_scale: Tensor, logit_bias: Tensor, first: int) -> Tensor:
+    """SigLIP's loss of this rank's rows against all columns (Zhai et al. 2023, equation 1), materialised; divided by this rank's B."""
+    logits_BG = logit_scale * (image_BD @ all_text_GD.T) + logit_bias
+    signs_BG = -torch.ones_like(logits_BG)
+    signs_BG.diagonal(first)[: logits_BG.shape[0]].fill_(1.0)
+    return -F.logsigmoid(signs_BG * logits_BG).sum() / logits_BG.shape[0]

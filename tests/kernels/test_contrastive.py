@@ -120,7 +120,7 @@ def test_not_a_number_shows() -> None:
         ({"text": torch.zeros(4, 5, dtype=torch.float16)}, "floating dtype"),
         ({"scale": torch.ones(2)}, "one element"),
         ({"scale": torch.tensor(-1.0)}, "positive"),
-        ({"backend": "fast"}, "auto, chunked, reference"),
+        ({"backend": "fast"}, "auto, triton, chunked, reference"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, object], said: str) -> None:

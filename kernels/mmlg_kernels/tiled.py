@@ -1,0 +1,321 @@
+"""Triton backend: tiles of similarities in registers, forward and backward, for the CLIP and the SigLIP loss.
+
+Forward: one pass over the tiles gives the log-sum-exps of rows and of columns (each program's share of them, combined in a fixed order).
+Backward: for as many rows as a workspace holds, a kernel computes the tiles again and writes the loss's gradient by the logits, in the
+features' own precision; two ordinary matrix products turn it into both feature gradients. No atomics: the same inputs give the same bits.
+
+Works under TRITON_INTERPRET=1 on CPU tensors in fp32 and fp16 (the interpreter's bf16 dot is wrong).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WORKSPACE_BYTES = 128 * 2**20
+"""Memory for the gradient by the logits of as many rows as it holds."""
+SPLITS = 8
+"""Programs that share the columns of one block of rows in the forward pass, so that small batches fill the chip."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of a tile of logits and of the steps along the features, and how a program is run."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_for(dtype: torch.dtype) -> Tile:
+    """The tile for a dtype: fixed, so that results repeat bit for bit from run to run."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return Tile(32, 32, 32, 4, 1)
+    if dtype == torch.float32:
+        return Tile(64, 64, 32, 4, 3)
+    return Tile(128, 128, 64, 8, 3)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How fp32 products are computed: in tf32 only where torch allows it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@triton.jit
+def _logits(
+    x_ptr, y_ptr, rows, columns, num_rows, num_columns, width, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The products of BM rows with BN columns, accumulated in fp32."""
+    products = tl.zeros((BM, BN), dtype=tl.float32)
+    # 64-bit offsets: rows * width passes 2^31 from two million rows of 1,024 on.
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * width
+    y_rows = y_ptr + columns.to(tl.int64)[None, :] * width
+    for start in range(0, width, BD):
+        offsets = start + tl.arange(0, BD)
+        inside = offsets < width
+        x = tl.load(x_rows + offsets[None, :], mask=(rows < num_rows)[:, None] & inside[None, :], other=0.0)
+        y = tl.load(y_rows + offsets[:, None], mask=(columns < num_columns)[None, :] & inside[:, None], other=0.0)
+        products = tl.dot(x, y, products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
+def softmax_forward_kernel(
+    x_ptr,
+    y_ptr,
+    scale_ptr,
+    row_part_ptr,
+    column_part_ptr,
+    own_ptr,
+    num_rows,
+    num_columns,
+    width,
+    first,
+    tiles_per_split,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (i, s): rows of block i against the columns of split s.
+
+    Writes their log-sum-exps to row_part [S, B], those of each column over the block's rows to column_part [B / BM, G], and the logits
+    of the pairs (row i, column first + i) that lie in it to own [B].
+    """
+    block, split = tl.program_id(0), tl.program_id(1)
+    rows = block * BM + tl.arange(0, BM)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    row_max = tl.full((BM,), float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros((BM,), dtype=tl.float32)
+    own = tl.zeros((BM,), dtype=tl.float32)
+    for index in range(tiles_per_split):
+        columns = (split * tiles_per_split + index) * BN + tl.arange(0, BN)
+        logits = _logits(x_ptr, y_ptr, rows, columns, num_rows, num_columns, width, BM, BN, BD, PRECISION) * scale
+        own += tl.sum(tl.where(rows[:, None] + first == columns[None, :], logits, 0.0), axis=1)
+        logits = tl.where((rows < num_rows)[:, None] & (columns < num_columns)[None, :], logits, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(logits, axis=1))
+        # A row without any valid column yet: subtracting minus infinity from itself would give NaN.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        row_sum = row_sum * tl.exp(row_max - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
+        row_max = new_max
+        column_max = tl.max(logits, axis=0)
+        column_shift = tl.where(column_max == float("-inf"), 0.0, column_max)
+        column_sum = tl.sum(tl.exp(logits - column_shift[None, :]), axis=0)
+        column_offsets = block.to(tl.int64) * num_columns + columns
+        tl.store(column_part_ptr + column_offsets, column_shift + tl.log(column_sum), mask=columns < num_columns)
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+    tl.store(row_part_ptr + split.to(tl.int64) * num_rows + rows, shift + tl.log(row_sum), mask=rows < num_rows)
+    start = split * tiles_per_split * BN
+    here = (rows + first >= start) & (rows + first < start + tiles_per_split * BN)
+    tl.store(own_ptr + rows, own, mask=(rows < num_rows) & here)
+
+
+@triton.jit
+def softmax_gradient_kernel(
+    x_ptr,
+    y_ptr,
+    scale_ptr,
+    row_lse_ptr,
+    column_lse_ptr,
+    out_ptr,
+    num_rows,
+    num_columns,
+    width,
+    first,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile of (softmax over the row + softmax over the column) / 2 - [own pair], written to out [B, G]."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    logits = _logits(x_ptr, y_ptr, rows, columns, num_rows, num_columns, width, BM, BN, BD, PRECISION) * scale
+    row_lse = tl.load(row_lse_ptr + rows, mask=rows < num_rows, other=0.0)
+    column_lse = tl.load(column_lse_ptr + columns, mask=columns < num_columns, other=0.0)
+    weights = (tl.exp(logits - row_lse[:, None]) + tl.exp(logits - column_lse[None, :])) * 0.5
+    # Subtracted in fp32, before the cast: a perfect match leaves what p - 1 leaves.
+    weights -= tl.where(rows[:, None] + first == columns[None, :], 1.0, 0.0)
+    inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :], weights.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sigmoid_forward_kernel(
+    x_ptr,
+    y_ptr,
+    scale_ptr,
+    bias_ptr,
+    row_part_ptr,
+    own_ptr,
+    num_rows,
+    num_columns,
+    width,
+    first,
+    tiles_per_split,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (i, s): sums of softplus(logits) over the columns of split s to row_part [S, B], and own pairs' logits to own [B]."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    rows = block * BM + tl.arange(0, BM)
+    scale, bias = tl.load(scale_ptr).to(tl.float32), tl.load(bias_ptr).to(tl.float32)
+    total = tl.zeros((BM,), dtype=tl.float32)
+    own = tl.zeros((BM,), dtype=tl.float32)
+    for index in range(tiles_per_split):
+        columns = (split * tiles_per_split + index) * BN + tl.arange(0, BN)
+        logits = _logits(x_ptr, y_ptr, rows, columns, num_rows, num_columns, width, BM, BN, BD, PRECISION) * scale + bias
+        own += tl.sum(tl.where(rows[:, None] + first == columns[None, :], logits, 0.0), axis=1)
+        # log(1 + e^z) without overflow; NaN stays NaN, which a plain maximum would drop
+        softplus = tl.where(logits > 0, logits, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(logits)))
+        total += tl.sum(tl.where((columns < num_columns)[None, :], softplus, 0.0), axis=1)
+    tl.store(row_part_ptr + split.to(tl.int64) * num_rows + rows, total, mask=rows < num_rows)
+    start = split * tiles_per_split * BN
+    here = (rows + first >= start) & (rows + first < start + tiles_per_split * BN)
+    tl.store(own_ptr + rows, own, mask=(rows < num_rows) & here)
+
+
+@triton.jit
+def sigmoid_gradient_kernel(
+    x_ptr,
+    y_ptr,
+    scale_ptr,
+    bias_ptr,
+    out_ptr,
+    row_part_ptr,
+    num_rows,
+    num_columns,
+    width,
+    first,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile of sigmoid(logits) - [own pair] to out [B, G], and its sums over columns, in fp32, to row_part [G / BN, B]."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    scale, bias = tl.load(scale_ptr).to(tl.float32), tl.load(bias_ptr).to(tl.float32)
+    logits = _logits(x_ptr, y_ptr, rows, columns, num_rows, num_columns, width, BM, BN, BD, PRECISION) * scale + bias
+    weights = tl.sigmoid(logits) - tl.where(rows[:, None] + first == columns[None, :], 1.0, 0.0)
+    inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    weights = tl.where(inside, weights, 0.0)
+    tl.store(row_part_ptr + tl.program_id(1).to(tl.int64) * num_rows + rows, tl.sum(weights, axis=1), mask=rows < num_rows)
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :], weights.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _forward_shape(num_rows: int, num_columns: int, tile: Tile) -> tuple[int, int, int]:
+    """(blocks of rows, splits of the columns, tiles per split)."""
+    num_tiles = triton.cdiv(num_columns, tile.columns)
+    tiles_per_split = triton.cdiv(num_tiles, min(SPLITS, num_tiles))
+    return triton.cdiv(num_rows, tile.rows), triton.cdiv(num_tiles, tiles_per_split), tiles_per_split
+
+
+def softmax_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, first: int, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `chunked.softmax_forward`."""
+    x, y = x_BD.contiguous(), y_GD.contiguous()
+    (num_rows, width), num_columns, tile = x.shape, y.shape[0], tile_for(x.dtype)
+    blocks, splits, tiles_per_split = _forward_shape(num_rows, num_columns, tile)
+    row_part = x.new_empty(splits, num_rows, dtype=torch.float32)
+    column_part = x.new_empty(blocks, num_columns, dtype=torch.float32)
+    own = x.new_empty(num_rows, dtype=torch.float32)
+    softmax_forward_kernel[(blocks, splits)](
+        x, y, scale, row_part, column_part, own, num_rows, num_columns, width, first, tiles_per_split, **_options(tile, x.dtype)
+    )
+    return torch.logsumexp(row_part, dim=0), torch.logsumexp(column_part, dim=0), own
+
+
+def softmax_backward(
+    x_BD: Tensor, y_GD: Tensor, scale: Tensor, first: int, row_lse_B: Tensor, column_lse_G: Tensor, chunk_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """See `chunked.softmax_backward`."""
+    y = y_GD.contiguous()
+
+    def gradient(x: Tensor, start: int, weights: Tensor, tile: Tile) -> None:
+        grid = (triton.cdiv(x.shape[0], tile.rows), triton.cdiv(y.shape[0], tile.columns))
+        own_lse = row_lse_B[start : start + x.shape[0]]
+        softmax_gradient_kernel[grid](
+            x, y, scale, own_lse, column_lse_G, weights, x.shape[0], y.shape[0], y.shape[1], first + start, **_options(tile, x.dtype)
+        )
+
+    return _waves(x_BD.contiguous(), y, gradient)
+
+
+def sigmoid_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, first: int, chunk_bytes: int) -> tuple[Tensor, Tensor]:
+    """See `chunked.sigmoid_forward`."""
+    x, y = x_BD.contiguous(), y_GD.contiguous()
+    (num_rows, width), num_columns, tile = x.shape, y.shape[0], tile_for(x.dtype)
+    blocks, splits, tiles_per_split = _forward_shape(num_rows, num_columns, tile)
+    row_part = x.new_empty(splits, num_rows, dtype=torch.float32)
+    own = x.new_empty(num_rows, dtype=torch.float32)
+    sigmoid_forward_kernel[(blocks, splits)](
+        x, y, scale, bias, row_part, own, num_rows, num_columns, width, first, tiles_per_split, **_options(tile, x.dtype)
+    )
+    return row_part.sum(dim=0), own
+
+
+def sigmoid_backward(
+    x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, first: int, chunk_bytes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `chunked.sigmoid_backward`."""
+    y = y_GD.contiguous()
+    sums: list[Tensor] = []
+
+    def gradient(x: Tensor, start: int, weights: Tensor, tile: Tile) -> None:
+        grid = (triton.cdiv(x.shape[0], tile.rows), triton.cdiv(y.shape[0], tile.columns))
+        row_part = x.new_empty(grid[1], x.shape[0], dtype=torch.float32)
+        sums.append(row_part)
+        sigmoid_gradient_kernel[grid](
+            x, y, scale, bias, weights, row_part, x.shape[0], y.shape[0], y.shape[1], first + start, **_options(tile, x.dtype)
+        )
+
+    dx, dy = _waves(x_BD.contiguous(), y, gradient)
+    return dx, dy, torch.stack([part.sum() for part in sums]).sum()
+
+
+def _options(tile: Tile, dtype: torch.dtype) -> dict[str, object]:
+    return {
+        "BM": tile.rows,
+        "BN": tile.columns,
+        "BD": tile.depth,
+        "PRECISION": precision_of(dtype),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def _waves(x: Tensor, y: Tensor, gradient: Callable[[Tensor, int, Tensor, Tile], None]) -> tuple[Tensor, Tensor]:
+    """Rows in waves that fit the workspace: weights W by `gradient`, then dx = W y and dy += W^T x in fp32, waves in a fixed order."""
+    tile = tile_for(x.dtype)
+    rows = max(1, WORKSPACE_BYTES // (y.shape[0] * x.element_size()))
+    rows = min(x.shape[0], max(tile.rows, rows // tile.rows * tile.rows))
+    workspace = x.new_empty(rows, y.shape[0])
+    dx = torch.empty_like(x, dtype=torch.float32)
+    dy = torch.zeros_like(y, dtype=torch.float32)
+    for start in range(0, x.shape[0], rows):
+        part = x[start : start + rows]
+        weights = workspace[: part.shape[0]]
+        gradient(part, start, weights, tile)
+        dx[start : start + rows] = _product(weights, y)
+        dy += _product(weights.T, part)
+    return dx, dy
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with an fp32 result; half precisions are accumulated in fp32 and not rounded back."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
