@@ -24,7 +24,9 @@ The whole job, from image-text shards to a report:
 
 Step by step:
   mmlg data scenes --out DIR                write the procedural image-text set as webdataset shards
-  mmlg data pack SOURCE --out DIR           pack your CSV/TSV (filepath,caption) or folder per class
+  mmlg data pack SOURCE --out DIR           pack your CSV/TSV (filepath,caption), COCO or Karpathy JSON, or folder per class
+  mmlg data index DIR                       make a data set of shards from elsewhere, without touching them
+  mmlg data check DIR                       compare every byte with its checksum and read every sample
   mmlg train RECIPE --data.path DIR --out DIR
                                             train the ancestor
   mmlg extract RECIPE --data.path DIR --ancestor-model DIR --out DIR

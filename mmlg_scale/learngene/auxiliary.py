@@ -77,8 +77,9 @@ class AuxiliaryCLIP(nn.Module):
         return self.get_parameter(_parameter_name(name))
 
     def layers(self, tower: str, num_layers: int, width: int | None = None) -> list[dict[str, Tensor]]:
-        """The named tensors of each layer of a tower of `num_layers`; differentiable."""
-        return compose_layers(self.structure, self._get, tower, num_layers, width)
+        """The named tensors of each layer of a tower of `num_layers`, in the parameters' precision; differentiable."""
+        with torch.autocast(self._get("multimodal").device.type, enabled=False):
+            return compose_layers(self.structure, self._get, tower, num_layers, width)
 
     def forward(
         self,
@@ -91,14 +92,19 @@ class AuxiliaryCLIP(nn.Module):
         text_width: int | None = None,
         tap_image: Sequence[int] = (),
         tap_text: Sequence[int] = (),
+        patches: Tensor | None = None,
+        checkpoint: bool = False,
     ) -> dict[str, Any]:
-        """Features (not normalised), hidden states after the tapped layers, and the logit multiplier, at the given sizes."""
+        """Features (not normalised), hidden states after the tapped layers, and the logit multiplier, at the given sizes.
+
+        `patches` and `checkpoint` as in `towers.run_image_tower`.
+        """
         runner, shapes = self._runner(image_width, text_width)
         stem = {f"clip.{name}": tensor for name, tensor in narrow_state(shapes, lambda name: self._get(STEM + name)).items()}
         stem["clip.attn_mask"] = self.attn_mask
         image_blocks = self._blocks("image", image_layers, image_width) if image is not None else []
         text_blocks = self._blocks("text", text_layers, text_width) if text is not None else []
-        return functional_call(runner, stem, (image, text, image_blocks, text_blocks, tap_image, tap_text))
+        return functional_call(runner, stem, (image, text, image_blocks, text_blocks, tap_image, tap_text, patches, checkpoint))
 
     def _runner(self, image_width: int | None, text_width: int | None) -> tuple[_StemRunner, dict[str, tuple[int, ...]]]:
         key = (image_width, text_width)
@@ -157,12 +163,18 @@ class _StemRunner(nn.Module):
         text_blocks: Sequence[towers.Block],
         tap_image: Sequence[int],
         tap_text: Sequence[int],
+        patches: Tensor | None,
+        checkpoint: bool,
     ) -> dict[str, Any]:
         outputs: dict[str, Any] = {"logit_scale": towers.logit_multiplier(self.clip.logit_scale)}
         if image is not None:
-            outputs["image_features"], outputs["image_hidden"] = towers.run_image_tower(self.clip.visual, image_blocks, image, tap_image)
+            outputs["image_features"], outputs["image_hidden"] = towers.run_image_tower(
+                self.clip.visual, image_blocks, image, tap_image, patches=patches, checkpoint=checkpoint
+            )
         if text is not None:
-            outputs["text_features"], outputs["text_hidden"] = towers.run_text_tower(self.clip, text_blocks, text, tap_text)
+            outputs["text_features"], outputs["text_hidden"] = towers.run_text_tower(
+                self.clip, text_blocks, text, tap_text, checkpoint=checkpoint
+            )
         return outputs
 
 

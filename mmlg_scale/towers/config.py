@@ -123,6 +123,16 @@ def image_size(config: Mapping[str, Any]) -> int:
     return int(_field(config, "image", "image_size"))
 
 
+def num_patches(config: Mapping[str, Any]) -> int:
+    """Patches of an image, without the class token."""
+    return (image_size(config) // int(_field(config, "image", "patch_size"))) ** 2
+
+
+def patch_dropout(config: Mapping[str, Any]) -> float:
+    """Share of the patches that training drops."""
+    return float(_field(config, "image", "patch_dropout"))
+
+
 def context_length(config: Mapping[str, Any]) -> int:
     """Tokens per caption."""
     return int(_field(config, "text", "context_length"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from mmlg_scale.towers.config import with_sizes
 from mmlg_scale.towers.library import (
@@ -35,7 +36,7 @@ def build_clip(config: Mapping[str, Any], *, seed: int) -> CLIP:
     config = json.loads(json.dumps(config))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CLIP(
+        clip = CLIP(
             embed_dim=config["embed_dim"],
             vision_cfg=CLIPVisionCfg(**config["vision_cfg"]),
             text_cfg=CLIPTextCfg(**config["text_cfg"]),
@@ -43,6 +44,8 @@ def build_clip(config: Mapping[str, Any], *, seed: int) -> CLIP:
             init_logit_scale=INITIAL_LOGIT_SCALE,
             nonscalar_logit_scale=True,
         )
+    clip.visual.patch_dropout = nn.Identity()  # training chooses the patches itself and passes them on, see `keep_patches`
+    return clip
 
 
 def logit_multiplier(logit_scale: Tensor) -> Tensor:
@@ -71,8 +74,20 @@ class Preprocess:
         return {"mean": list(self.mean), "std": list(self.std), "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
+def keep_patches(tokens_BTd: Tensor, patches_BP: Tensor) -> Tensor:
+    """The class token and the patches at positions `patches_BP` (counted from 0): [B, 1 + P, d]."""
+    index_BP = torch.cat([torch.zeros_like(patches_BP[:, :1]), patches_BP + 1], dim=1)
+    return tokens_BTd.gather(1, index_BP[..., None].expand(-1, -1, tokens_BTd.shape[-1]))
+
+
 def run_image_tower(
-    visual: VisionTransformer, blocks: Sequence[Block], image: Tensor, tap: Sequence[int] = ()
+    visual: VisionTransformer,
+    blocks: Sequence[Block],
+    image: Tensor,
+    tap: Sequence[int] = (),
+    *,
+    patches: Tensor | None = None,
+    checkpoint: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """The image tower with `blocks` in place of its own.
 
@@ -81,38 +96,53 @@ def run_image_tower(
         blocks: called as ``block(x, attn_mask=...)`` on [B, T, d].
         image: [B, 3, H, W], normalised.
         tap: layers, counted from 1, after which the hidden state is kept.
+        patches: [B, P'] positions of the patches that stay (patch dropout); None: all.
+        checkpoint: keep only the inputs of each block for the backward pass, which computes the block again.
 
     Returns:
         Features [B, D], not normalised, and the hidden states in the order of `tap`.
     """
-    hidden, kept = _run_blocks(blocks, visual._embeds(image), None, tap)
+    hidden = visual._embeds(image)
+    if patches is not None:
+        hidden = keep_patches(hidden, patches)  # the norm in front of the blocks works token by token: dropping after it is the same
+    hidden, kept = _run_blocks(blocks, hidden, None, tap, checkpoint)
     pooled, _ = visual._pool(hidden)
     return pooled @ visual.proj, kept
 
 
-def run_text_tower(clip: CLIP, blocks: Sequence[Block], text: Tensor, tap: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
+def run_text_tower(
+    clip: CLIP, blocks: Sequence[Block], text: Tensor, tap: Sequence[int] = (), *, checkpoint: bool = False
+) -> tuple[Tensor, list[Tensor]]:
     """The text tower with `blocks` in place of its own; see `run_image_tower`. `text` holds token ids [B, T]."""
-    hidden, kept = _run_blocks(blocks, clip.token_embedding(text) + clip.positional_embedding, clip.attn_mask, tap)
+    hidden, kept = _run_blocks(blocks, clip.token_embedding(text) + clip.positional_embedding, clip.attn_mask, tap, checkpoint)
     pooled = text_global_pool(clip.ln_final(hidden), text, clip.text_pool_type, eos_token_id=clip.text_eos_id)
     return pooled @ clip.text_projection, kept
 
 
-def _run_blocks(blocks: Sequence[Block], hidden: Tensor, mask: Tensor | None, tap: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+def _run_blocks(
+    blocks: Sequence[Block], hidden: Tensor, mask: Tensor | None, tap: Sequence[int], checkpoint: bool
+) -> tuple[Tensor, list[Tensor]]:
     states: dict[int, Tensor] = {}
     for number, block in enumerate(blocks, start=1):
-        hidden = block(hidden, attn_mask=mask)
+        if checkpoint:
+            # A block has no randomness of its own, so there is no state to bring back.
+            hidden = torch_checkpoint(block, hidden, attn_mask=mask, use_reentrant=False, preserve_rng_state=False)
+        else:
+            hidden = block(hidden, attn_mask=mask)
         states[number] = hidden
     return hidden, [states[number] for number in tap]
 
 
-def encode_image_with_hidden(clip: CLIP, image: Tensor, tap: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
+def encode_image_with_hidden(
+    clip: CLIP, image: Tensor, tap: Sequence[int] = (), *, patches: Tensor | None = None, checkpoint: bool = False
+) -> tuple[Tensor, list[Tensor]]:
     """`run_image_tower` with the model's own blocks."""
-    return run_image_tower(clip.visual, list(clip.visual.transformer.resblocks), image, tap)
+    return run_image_tower(clip.visual, list(clip.visual.transformer.resblocks), image, tap, patches=patches, checkpoint=checkpoint)
 
 
-def encode_text_with_hidden(clip: CLIP, text: Tensor, tap: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
+def encode_text_with_hidden(clip: CLIP, text: Tensor, tap: Sequence[int] = (), *, checkpoint: bool = False) -> tuple[Tensor, list[Tensor]]:
     """`run_text_tower` with the model's own blocks."""
-    return run_text_tower(clip, list(clip.transformer.resblocks), text, tap)
+    return run_text_tower(clip, list(clip.transformer.resblocks), text, tap, checkpoint=checkpoint)
 
 
 def block_template(config: Mapping[str, Any], tower: str) -> ResidualAttentionBlock:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ class Engine:
         # every later run if that one is killed. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.precision = settings.precision
+        self._zero_stage, self._checkpoint_blocks = settings.zero_stage, settings.activation_checkpointing
         self.device = next(model.parameters()).device
         if name == "sgd":
             torch_optimizer: torch.optim.Optimizer = torch.optim.SGD(parameter_groups, lr=optimizer.learning_rate)
@@ -96,7 +97,9 @@ class Engine:
         self._peak_rates = [group["lr"] for group in self._engine.optimizer.param_groups]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward, under autocast in bf16."""
+        """The model's forward, under autocast in bf16, with its blocks checkpointed where the recipe says so."""
+        if self._checkpoint_blocks:
+            kwargs["checkpoint"] = True
         return self._engine(*args, **kwargs)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -105,11 +108,25 @@ class Engine:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
-    def step(self, loss: Tensor, rate_factor: float) -> None:
-        """Backward, average over ranks, clip, and one optimiser step at `rate_factor` times each group's peak rate."""
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, averaged over ranks."""
+        self._engine.backward(loss)
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Several `backward` calls inside add up; ranks exchange gradients once, at the end."""
+        if self._zero_stage == 0:
+            with self._engine.no_sync():
+                yield
+            self._engine.allreduce_gradients()
+        else:
+            with self._engine.coalesce_grad_reduction():
+                yield
+
+    def step(self, rate_factor: float) -> None:
+        """Clip, and one optimiser step at `rate_factor` times each group's peak rate."""
         for group, peak in zip(self._engine.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * rate_factor
-        self._engine.backward(loss)
         self._engine.step()
 
     @property

@@ -18,6 +18,7 @@ from mmlg_scale.training.checkpoint import Checkpoints
 from mmlg_scale.training.engine import Engine
 from mmlg_scale.training.meters import Meters
 from mmlg_scale.training.stages import Stage
+from mmlg_scale.training.step import compute_gradients
 
 Curve = list[dict[str, Any]]
 
@@ -85,17 +86,17 @@ def train(
             batch = next(stream)
         images_BCHW = preprocess(batch.image_uint8_BCHW.to(engine.device, non_blocking=True))
         text_BT = batch.text_BT.to(engine.device, non_blocking=True)
-        loss, terms = stage.loss(engine, engine.autocast, images_BCHW, text_BT, step)
-        engine.step(loss, rate_factor(step, training.steps, training.optimizer.warmup_fraction))
+        loss, terms = compute_gradients(stage, engine, images_BCHW, text_BT, step)
+        engine.step(rate_factor(step, training.steps, training.optimizer.warmup_fraction))
 
         student_flops, teacher_flops = (per_sample * training.batch_size for per_sample in stage.flops(step))
         progress.step += 1
         progress.flops += student_flops
         progress.teacher_flops += teacher_flops
         figures = {
-            "loss": loss.detach(),
+            "loss": loss,
             "learning_rate": engine.learning_rate,
-            **{k: v.detach() for k, v in terms.items()},
+            **terms,
         }
         meters.step(progress.step, figures, num_samples=training.batch_size, flops=student_flops + teacher_flops)
 
@@ -112,7 +113,7 @@ def train(
 def _check_finite(loss: Tensor, step: int) -> None:
     """Stop every rank when any rank's loss is not finite: weights that went through such a step are lost."""
     bad = torch.full((dist.get_world_size(),), 0.0, device=loss.device)
-    bad[dist.get_rank()] = 0.0 if torch.isfinite(loss.detach()).all() else 1.0
+    bad[dist.get_rank()] = 0.0 if torch.isfinite(loss).all() else 1.0
     dist.all_reduce(bad)
     if bad.any():
         ranks = ", ".join(str(rank) for rank in bad.nonzero().flatten().tolist())

@@ -43,11 +43,12 @@ class Corpus:
     config: dict[str, Any]
     """The ancestor's open_clip configuration, its vocabulary size filled in."""
 
-    def eval_split(self, split: str) -> EvalSplit:
-        image_size, context_length = self._sizes()
-        return load_eval_split(self.root / split, self.tokenizer, image_size, context_length)
+    def eval_split(self, settings: recipe.Data, split: str) -> EvalSplit:
+        sizes = self._sizes()
+        return load_eval_split(self.root / split, self.tokenizer, *sizes, max_bad_fraction=settings.max_bad_fraction)
 
-    def stream(self, settings: recipe.Data, batch_size: int, seed: int, start_step: int) -> TrainStream:
+    def stream(self, settings: recipe.Data, batch_size: int, seed: int, start_step: int, record: Path) -> TrainStream:
+        """This rank's batches; what is skipped is listed in the folder `record`."""
         image_size, context_length = self._sizes()
         return TrainStream(
             self.root / "train",
@@ -61,6 +62,9 @@ class Corpus:
             num_workers=settings.num_workers,
             augment=settings.augment,
             start_step=start_step,
+            check=settings.check,
+            max_bad_fraction=settings.max_bad_fraction,
+            record=record,
         )
 
     @functools.cached_property
@@ -109,7 +113,7 @@ def train_ancestor(settings: recipe.Recipe, out: Path) -> dict[str, Any]:
             training = replace(training, steps=0)
         else:
             state = towers.build_clip(config, seed=settings.seed).state_dict()
-        return ClipStage("ancestor", config, state, training, run.device)
+        return ClipStage("ancestor", config, state, training, run.device, seed=settings.seed)
 
     return Run(settings, out, {"role": "ancestor"}).execute(build, _export_clip, evaluate_first=weights is not None)
 
@@ -196,7 +200,8 @@ def train_descendant(
         if weights is not None and training.steps:
             assert ancestor is not None
             teacher = Teacher(*towers.load_ancestor(ancestor, run.corpus.config), run.device)
-        return ClipStage(init, own, state, training, run.device, teacher=teacher, weights=weights if teacher else None)
+        kept = weights if teacher else None
+        return ClipStage(init, own, state, training, run.device, teacher=teacher, weights=kept, seed=settings.seed)
 
     metric = settings.evaluation.metric
     target: float | None = None
@@ -323,7 +328,7 @@ class Run:
         stage = build(self)
         training = stage.training
         preprocess = towers.Preprocess()
-        validation, test = self.corpus.eval_split("val"), self.corpus.eval_split("test")
+        validation, test = (self.corpus.eval_split(self.settings.data, split) for split in ("val", "test"))
         engine = Engine(
             stage.model,
             stage.parameter_groups(),
@@ -344,7 +349,7 @@ class Run:
         progress = train(
             stage,
             engine,
-            batches=lambda step: self.corpus.stream(self.settings.data, training.batch_size, self.settings.seed, step),
+            batches=lambda step: self.corpus.stream(self.settings.data, training.batch_size, self.settings.seed, step, self.out),
             evaluate=lambda: evaluate(validation),
             preprocess=preprocess,
             checkpoints=Checkpoints(self.out),

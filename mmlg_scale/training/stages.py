@@ -1,7 +1,8 @@
 """The kinds of training: what each builds, optimises and charges. The loop knows none of them.
 
 A stage owns a model whose forward takes images and tokens and returns a dictionary of features, hidden states and the logit
-multiplier; it turns a batch into a loss, says what a step costs, and gives the encoders that evaluation calls.
+multiplier. It says which students a step trains (one model, or several sizes of it), turns their outputs on the whole local batch into a
+loss, and says what a step costs. How a batch is cut for the forward passes is no matter of a stage's: see `step`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
 from mmlg_scale.objectives import contrastive, distillation
 
-Forward = Callable[..., dict[str, Any]]
 Autocast = Callable[[], AbstractContextManager[Any]]
 Terms = dict[str, Tensor]
 
@@ -36,8 +36,20 @@ class Stage(Protocol):
         """torch optimiser groups with their peak rates."""
         ...
 
-    def loss(self, forward: Forward, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, step: int) -> tuple[Tensor, Terms]:
-        """The loss of one local batch and its terms; `forward` is the engine around `model`."""
+    def students(self, step: int) -> list[dict[str, Any]]:
+        """What this step trains: for each student the keyword arguments (sizes, tapped layers) of the model's forward."""
+        ...
+
+    def patches(self, step: int, first_row: int, num_rows: int) -> Tensor | None:
+        """Patch dropout's choice, [num_rows, P'] positions for rows of the global batch from `first_row` on; None: all patches stay."""
+        ...
+
+    def targets(self, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, patches_BP: Tensor | None) -> dict[str, Any] | None:
+        """The teacher's outputs for a part of the batch, without graph; None where there is no teacher."""
+        ...
+
+    def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
+        """The loss, and its terms by name, of one student's outputs on the whole local batch."""
         ...
 
     def flops(self, step: int) -> tuple[int, int]:
@@ -68,12 +80,18 @@ class PlainCLIP(nn.Module):
         *,
         tap_image: Sequence[int] = (),
         tap_text: Sequence[int] = (),
+        patches: Tensor | None = None,
+        checkpoint: bool = False,
     ) -> dict[str, Any]:
         outputs: dict[str, Any] = {"logit_scale": towers.logit_multiplier(self.clip.logit_scale)}
         if image is not None:
-            outputs["image_features"], outputs["image_hidden"] = towers.encode_image_with_hidden(self.clip, image, tap_image)
+            outputs["image_features"], outputs["image_hidden"] = towers.encode_image_with_hidden(
+                self.clip, image, tap_image, patches=patches, checkpoint=checkpoint
+            )
         if text is not None:
-            outputs["text_features"], outputs["text_hidden"] = towers.encode_text_with_hidden(self.clip, text, tap_text)
+            outputs["text_features"], outputs["text_hidden"] = towers.encode_text_with_hidden(
+                self.clip, text, tap_text, checkpoint=checkpoint
+            )
         return outputs
 
 
@@ -131,14 +149,38 @@ class Teacher:
         self._model = PlainCLIP(clip).to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, image: Tensor, text: Tensor, autocast: Autocast, depths: Sequence[float]) -> dict[str, Any]:
+    def __call__(
+        self, image: Tensor, text: Tensor, autocast: Autocast, depths: Sequence[float], patches_BP: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Outputs on whole images; hidden states of the image tower only at `patches_BP` (and the class token), where it is given."""
         with autocast():
-            return self._model(
+            outputs = self._model(
                 image,
                 text,
                 tap_image=tap_layers(depths, self.image_layers),
                 tap_text=tap_layers(depths, self.text_layers),
             )
+        if patches_BP is not None:
+            outputs["image_hidden"] = [towers.keep_patches(hidden, patches_BP) for hidden in outputs["image_hidden"]]
+        return outputs
+
+
+def draw_patches(config: Mapping[str, Any], seed: int, step: int, first_row: int, num_rows: int) -> Tensor | None:
+    """Patch dropout's choice at `step`, [num_rows, P'] positions of the kept patches; None where the configuration drops none.
+
+    Every row of the global batch has its own place in one stream of random numbers, so that neither ranks, micro-batches, recomputation nor
+    a resume change what is dropped. Count and drawing (a top-k of random numbers) are open_clip's PatchDropout's.
+    """
+    share, num_patches = towers.patch_dropout(config), towers.num_patches(config)
+    if not share:
+        return None
+    bits = np.random.PCG64([seed, step, _PATCH_STREAM])
+    bits.advance(first_row * num_patches)  # one 64-bit number is one draw
+    draws_BP = torch.from_numpy(np.random.Generator(bits).random((num_rows, num_patches)))
+    return draws_BP.topk(max(1, int(num_patches * (1 - share))), dim=-1).indices
+
+
+_PATCH_STREAM = 1
 
 
 # Biases, norms, positions, embeddings and the logit scale are not decayed (open_clip decays its token embedding; a row that a batch does
@@ -174,9 +216,11 @@ class ClipStage:
         *,
         teacher: Teacher | None = None,
         weights: recipe.DistillationLoss | None = None,
+        seed: int = 0,
     ) -> None:
         assert (teacher is None) == (weights is None)
         self.name, self.config, self.training, self.teacher, self.weights = name, config, training, teacher, weights
+        self.seed = seed
         clip = towers.build_clip(config, seed=0)
         clip.load_state_dict(dict(state))
         model: nn.Module = PlainCLIP(clip)
@@ -187,18 +231,26 @@ class ClipStage:
     def parameter_groups(self) -> list[dict[str, Any]]:
         return decay_groups(self.model, self.training.optimizer)
 
-    def loss(self, forward: Forward, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, step: int) -> tuple[Tensor, Terms]:
-        if self.teacher is None or self.weights is None:
-            loss = contrastive(forward(image_BCHW, text_BT))
+    def students(self, step: int) -> list[dict[str, Any]]:
+        if not self._hidden_depths:
+            return [{}]
+        return [{f"tap_{tower}": tap_layers(self._hidden_depths, towers.num_layers(self.config, tower)) for tower in ("image", "text")}]
+
+    @property
+    def _hidden_depths(self) -> Sequence[float]:
+        return self.weights.hidden_depths if self.weights is not None and self.weights.hidden else ()
+
+    def patches(self, step: int, first_row: int, num_rows: int) -> Tensor | None:
+        return draw_patches(self.config, self.seed, step, first_row, num_rows)
+
+    def targets(self, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, patches_BP: Tensor | None) -> dict[str, Any] | None:
+        return None if self.teacher is None else self.teacher(image_BCHW, text_BT, autocast, self._hidden_depths, patches_BP)
+
+    def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
+        if targets is None or self.weights is None:
+            loss = contrastive(outputs)
             return loss, {"contrastive": loss}
-        depths = self.weights.hidden_depths if self.weights.hidden else []
-        student = forward(
-            image_BCHW,
-            text_BT,
-            tap_image=tap_layers(depths, towers.num_layers(self.config, "image")),
-            tap_text=tap_layers(depths, towers.num_layers(self.config, "text")),
-        )
-        return distillation(student, self.teacher(image_BCHW, text_BT, autocast, depths), text_BT, self.weights)
+        return distillation(outputs, targets, text_BT, self.weights)
 
     def flops(self, step: int) -> tuple[int, int]:
         return 3 * forward_flops(self.config)["total"], self.teacher.flops if self.teacher else 0
@@ -278,12 +330,23 @@ class ExtractionStage:
             groups.append({"params": maps, "lr": optimizer.learning_rate * self.settings.stem_rate, "weight_decay": 0.0})
         return groups
 
-    def loss(self, forward: Forward, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, step: int) -> tuple[Tensor, Terms]:
-        size, weights = self.size(step), self.settings.loss
-        depths = weights.hidden_depths if weights.hidden else []
-        taps = {f"tap_{tower}": tap_layers(depths, size[f"{tower}_layers"]) for tower in ("image", "text")}
-        student = forward(image_BCHW, text_BT, **size, **taps)
-        return distillation(student, self.teacher(image_BCHW, text_BT, autocast, depths), text_BT, weights)
+    def students(self, step: int) -> list[dict[str, Any]]:
+        size = self.size(step)
+        return [size | {f"tap_{tower}": tap_layers(self._hidden_depths, size[f"{tower}_layers"]) for tower in ("image", "text")}]
+
+    @property
+    def _hidden_depths(self) -> Sequence[float]:
+        return self.settings.loss.hidden_depths if self.settings.loss.hidden else ()
+
+    def patches(self, step: int, first_row: int, num_rows: int) -> Tensor | None:
+        return draw_patches(self.teacher.config, self.seed, step, first_row, num_rows)
+
+    def targets(self, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, patches_BP: Tensor | None) -> dict[str, Any] | None:
+        return self.teacher(image_BCHW, text_BT, autocast, self._hidden_depths, patches_BP)
+
+    def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
+        assert targets is not None
+        return distillation(outputs, targets, text_BT, self.settings.loss)
 
     def flops(self, step: int) -> tuple[int, int]:
         return 3 * forward_flops(towers.with_sizes(self.teacher.config, **self.size(step)))["total"], self.teacher.flops

@@ -1,39 +1,157 @@
-"""Run under torchrun by test_zero.py: three SGD steps of each stage under DeepSpeed, then the gathered parameters to files."""
+"""Run under torchrun by test_zero.py: every case in turn, in one pair of ranks, because a process start costs more than all of them."""
+
+from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
 
 from mmlg_scale import recipe
 from mmlg_scale.training.engine import Engine, start_ranks, stop_ranks
-from tests.training.tiny import BATCH, KINDS, OPTIMIZER, STEPS, batch, build_stage
+from mmlg_scale.training.stages import ClipStage, Stage
+from mmlg_scale.training.step import compute_gradients
+from tests.training.tiny import BATCH, OPTIMIZER, STEPS, batch, build_stage
 
 
-def main(zero_stage: int, out: Path) -> None:
-    settings = recipe.Engine(zero_stage=zero_stage)  # type: ignore[arg-type]
-    device = start_ranks(settings)
-    for kind in KINDS:
-        train(kind, settings, device, out / f"{kind}.safetensors")
-    stop_ranks()
+@dataclass(frozen=True)
+class Case:
+    """Three SGD steps of a stage under DeepSpeed; `change` is what is done to the loss."""
+
+    kind: str
+    zero_stage: int
+    accumulation: int = 1
+    patch_dropout: float = 0.0
+    checkpointing: bool = False
+    precision: str = "fp32"
+    change: str | None = None
+
+    @property
+    def name(self) -> str:
+        parts = [self.kind, f"zero{self.zero_stage}", self.precision]
+        parts += [f"a{self.accumulation}"] if self.accumulation > 1 else []
+        parts += [f"p{self.patch_dropout}"] if self.patch_dropout else []
+        parts += ["checkpointing"] if self.checkpointing else []
+        return "-".join([*parts, *([self.change] if self.change else [])])
 
 
-def train(kind: str, settings: recipe.Engine, device: torch.device, out: Path) -> None:
-    stage = build_stage(kind, device)
-    engine = Engine(stage.model, stage.parameter_groups(), settings=settings, batch_size=BATCH, optimizer=OPTIMIZER, name="sgd")
+KINDS = ("ancestor", "extraction")
+EXACT = [
+    *(Case(kind, zero) for zero in (0, 1, 2, 3) for kind in KINDS),
+    *(Case(kind, zero, 4, 0.5) for zero in (0, 2, 3) for kind in KINDS),
+    *(Case(kind, zero, 1, 0.5, True) for zero in (1, 3) for kind in KINDS),
+    Case("extraction", 2, 2, 0.5, True),
+    Case("ancestor", 0, change="own_gather"),
+]
+WRONG = [
+    Case("ancestor", 0, change="world_factor"),
+    Case("extraction", 2, change="world_factor"),
+    Case("ancestor", 2, change="detached_gather"),
+]
+BF16 = [Case(kind, zero, precision="bf16") for zero in (0, 1, 2, 3) for kind in KINDS]
+RESUMED = [(kind, zero) for zero in (0, 1, 2, 3) for kind in KINDS]
+
+
+class OwnContrastive(ClipStage):
+    """The ancestor's loss written out: local rows against all features, which are gathered with or without gradient."""
+
+    detached = False
+
+    def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        image, text = (F.normalize(outputs[f"{tower}_features"], dim=-1) for tower in ("image", "text"))
+        labels = torch.arange(len(image)) + dist.get_rank() * len(image)
+        logits = [outputs["logit_scale"] * one @ self._gather(other).T for one, other in ((image, text), (text, image))]
+        loss = (F.cross_entropy(logits[0], labels) + F.cross_entropy(logits[1], labels)) / 2
+        return loss, {"contrastive": loss}
+
+    def _gather(self, local_BD: Tensor) -> Tensor:
+        padding = [torch.zeros_like(local_BD) for _ in range(dist.get_world_size())]
+        padding[dist.get_rank()] = local_BD
+        everything = all_reduce(torch.cat(padding))
+        if not self.detached:
+            return everything
+        rows = [part.detach() for part in everything.chunk(dist.get_world_size())]
+        rows[dist.get_rank()] = local_BD
+        return torch.cat(rows)
+
+
+def changed(stage: Stage, change: str | None) -> Stage:
+    """The stage with its loss computed as `change` says."""
+    if change == "world_factor":
+        right = stage.objective
+
+        def scaled(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, terms = right(*args)
+            return loss * dist.get_world_size(), terms
+
+        stage.objective = scaled  # type: ignore[method-assign]
+    elif change is not None:
+        stage.__class__ = OwnContrastive
+        stage.detached = change == "detached_gather"  # type: ignore[attr-defined]
+    return stage
+
+
+def make(case: Case, device: torch.device, name: str = "sgd") -> tuple[Stage, Engine]:
+    """The case's stage and an engine around it."""
+    stage = build_stage(case.kind, device, accumulation=case.accumulation, patch_dropout=case.patch_dropout)
+    settings = recipe.Engine(
+        zero_stage=case.zero_stage,  # type: ignore[arg-type]
+        precision=case.precision,  # type: ignore[arg-type]
+        activation_checkpointing=case.checkpointing,
+    )
+    optimizer = OPTIMIZER if name == "sgd" else recipe.Optimizer(learning_rate=1e-3)
+    engine = Engine(stage.model, stage.parameter_groups(), settings=settings, batch_size=BATCH, optimizer=optimizer, name=name)
+    return changed(stage, case.change), engine
+
+
+def advance(stage: Stage, engine: Engine, steps: range) -> None:
     share = BATCH // dist.get_world_size()
     rows = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
-    for step in range(STEPS):
+    for step in steps:
         images, texts = batch(step)
-        loss, _ = stage.loss(engine, engine.autocast, images[rows], texts[rows], step)
-        engine.step(loss, rate_factor=1.0)
+        compute_gradients(stage, engine, images[rows], texts[rows], step)
+        engine.step(rate_factor=1.0)
+
+
+def finish(engine: Engine, file: Path) -> None:
     state = engine.state_dict()
     engine.close()
     if dist.get_rank() == 0:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, out)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+
+
+def resume(kind: str, zero_stage: int, device: torch.device, out: Path) -> None:
+    """Four AdamW steps in one go, and the last two of them again from a checkpoint in between."""
+    case = Case(kind, zero_stage)
+    stage, engine = make(case, device, "adamw")
+    advance(stage, engine, range(2))
+    engine.save(out / f"checkpoint-{case.name}", {"step": 2})
+    advance(stage, engine, range(2, 4))
+    finish(engine, out / f"straight-{case.name}.safetensors")
+    stage, engine = make(case, device, "adamw")
+    assert engine.load(out / f"checkpoint-{case.name}")["step"] == 2
+    advance(stage, engine, range(2, 4))
+    finish(engine, out / f"resumed-{case.name}.safetensors")
+
+
+def main(out: Path) -> None:
+    device = start_ranks(recipe.Engine())
+    for case in (*EXACT, *WRONG, *BF16):
+        stage, engine = make(case, device)
+        advance(stage, engine, range(STEPS))
+        finish(engine, out / f"{case.name}.safetensors")
+    for kind, zero_stage in RESUMED:
+        resume(kind, zero_stage, device, out)
+    stop_ranks()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -15,13 +17,13 @@ CONFIG = {
     "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "head_width": 8, "layers": 3},
     "text_cfg": {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 3},
 }
-BATCH, STEPS = 8, 3
+BATCH, STEPS = 32, 3
 KINDS = ("ancestor", "extraction")
 OPTIMIZER = recipe.Optimizer(learning_rate=0.05, weight_decay=0.0, gradient_clipping=0.0)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
-    """Images [8, 3, 16, 16] and token ids [8, 8] whose end token (19) stands at different places."""
+    """Images [32, 3, 16, 16] and token ids [32, 8] whose end token (19) stands at different places."""
     generator = torch.Generator().manual_seed(100 + step)
     images = torch.randn(BATCH, 3, 16, 16, generator=generator)
     texts = torch.randint(3, 19, (BATCH, 8), generator=generator)
@@ -32,13 +34,33 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return images, texts
 
 
-def build_stage(kind: str, device: torch.device) -> Stage:
+def build_stage(kind: str, device: torch.device, *, accumulation: int = 1, patch_dropout: float = 0.0, students: int = 1) -> Stage:
     """`ancestor` (contrastive alone) or `extraction` (auxiliary model, teacher, hidden states, all terms)."""
-    training = recipe.Training(steps=STEPS, batch_size=BATCH, optimizer=OPTIMIZER)
-    config = towers.model_config(CONFIG)
+    training = recipe.Training(steps=STEPS, batch_size=BATCH, optimizer=OPTIMIZER, accumulation=accumulation)
+    config = towers.model_config(CONFIG | {"vision_cfg": {**CONFIG["vision_cfg"], "patch_dropout": patch_dropout}})  # type: ignore[dict-item]
     state = towers.build_clip(config, seed=1).state_dict()
     if kind == "ancestor":
-        return ClipStage("ancestor", config, state, training, device)
+        return ClipStage("ancestor", config, state, training, device, seed=4)
     auxiliary = AuxiliaryCLIP.from_ancestor(state, Structure(config, num_knots=4), seed=2)
     settings = recipe.Extraction(training=training, min_layers=2)
     return ExtractionStage(settings, auxiliary, Teacher(config, state, device), device, seed=3)
+
+
+def plain_loss(stage: Stage, step: int) -> Tensor:
+    """The loss of a step on the whole batch in one piece, in one process."""
+    images, texts = batch(step)
+    patches = stage.patches(step, 0, BATCH)
+    targets = stage.targets(nullcontext, images, texts, patches)
+    outputs = [stage.model(images, texts, patches=patches, **student) for student in stage.students(step)]
+    return torch.stack([stage.objective(output, targets, texts)[0] for output in outputs]).mean()
+
+
+def plain_updates(stage: Stage) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters before, and after three plain torch.optim.SGD steps on whole batches."""
+    before = {name: tensor.clone() for name, tensor in stage.model.state_dict().items()}
+    optimizer = torch.optim.SGD(stage.parameter_groups())
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        plain_loss(stage, step).backward()
+        optimizer.step()
+    return before, stage.model.state_dict()
