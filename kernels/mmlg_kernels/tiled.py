@@ -35,13 +35,17 @@ class Tile:
     num_stages: int
 
 
-def tile_for(dtype: torch.dtype) -> Tile:
-    """The tile for a dtype: fixed, so that results repeat bit for bit from run to run."""
+def tile_for(dtype: torch.dtype, *, forward: bool = False) -> Tile:
+    """The tile for a dtype: fixed, so that results repeat bit for bit from run to run.
+
+    In the forward pass, which keeps running sums beside the logits, tiles of half precision are narrower: at 128 columns registers spill
+    on sm_80 and sm_100.
+    """
     if os.environ.get("TRITON_INTERPRET") == "1":
         return Tile(32, 32, 32, 4, 1)
     if dtype == torch.float32:
         return Tile(64, 64, 32, 4, 3)
-    return Tile(128, 128, 64, 8, 3)
+    return Tile(128, 64 if forward else 128, 64, 8, 3)
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -51,19 +55,34 @@ def precision_of(dtype: torch.dtype) -> str:
 
 @triton.jit
 def _logits(
-    x_ptr, y_ptr, rows, columns, num_rows, num_columns, width, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr
+    x_ptr,
+    y_ptr,
+    row,
+    column,
+    num_rows,
+    num_columns,
+    width,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """The products of BM rows with BN columns, accumulated in fp32."""
+    """The products of BM rows from `row` on with BN columns from `column` on, accumulated in fp32."""
+    # 64 bits for where a tile begins, since rows * width passes 2^31 from two million rows of 1,024 on; 32 bits, which need half the
+    # registers, inside it.
+    x_tile, y_tile = x_ptr + row.to(tl.int64) * width, y_ptr + column.to(tl.int64) * width
+    down, right, along = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
+    x_offsets = down[:, None] * width + along[None, :]
+    y_offsets = right[None, :] * width + along[:, None]
+    x_valid, y_valid = (down < num_rows - row)[:, None], (right < num_columns - column)[None, :]
     products = tl.zeros((BM, BN), dtype=tl.float32)
-    # 64-bit offsets: rows * width passes 2^31 from two million rows of 1,024 on.
-    x_rows = x_ptr + rows.to(tl.int64)[:, None] * width
-    y_rows = y_ptr + columns.to(tl.int64)[None, :] * width
     for start in range(0, width, BD):
-        offsets = start + tl.arange(0, BD)
-        inside = offsets < width
-        x = tl.load(x_rows + offsets[None, :], mask=(rows < num_rows)[:, None] & inside[None, :], other=0.0)
-        y = tl.load(y_rows + offsets[:, None], mask=(columns < num_columns)[None, :] & inside[:, None], other=0.0)
+        inside = along < width - start
+        x = tl.load(x_tile + x_offsets, mask=x_valid & inside[None, :], other=0.0)
+        y = tl.load(y_tile + y_offsets, mask=y_valid & inside[:, None], other=0.0)
         products = tl.dot(x, y, products, input_precision=PRECISION)
+        x_tile += BD
+        y_tile += BD
     return products
 
 
@@ -74,11 +93,9 @@ def softmax_forward_kernel(
     scale_ptr,
     row_part_ptr,
     column_part_ptr,
-    own_ptr,
     num_rows,
     num_columns,
     width,
-    first,
     tiles_per_split,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -87,19 +104,17 @@ def softmax_forward_kernel(
 ):
     """Program (i, s): rows of block i against the columns of split s.
 
-    Writes their log-sum-exps to row_part [S, B], those of each column over the block's rows to column_part [B / BM, G], and the logits
-    of the pairs (row i, column first + i) that lie in it to own [B].
+    Writes their log-sum-exps to row_part [S, B], and those of each column over the block's rows to column_part [B / BM, G].
     """
     block, split = tl.program_id(0), tl.program_id(1)
     rows = block * BM + tl.arange(0, BM)
     scale = tl.load(scale_ptr).to(tl.float32)
     row_max = tl.full((BM,), float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros((BM,), dtype=tl.float32)
-    own = tl.zeros((BM,), dtype=tl.float32)
     for index in range(tiles_per_split):
-        columns = (split * tiles_per_split + index) * BN + tl.arange(0, BN)
-        logits = _logits(x_ptr, y_ptr, rows, columns, num_rows, num_columns, width, BM, BN, BD, PRECISION) * scale
-        own += tl.sum(tl.where(rows[:, None] + first == columns[None, :], logits, 0.0), axis=1)
+        column = (split * tiles_per_split + index) * BN
+        columns = column + tl.arange(0, BN)
+        logits = _logits(x_ptr, y_ptr, block * BM, column, num_rows, num_columns, width, BM, BN, BD, PRECISION) * scale
         logits = tl.where((rows < num_rows)[:, None] & (columns < num_columns)[None, :], logits, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(logits, axis=1))
         # A row without any valid column yet: subtracting minus infinity from itself would give NaN.
@@ -113,9 +128,6 @@ def softmax_forward_kernel(
         tl.store(column_part_ptr + column_offsets, column_shift + tl.log(column_sum), mask=columns < num_columns)
     shift = tl.where(row_max == float("-inf"), 0.0, row_max)
     tl.store(row_part_ptr + split.to(tl.int64) * num_rows + rows, shift + tl.log(row_sum), mask=rows < num_rows)
-    start = split * tiles_per_split * BN
-    here = (rows + first >= start) & (rows + first < start + tiles_per_split * BN)
-    tl.store(own_ptr + rows, own, mask=(rows < num_rows) & here)
 
 
 @triton.jit
@@ -139,7 +151,9 @@ def softmax_gradient_kernel(
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     scale = tl.load(scale_ptr).to(tl.float32)
-    logits = _logits(x_ptr, y_ptr, rows, columns, num_rows, num_columns, width, BM, BN, BD, PRECISION) * scale
+    logits = (
+        _logits(x_ptr, y_ptr, tl.program_id(0) * BM, tl.program_id(1) * BN, num_rows, num_columns, width, BM, BN, BD, PRECISION) * scale
+    )
     row_lse = tl.load(row_lse_ptr + rows, mask=rows < num_rows, other=0.0)
     column_lse = tl.load(column_lse_ptr + columns, mask=columns < num_columns, other=0.0)
     weights = (tl.exp(logits - row_lse[:, None]) + tl.exp(logits - column_lse[None, :])) * 0.5
@@ -156,34 +170,28 @@ def sigmoid_forward_kernel(
     scale_ptr,
     bias_ptr,
     row_part_ptr,
-    own_ptr,
     num_rows,
     num_columns,
     width,
-    first,
     tiles_per_split,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (i, s): sums of softplus(logits) over the columns of split s to row_part [S, B], and own pairs' logits to own [B]."""
+    """Program (i, s): sums of softplus(logits) over the columns of split s, to row_part [S, B]."""
     block, split = tl.program_id(0), tl.program_id(1)
     rows = block * BM + tl.arange(0, BM)
     scale, bias = tl.load(scale_ptr).to(tl.float32), tl.load(bias_ptr).to(tl.float32)
     total = tl.zeros((BM,), dtype=tl.float32)
-    own = tl.zeros((BM,), dtype=tl.float32)
     for index in range(tiles_per_split):
-        columns = (split * tiles_per_split + index) * BN + tl.arange(0, BN)
-        logits = _logits(x_ptr, y_ptr, rows, columns, num_rows, num_columns, width, BM, BN, BD, PRECISION) * scale + bias
-        own += tl.sum(tl.where(rows[:, None] + first == columns[None, :], logits, 0.0), axis=1)
+        column = (split * tiles_per_split + index) * BN
+        columns = column + tl.arange(0, BN)
+        logits = _logits(x_ptr, y_ptr, block * BM, column, num_rows, num_columns, width, BM, BN, BD, PRECISION) * scale + bias
         # log(1 + e^z) without overflow; NaN stays NaN, which a plain maximum would drop
         softplus = tl.where(logits > 0, logits, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(logits)))
         total += tl.sum(tl.where((columns < num_columns)[None, :], softplus, 0.0), axis=1)
     tl.store(row_part_ptr + split.to(tl.int64) * num_rows + rows, total, mask=rows < num_rows)
-    start = split * tiles_per_split * BN
-    here = (rows + first >= start) & (rows + first < start + tiles_per_split * BN)
-    tl.store(own_ptr + rows, own, mask=(rows < num_rows) & here)
 
 
 @triton.jit
@@ -207,12 +215,35 @@ def sigmoid_gradient_kernel(
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     scale, bias = tl.load(scale_ptr).to(tl.float32), tl.load(bias_ptr).to(tl.float32)
-    logits = _logits(x_ptr, y_ptr, rows, columns, num_rows, num_columns, width, BM, BN, BD, PRECISION) * scale + bias
+    logits = (
+        _logits(x_ptr, y_ptr, tl.program_id(0) * BM, tl.program_id(1) * BN, num_rows, num_columns, width, BM, BN, BD, PRECISION) * scale
+        + bias
+    )
     weights = tl.sigmoid(logits) - tl.where(rows[:, None] + first == columns[None, :], 1.0, 0.0)
     inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
     weights = tl.where(inside, weights, 0.0)
     tl.store(row_part_ptr + tl.program_id(1).to(tl.int64) * num_rows + rows, tl.sum(weights, axis=1), mask=rows < num_rows)
     tl.store(out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :], weights.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def own_products_kernel(x_ptr, y_ptr, out_ptr, width, BD: tl.constexpr):
+    """The product of one row of x with the same row of y, in fp32. Apart from the tiles, where it would cost registers in every one."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BD,), dtype=tl.float32)
+    for start in range(0, width, BD):
+        offsets = start + tl.arange(0, BD)
+        x = tl.load(x_ptr + row * width + offsets, mask=offsets < width, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + row * width + offsets, mask=offsets < width, other=0.0).to(tl.float32)
+        total += x * y
+    tl.store(out_ptr + row, tl.sum(total, axis=0))
+
+
+def _own_products(x: Tensor, y: Tensor, first: int) -> Tensor:
+    """[B]: <x[i], y[first + i]> in fp32."""
+    out = x.new_empty(x.shape[0], dtype=torch.float32)
+    own_products_kernel[(x.shape[0],)](x, y[first:], out, x.shape[1], BD=512, num_warps=4)
+    return out
 
 
 def _forward_shape(num_rows: int, num_columns: int, tile: Tile) -> tuple[int, int, int]:
@@ -225,15 +256,14 @@ def _forward_shape(num_rows: int, num_columns: int, tile: Tile) -> tuple[int, in
 def softmax_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, first: int, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `chunked.softmax_forward`."""
     x, y = x_BD.contiguous(), y_GD.contiguous()
-    (num_rows, width), num_columns, tile = x.shape, y.shape[0], tile_for(x.dtype)
+    (num_rows, width), num_columns, tile = x.shape, y.shape[0], tile_for(x.dtype, forward=True)
     blocks, splits, tiles_per_split = _forward_shape(num_rows, num_columns, tile)
     row_part = x.new_empty(splits, num_rows, dtype=torch.float32)
     column_part = x.new_empty(blocks, num_columns, dtype=torch.float32)
-    own = x.new_empty(num_rows, dtype=torch.float32)
     softmax_forward_kernel[(blocks, splits)](
-        x, y, scale, row_part, column_part, own, num_rows, num_columns, width, first, tiles_per_split, **_options(tile, x.dtype)
+        x, y, scale, row_part, column_part, num_rows, num_columns, width, tiles_per_split, **_options(tile, x.dtype)
     )
-    return torch.logsumexp(row_part, dim=0), torch.logsumexp(column_part, dim=0), own
+    return torch.logsumexp(row_part, dim=0), torch.logsumexp(column_part, dim=0), scale * _own_products(x, y, first)
 
 
 def softmax_backward(
@@ -255,14 +285,13 @@ def softmax_backward(
 def sigmoid_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, first: int, chunk_bytes: int) -> tuple[Tensor, Tensor]:
     """See `chunked.sigmoid_forward`."""
     x, y = x_BD.contiguous(), y_GD.contiguous()
-    (num_rows, width), num_columns, tile = x.shape, y.shape[0], tile_for(x.dtype)
+    (num_rows, width), num_columns, tile = x.shape, y.shape[0], tile_for(x.dtype, forward=True)
     blocks, splits, tiles_per_split = _forward_shape(num_rows, num_columns, tile)
     row_part = x.new_empty(splits, num_rows, dtype=torch.float32)
-    own = x.new_empty(num_rows, dtype=torch.float32)
     sigmoid_forward_kernel[(blocks, splits)](
-        x, y, scale, bias, row_part, own, num_rows, num_columns, width, first, tiles_per_split, **_options(tile, x.dtype)
+        x, y, scale, bias, row_part, num_rows, num_columns, width, tiles_per_split, **_options(tile, x.dtype)
     )
-    return row_part.sum(dim=0), own
+    return row_part.sum(dim=0), scale * _own_products(x, y, first) + bias
 
 
 def sigmoid_backward(
