@@ -89,7 +89,7 @@ def _chunked(plan: TransferPlan, target_index: int, sources: Sequence[Tensor], c
         read_KP = blocks_KP if index is None else blocks_KP.index_select(1, index)
         blocks_NKC = read_KP.unflatten(1, (-1, piece)).transpose(0, 1)
         part_NLK = pieces_NLK[..., first : first + count]
-        total_NLC = part_NLK @ blocks_NKC if total_NLC is None else torch.baddbmm(total_NLC, part_NLK, blocks_NKC)
+        total_NLC = torch.bmm(part_NLK, blocks_NKC) if total_NLC is None else torch.baddbmm(total_NLC, part_NLK, blocks_NKC)
         first += count
     assert total_NLC is not None
     return total_NLC.transpose(0, 1).reshape(num_layers, -1)

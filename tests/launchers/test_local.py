@@ -38,7 +38,8 @@ def test_two_ranks_reduce(tmp_path: Path) -> None:
         "dist.init_process_group('gloo')\n"
         "x = torch.tensor([float(dist.get_rank() + 1)])\n"
         "dist.all_reduce(x)\n"
-        "print('sum', x.item(), flush=True)\n"
+        # One write: the pieces of a print with several arguments mix with the other rank's where output is unbuffered.
+        "print(f'sum {x.item()}\\n', end='', flush=True)\n"
         "dist.destroy_process_group()\n"
     )
     job = LocalLauncher().submit([sys.executable, str(script)], Resources(num_processes=2), tmp_path / "run")
