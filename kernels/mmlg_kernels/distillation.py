@@ -1,4 +1,4 @@
-"""Contrastive distillation: a student's similarities against a teacher's, together with the plain contrastive loss; neither matrix stored."""
+"""Contrastive distillation: a student's similarities against a teacher's, with the plain contrastive loss; no matrix is stored."""
 
 from __future__ import annotations
 
