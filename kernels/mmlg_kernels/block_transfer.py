@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmlg_kernels.transfer_plan import Slice, Target, TransferPlan
-
-BACKENDS = ("auto", "chunked", "reference")
+from mmlg_kernels.dispatch import choose
+from mmlg_kernels.transfer_plan import Slice, Target, TransferPlan, find_plan
 
 
 def block_transfer(
@@ -27,13 +27,20 @@ def block_transfer(
         sources: [K, P] each, of the plan's shapes; several, since shared blocks and a tower's own are separate parameters.
         coefficients: [L, T, K] per target, K over the target's sources in their order.
         out_dtype: of the layers; None: the sources'. Sums are made in the sources' dtype, and gradients have it.
-        backend: chunked (a few batched products), reference (fp64, term by term), or auto.
+        backend: triton (one launch), chunked (a few batched products), reference (fp64, term by term), or auto.
 
     Raises:
-        ValueError: shapes that are not the plan's; an unknown backend.
+        ValueError: shapes that are not the plan's; an unknown backend; a plan that the Triton kernel cannot run.
     """
-    _check(plan, sources, coefficients, backend)
-    compose = _reference if backend == "reference" else _chunked
+    _check(plan, sources, coefficients)
+    name = choose(backend, sources[0])
+    if backend == "triton" and plan.mixes is None:
+        raise ValueError("the Triton kernel mixes at most 8 blocks out of two of at most four sources, equally many in every target")
+    if name == "triton" and plan.mixes is not None:
+        out = _transfer(list(sources), list(coefficients), plan.key, out_dtype or sources[0].dtype)
+        sizes = [target.num_layers * sum(target.sizes) for target in plan.targets]
+        return [part.view(t.num_layers, -1) for part, t in zip(out.split(sizes), plan.targets, strict=True)]
+    compose = _reference if name == "reference" else _chunked
     # Autocast would round the blocks before they are summed.
     with torch.autocast(sources[0].device.type, enabled=False):
         layers = [compose(plan, i, sources, a, plan.targets[i].num_layers) for i, a in enumerate(coefficients)]
@@ -47,11 +54,13 @@ def transfer_layer(
     coefficients_TK: Tensor,
     *,
     out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> dict[str, Tensor]:
     """The named tensors of one layer, to be composed inside an activation-checkpointed layer so that only one is in memory at a time."""
-    with torch.autocast(sources[0].device.type, enabled=False):
-        layers_LP = _chunked(plan, target_index, sources, coefficients_TK.unsqueeze(0), 1)
-    return plan.views(target_index, layers_LP.to(out_dtype or sources[0].dtype))[0]
+    alone = plan.layer_plans[target_index]
+    mine = [sources[source] for source in plan.targets[target_index].sources]
+    layers = block_transfer(alone, mine, [coefficients_TK.unsqueeze(0)], out_dtype=out_dtype, backend=backend)
+    return alone.views(0, layers[0])[0]
 
 
 def transfer_blocks(blocks: Sequence[Mapping[str, Tensor]], coefficients_LTK: Tensor, *, backend: str = "auto") -> list[dict[str, Tensor]]:
@@ -113,9 +122,54 @@ def _reference(plan: TransferPlan, target_index: int, sources: Sequence[Tensor],
     return torch.stack(layers)
 
 
-def _check(plan: TransferPlan, sources: Sequence[Tensor], coefficients: Sequence[Tensor], backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; valid: {', '.join(BACKENDS)}")
+@torch.library.custom_op("mmlg_kernels::block_transfer", mutates_args=())
+def _transfer(sources: Sequence[Tensor], coefficients: Sequence[Tensor], plan: int, dtype: torch.dtype) -> Tensor:
+    """All targets' layers, flat, one after the other."""
+    from mmlg_kernels import transfer_tiles
+
+    flat = torch.cat([a.reshape(-1) for a in coefficients]).float()
+    return transfer_tiles.forward(find_plan(plan), sources, flat, dtype)
+
+
+@torch.library.custom_op("mmlg_kernels::block_transfer_backward", mutates_args=())
+def _transfer_backward(grad: Tensor, sources: Sequence[Tensor], coefficients: Sequence[Tensor], plan: int) -> list[Tensor]:
+    """Gradients by the sources and the coefficients."""
+    from mmlg_kernels import transfer_tiles
+
+    flat = torch.cat([a.reshape(-1) for a in coefficients]).float()
+    grads, coefficient_grads = transfer_tiles.backward(find_plan(plan), sources, flat, grad)
+    parts = coefficient_grads.split([a.numel() for a in coefficients])
+    whole = [*grads, *(part.view_as(a).clone() for part, a in zip(parts, coefficients, strict=True))]
+    return [found.to(given.dtype) for found, given in zip(whole, (*sources, *coefficients), strict=True)]
+
+
+@_transfer.register_fake
+def _(sources: Sequence[Tensor], coefficients: Sequence[Tensor], plan: int, dtype: torch.dtype) -> Tensor:
+    return sources[0].new_empty(find_plan(plan).out_size, dtype=dtype)
+
+
+@_transfer_backward.register_fake
+def _(grad: Tensor, sources: Sequence[Tensor], coefficients: Sequence[Tensor], plan: int) -> list[Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (*sources, *coefficients)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    sources, coefficients, ctx.plan, _ = inputs
+    ctx.num_sources = len(sources)
+    ctx.save_for_backward(*sources, *coefficients)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    saved = list(ctx.saved_tensors)
+    sources, coefficients = saved[: ctx.num_sources], saved[ctx.num_sources :]
+    grads = _transfer_backward(grad, sources, coefficients, ctx.plan)
+    return grads[: ctx.num_sources], grads[ctx.num_sources :], None, None
+
+
+_transfer.register_autograd(_gradient, setup_context=_save)
+
+
+def _check(plan: TransferPlan, sources: Sequence[Tensor], coefficients: Sequence[Tensor]) -> None:
     if tuple(tuple(s.shape) for s in sources) != plan.source_shapes:
         raise ValueError(f"sources {[list(s.shape) for s in sources]}; the plan is for {[list(s) for s in plan.source_shapes]}")
     expected = [(t.num_layers, len(t.names), plan.num_blocks(t)) for t in plan.targets]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+MAX_BLOCKS, MAX_SOURCES = 8, 4
+"""Of a plan that the Triton kernel runs in one launch."""
+_plans: weakref.WeakValueDictionary[int, TransferPlan] = weakref.WeakValueDictionary()
+_keys = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,12 @@ class Slice:
         """One past the last number read."""
         return self.offset + (self.groups - 1) * self.group_stride + (self.rows - 1) * self.row_stride + self.columns
 
+    @property
+    def contiguous(self) -> bool:
+        """Whether the numbers read follow one another."""
+        rows_meet = self.rows == 1 or self.row_stride == self.columns
+        return rows_meet and (self.groups == 1 or self.group_stride == self.rows * self.columns)
+
     def index(self) -> Tensor:
         """[size], int64: the places of the numbers read, in the tensor's order."""
         groups, rows, columns = (torch.arange(n) for n in (self.groups, self.rows, self.columns))
@@ -89,6 +104,11 @@ class TransferPlan:
         targets: one per tower.
         device: of the index tensors.
 
+    Attributes:
+        key: a number under which `find_plan` gives the plan, since torch's custom operators take tensors and numbers only.
+        mixes: (K_A, K_B), blocks that every layer takes from its first and its second source; None where targets differ in it, or what
+            they mix is more than the Triton kernel can.
+
     Raises:
         ValueError: slices that do not have their tensor's size or pass the end of their source.
     """
@@ -98,14 +118,32 @@ class TransferPlan:
     ) -> None:
         self.source_shapes = tuple((int(k), int(p)) for k, p in source_shapes)
         self.targets = tuple(targets)
+        self.device = torch.device(device or "cpu")
         self._check()
+        self.key = next(_keys)
+        _plans[self.key] = self
+        self.mixes = self._mixes()
+        self.out_size = sum(target.num_layers * sum(target.sizes) for target in self.targets)
         # Every matrix of a ViT block is a multiple of width^2: in pieces of the common divisor all T tensors are one batched product.
         self.pieces = tuple(math.gcd(*target.sizes) for target in self.targets)
         self.piece_tensors = tuple(
             torch.repeat_interleave(torch.arange(len(t.sizes)), torch.tensor(t.sizes) // piece).to(device)
             for t, piece in zip(self.targets, self.pieces, strict=True)
         )
-        self.indices = tuple(tuple(self._index(t, i, device) for i in range(len(t.sources))) for t in self.targets)
+
+    @functools.cached_property
+    def indices(self) -> tuple[tuple[Tensor | None, ...], ...]:
+        """[target][source]: the places read, or None where they are the whole source in order."""
+        return tuple(tuple(self._index(t, i, self.device) for i in range(len(t.sources))) for t in self.targets)
+
+    @functools.cached_property
+    def layer_plans(self) -> tuple[TransferPlan, ...]:
+        """For each target the plan of a single layer of it, with that target's sources alone."""
+        plans = []
+        for target in self.targets:
+            alone = dataclasses.replace(target, num_layers=1, sources=tuple(range(len(target.sources))))
+            plans.append(TransferPlan([self.source_shapes[source] for source in target.sources], [alone], self.device))
+        return tuple(plans)
 
     def num_blocks(self, target: Target) -> int:
         """K: blocks that a layer of the target mixes."""
@@ -120,14 +158,29 @@ class TransferPlan:
                 layer[name] = tensor.view(shape)
         return layers
 
-    def _index(self, target: Target, part: int, device: torch.device | str | None) -> Tensor | None:
-        """The places read in a source, or None where they are the whole source in order."""
+    def _index(self, target: Target, part: int, device: torch.device) -> Tensor | None:
         index = torch.cat([piece.index() for piece in target.slices[part]])
         size = self.source_shapes[target.sources[part]][1]
         if len(index) == size and torch.equal(index, torch.arange(size)):
             return None
         # Half the memory, where 32 bits suffice.
         return index.to(device=device, dtype=torch.int32 if size < 2**31 else torch.int64)
+
+    def used(self, target: Target) -> list[int]:
+        """Places in the target's sources of those that have blocks."""
+        return [i for i, source in enumerate(target.sources) if self.source_shapes[source][0]]
+
+    def _mixes(self) -> tuple[int, int] | None:
+        counts = {tuple(self.source_shapes[target.sources[i]][0] for i in self.used(target)) for target in self.targets}
+        pair = counts.pop()
+        if counts or len(self.source_shapes) > MAX_SOURCES or not 0 < len(pair) <= 2 or sum(pair) > MAX_BLOCKS:
+            return None
+        for target in self.targets:
+            for pieces in zip(*(target.slices[i] for i in self.used(target)), strict=True):
+                same_shape = len({(piece.groups, piece.rows, piece.columns) for piece in pieces}) == 1
+                if not same_shape and not all(piece.contiguous for piece in pieces):
+                    return None
+        return pair[0], sum(pair[1:])
 
     def _check(self) -> None:
         for target in self.targets:
@@ -138,3 +191,8 @@ class TransferPlan:
                     raise ValueError(f"source {source}: slices of {[p.size for p in slices]} numbers for tensors of {list(target.sizes)}")
                 if any(piece.offset < 0 or piece.end > self.source_shapes[source][1] for piece in slices):
                     raise ValueError(f"source {source}: a slice passes its {self.source_shapes[source][1]} numbers")
+
+
+def find_plan(key: int) -> TransferPlan:
+    """The plan of that key, which must be alive."""
+    return _plans[key]

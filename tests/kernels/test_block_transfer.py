@@ -57,6 +57,46 @@ def test_equals_fp64(multimodal: int, unimodal: int, depths: tuple[int, int]) ->
         assert (got.double() - want).norm() <= 2e-6 * want.norm()
 
 
+@pytest.mark.parametrize(("multimodal", "unimodal"), [(1, 0), (0, 1), (1, 1), (2, 1), (3, 3), (4, 4)])
+@pytest.mark.parametrize("depths", [(1, 2), (5, 3)])
+def test_triton_equals_fp64_and_repeats(multimodal: int, unimodal: int, depths: tuple[int, int]) -> None:
+    plan, sources, coefficients = case(multimodal, unimodal, 24, 16, depths)
+    exact = run(plan, [x.double() for x in sources], [x.double() for x in coefficients], "reference")
+    found, again = (run(plan, sources, coefficients, "triton") for _ in range(2))
+    for got, repeated, want in zip(found, again, exact, strict=True):
+        assert (got.double() - want).norm() <= 1e-6 * want.norm()
+        assert torch.equal(got, repeated)
+
+
+@pytest.mark.parametrize("widths", [(17, 5), (300, 12)])
+def test_triton_with_odd_sizes(widths: tuple[int, int]) -> None:
+    """Rows of other lengths than tiles, sliced and whole."""
+    blocks = [{"a": torch.randn(*widths), "b": torch.randn(widths[0])} for _ in range(2)]
+    coefficients = torch.randn(3, 2, 2)
+    wide, narrow = transfer_blocks(blocks, coefficients, backend="triton"), transfer_blocks(blocks, coefficients, backend="chunked")
+    for first, second in zip(wide, narrow, strict=True):
+        for name in ("a", "b"):
+            torch.testing.assert_close(first[name], second[name])
+
+
+def test_a_plan_that_one_launch_cannot_run_is_refused() -> None:
+    plan, sources, coefficients = case(5, 4, 4, 4, (2, 2))
+    with pytest.raises(ValueError, match="at most 8 blocks"):
+        block_transfer(plan, sources, coefficients, backend="triton")
+
+
+def test_torch_compile_sees_one_operator() -> None:
+    plan, sources, coefficients = case(1, 1, 24, 16, (3, 2))
+    leaves = [x.clone().requires_grad_() for x in (*sources, *coefficients)]
+
+    def total(*x: Tensor) -> Tensor:
+        return sum((layers.sin()).sum() for layers in block_transfer(plan, x[:3], x[3:], backend="triton"))  # type: ignore[return-value]
+
+    compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
+    for got, want in zip(torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(total(*leaves), leaves), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_slices_are_the_leading_heads_of_queries_keys_and_values() -> None:
     plan, sources, coefficients = case(1, 1, 24, 16, (2, 3))
     layer = plan.views(1, block_transfer(plan, sources, coefficients)[1])[2]
@@ -83,13 +123,15 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *x: tuple(block_transfer(plan, x[:3], x[3:])), leaves, fast_mode=True)
 
 
-def test_half_precision_layers_are_rounded_once() -> None:
+@pytest.mark.parametrize(("backend", "dtype"), [("chunked", torch.bfloat16), ("triton", torch.float16)])
+def test_half_precision_layers_are_rounded_once(backend: str, dtype: torch.dtype) -> None:
+    """Triton in fp16, since its interpreter cuts bf16 off instead of rounding."""
     plan, sources, coefficients = case(1, 1, 24, 16, (4, 3))
-    exact = block_transfer(plan, sources, coefficients)
+    exact = block_transfer(plan, sources, coefficients, backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
-        half = block_transfer(plan, sources, coefficients, out_dtype=torch.bfloat16)
+        half = block_transfer(plan, sources, coefficients, out_dtype=dtype, backend=backend)
     for a, b in zip(exact, half, strict=True):
-        assert torch.equal(a.bfloat16(), b)
+        assert torch.equal(a.to(dtype), b)
 
 
 def test_blocks_by_name() -> None:
