@@ -166,6 +166,8 @@ class Extraction:
     """Learning rate of the coefficients, as a multiple of the blocks'."""
     stem_rate: float = 0.5
     """Learning rate of the stems, as a multiple of the blocks'."""
+    compose_per_layer: bool = False
+    """Sum a layer's matrices when it runs, not all before the first; with engine.activation_checkpointing one layer's are in memory."""
     loss: DistillationLoss = field(default_factory=DistillationLoss)
     """What is compared with the ancestor."""
 

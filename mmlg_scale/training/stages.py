@@ -332,7 +332,8 @@ class ExtractionStage:
 
     def students(self, step: int) -> list[dict[str, Any]]:
         size = self.size(step)
-        return [size | {f"tap_{tower}": tap_layers(self._hidden_depths, size[f"{tower}_layers"]) for tower in ("image", "text")}]
+        taps = {f"tap_{tower}": tap_layers(self._hidden_depths, size[f"{tower}_layers"]) for tower in ("image", "text")}
+        return [size | taps | {"compose_per_layer": self.settings.compose_per_layer}]
 
     @property
     def _hidden_depths(self) -> Sequence[float]:

@@ -16,6 +16,7 @@ from mmlg_scale import load_learngene, towers
 from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP, learngene_tensors
 from mmlg_scale.learngene.baselines import even_layers, initialise
+from mmlg_scale.learngene.compose import compose_layers
 from mmlg_scale.learngene.file import Learngene
 from mmlg_scale.learngene.mixing import knot_weights, relative_depth
 from mmlg_scale.learngene.structure import Structure
@@ -56,7 +57,7 @@ def test_layers_follow_the_formula(auxiliary: AuxiliaryCLIP, tower: str, num_lay
         share = (t - knots[upper - 1]) / (knots[upper] - knots[upper - 1])
         return (1 - share) * values[upper - 1] + share * values[upper]
 
-    for layer, tensors in enumerate(auxiliary.layers(tower, num_layers)):
+    for layer, tensors in enumerate(compose_layers(auxiliary.structure, auxiliary._get, {tower: (num_layers, None)})[tower]):
         t = 0.5 if num_layers == 1 else layer / (num_layers - 1)
         for index, entry in enumerate(layout.matrices):
             expected = torch.zeros(entry.shape, dtype=torch.float64)
