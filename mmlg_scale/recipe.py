@@ -132,6 +132,8 @@ class DistillationLoss:
     """Weight of the contrastive loss on the pairs themselves."""
     feature: float = 8.0
     """Weight of (1 - cosine) between student's and ancestor's features, each tower (TinyCLIP-like feature matching)."""
+    affinity: float = 0.0
+    """Weight of the cross entropy between the ancestor's and the student's similarities of the batch's images and texts (TinyCLIP)."""
     hidden: float = 1.0
     """Weight of the normalised mean squared error between hidden states at `hidden_depths`, each tower."""
     hidden_depths: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmlg_scale import recipe, towers
-from mmlg_scale.objectives import feature_distance, hidden_distance
+from mmlg_scale.objectives import distillation, feature_distance, hidden_distance
 from mmlg_scale.training.loop import rate_factor
 from mmlg_scale.training.meters import Meters
 from mmlg_scale.training.stages import ExtractionStage, decay_groups, tap_layers
@@ -47,6 +48,25 @@ def test_feature_distance_ignores_length() -> None:
     features = torch.randn(5, 4, generator=generator)
     assert float(feature_distance(features, 3 * features)) == pytest.approx(0, abs=1e-6)
     assert float(feature_distance(features, -features)) == pytest.approx(2)
+
+
+def test_affinity_by_hand() -> None:
+    """The cross entropy of the ancestor's softmax over each image's texts, and each text's images, in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        {"image_features": torch.randn(6, n, generator=generator), "text_features": torch.randn(6, n, generator=generator)} for n in (4, 5)
+    )
+    student["logit_scale"], teacher["logit_scale"] = torch.tensor([3.0]), torch.tensor([9.0])
+    logits, theirs = (
+        (x["logit_scale"] * F.normalize(x["image_features"], dim=1) @ F.normalize(x["text_features"], dim=1).T).double()
+        for x in (student, teacher)
+    )
+    affinity = sum(F.cross_entropy(a, b.softmax(dim=1)) for a, b in ((logits, theirs), (logits.T, theirs.T))) / 2
+    pairs = sum(F.cross_entropy(a, torch.arange(6)) for a in (logits, logits.T)) / 2
+    weights = recipe.DistillationLoss(contrastive=0.5, affinity=2.0, feature=0.0, hidden=0.0)
+    loss, terms = distillation(student, teacher, torch.zeros(6, 1, dtype=torch.long), weights)
+    assert float(loss) == pytest.approx(float(0.5 * pairs + 2 * affinity), rel=1e-6)
+    assert list(terms) == ["contrastive_with_affinity"]
 
 
 def test_a_scale_above_the_bound_can_come_back() -> None:
