@@ -162,6 +162,8 @@ class Extraction:
     """Smallest depth drawn."""
     max_layers: int | None = None
     """Largest depth drawn; null: the ancestor's."""
+    students_per_step: int = 1
+    """Sizes drawn every step, which share the ancestor's one forward pass; their losses are averaged."""
     training: Training = field(default_factory=Training)
     """The loop's settings; its learning rate is that of the blocks."""
     coefficient_rate: float = 3.0
@@ -180,6 +182,7 @@ class Extraction:
             _require(getattr(self, name) >= 0, f"{key}.{name}", "is negative", "Use 0 or more.")
         _require(self.num_multimodal + self.num_unimodal > 0, key, "has no blocks", "Set num_unimodal to 1.")
         _require(self.num_knots >= 2, f"{key}.num_knots", f"is {self.num_knots}", "Use 2 or more.")
+        _require(self.students_per_step >= 1, f"{key}.students_per_step", f"is {self.students_per_step}", "Use 1 or more.")
         _require(self.min_layers >= 1, f"{key}.min_layers", f"is {self.min_layers}", "Use 1 or more.")
         most = self.max_layers
         _require(most is None or most >= self.min_layers, f"{key}.max_layers", f"is {most}, below min_layers", "Use that or more.")

@@ -291,12 +291,13 @@ class ExtractionStage:
             model = _with_maps(auxiliary, teacher.config, teacher.config)
         self.model = model.to(device)
 
-    def size(self, step: int) -> dict[str, int]:
-        """The size drawn at `step`: the same on every rank, and after every resume.
+    def sizes(self, step: int) -> list[dict[str, int]]:
+        """The sizes drawn at `step`: the same on every rank, and after every resume."""
+        return [self._size([self.seed, step, *([index] if index else [])]) for index in range(self.settings.students_per_step)]
 
-        One depth for both towers, scaled down for the one that has fewer layers to draw from, and a width for each.
-        """
-        generator = np.random.default_rng([self.seed, step])
+    def _size(self, seed: list[int]) -> dict[str, int]:
+        """One depth for both towers, scaled down for the one that has fewer layers to draw from, and a width for each."""
+        generator = np.random.default_rng(seed)
         layers = self._depths(int(generator.integers(self.settings.min_layers, max(self.max_layers.values()), endpoint=True)))
         shares = generator.choice(self.settings.width_shares, size=2)
         return layers | {f"{tower}_width": self._width(tower, share) for tower, share in zip(("image", "text"), shares, strict=True)}
@@ -331,9 +332,11 @@ class ExtractionStage:
         return groups
 
     def students(self, step: int) -> list[dict[str, Any]]:
-        size = self.size(step)
-        taps = {f"tap_{tower}": tap_layers(self._hidden_depths, size[f"{tower}_layers"]) for tower in ("image", "text")}
-        return [size | taps | {"compose_per_layer": self.settings.compose_per_layer}]
+        found: list[dict[str, Any]] = []
+        for size in self.sizes(step):
+            taps = {f"tap_{tower}": tap_layers(self._hidden_depths, size[f"{tower}_layers"]) for tower in ("image", "text")}
+            found.append(size | taps | {"compose_per_layer": self.settings.compose_per_layer})
+        return found
 
     @property
     def _hidden_depths(self) -> Sequence[float]:
@@ -350,7 +353,8 @@ class ExtractionStage:
         return distillation(outputs, targets, text_BT, self.settings.loss)
 
     def flops(self, step: int) -> tuple[int, int]:
-        return 3 * forward_flops(towers.with_sizes(self.teacher.config, **self.size(step)))["total"], self.teacher.flops
+        students = sum(forward_flops(towers.with_sizes(self.teacher.config, **size))["total"] for size in self.sizes(step))
+        return 3 * students, self.teacher.flops
 
     def evaluated_sizes(self) -> dict[str, dict[str, int]]:
         least, most = self.settings.min_layers, max(self.max_layers.values())

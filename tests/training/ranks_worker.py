@@ -52,7 +52,7 @@ EXACT = [
     *(Case(kind, zero, 1, 0.5, True) for zero in (1, 3) for kind in KINDS),
     Case("extraction", 2, 2, 0.5, True),
     *(Case("extraction", zero, checkpointing=True, per_layer=True) for zero in (1, 2, 3)),
-    *(Case("affinity", zero, parts) for zero, parts in ((1, 1), (3, 2))),
+    *(Case(kind, zero, parts) for zero, parts in ((1, 1), (3, 2)) for kind in ("affinity", "students")),
     Case("ancestor", 0, change="own_gather"),
 ]
 WRONG = [

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from mmlg_scale import recipe, towers
+from mmlg_scale.accounting import forward_flops
 from mmlg_scale.objectives import distillation, feature_distance, hidden_distance
 from mmlg_scale.training.loop import rate_factor
 from mmlg_scale.training.meters import Meters
@@ -78,6 +79,18 @@ def test_a_scale_above_the_bound_can_come_back() -> None:
     assert scale.grad.item() == pytest.approx(100.0, rel=1e-6)
 
 
+def test_several_students_share_the_teacher() -> None:
+    one, three = (build_stage(kind, torch.device("cpu")) for kind in ("extraction", "students"))
+    assert isinstance(three, ExtractionStage)
+    sizes = [three.sizes(step) for step in range(20)]
+    assert isinstance(one, ExtractionStage)
+    assert [step[0] for step in sizes] == [one.sizes(step)[0] for step in range(20)]
+    assert len({size["image_layers"] for step in sizes for size in step}) > 1
+    assert any(step[0] != step[1] for step in sizes)
+    alone = [forward_flops(towers.with_sizes(three.teacher.config, **size))["total"] for size in sizes[0]]
+    assert three.flops(0) == (3 * sum(alone), one.flops(0)[1])
+
+
 def test_only_matrices_decay() -> None:
     clip = towers.build_clip(towers.model_config(CONFIG), seed=0)
     names = {id(parameter): name for name, parameter in clip.named_parameters()}
@@ -106,10 +119,10 @@ def test_extraction_rates() -> None:
 def test_depths_are_drawn_by_seed_and_step_alone() -> None:
     stage = build_stage("extraction", torch.device("cpu"))
     assert isinstance(stage, ExtractionStage)
-    depths = [stage.size(step)["image_layers"] for step in range(200)]
+    depths = [stage.sizes(step)[0]["image_layers"] for step in range(200)]
     assert set(depths) == {2, 3}
     assert 70 < depths.count(2) < 130
-    assert [stage.size(step)["text_layers"] for step in (5, 150, 5)] == [depths[5], depths[150], depths[5]]
+    assert [stage.sizes(step)[0]["text_layers"] for step in (5, 150, 5)] == [depths[5], depths[150], depths[5]]
 
 
 def test_a_resumed_run_has_every_line_once(tmp_path: Path) -> None:
