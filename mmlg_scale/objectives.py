@@ -1,7 +1,8 @@
 """Losses over tower outputs: contrastive, and the terms that compare a student with the frozen ancestor.
 
 All of them take the dictionaries that the towers' forward passes return: ``image_features`` / ``text_features`` [B, D] (not
-normalised), ``image_hidden`` / ``text_hidden`` (lists of [B, T, d]) and ``logit_scale`` (the multiplier).
+normalised), ``image_hidden`` / ``text_hidden`` (lists of [B, T, d]), ``logit_scale`` (the multiplier) and, for
+SigLIP, ``logit_bias``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from mmlg_kernels import contrastive_distillation_loss, contrastive_loss
+from mmlg_kernels import contrastive_distillation_loss, contrastive_loss, sigmoid_loss
 from torch import Tensor
 
 from mmlg_scale.recipe import DistillationLoss
@@ -21,23 +22,30 @@ Outputs = Mapping[str, Any]
 
 
 def contrastive(outputs: Outputs) -> Tensor:
-    """CLIP's symmetric cross entropy over the global batch (Radford et al. 2021, figure 3).
+    """CLIP's symmetric cross entropy over the global batch (Radford et al. 2021, figure 3), or SigLIP's loss for outputs with a logit bias.
 
     Under several ranks the mean of the returned values over ranks is the global batch's loss, and gradients are right after the
     engine has averaged them over ranks.
     """
+    if "logit_bias" in outputs:
+        return sigmoid_loss(*_unit(outputs), outputs["logit_bias"].float(), group=_group())
     return contrastive_loss(*_unit(outputs), group=_group())
 
 
 def contrastive_with_affinity(student: Outputs, teacher: Outputs, weights: DistillationLoss) -> Tensor:
-    """The contrastive loss and TinyCLIP's affinity mimicking, weighted, out of one pass over the similarities; see `contrastive`."""
-    return contrastive_distillation_loss(
+    """The contrastive loss and TinyCLIP's affinity mimicking, weighted, out of one pass over the similarities; see `contrastive`.
+
+    SigLIP's loss, which is no softmax, takes a pass of its own.
+    """
+    own_pass = "logit_bias" in student
+    loss = contrastive_distillation_loss(
         *_unit(student),
         *_unit(teacher),
-        contrastive_weight=weights.contrastive,
+        contrastive_weight=0.0 if own_pass else weights.contrastive,
         distillation_weight=weights.affinity,
         group=_group(),
     )
+    return loss + weights.contrastive * contrastive(student) if own_pass else loss
 
 
 def _unit(outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:

@@ -73,6 +73,8 @@ class Model:
     """An open_clip model configuration inline: embed_dim, vision_cfg, text_cfg. A vocab_size left out is taken from the tokenizer."""
     weights: str | None = None
     """A file of the ancestor's weights (open_clip, OpenAI or Hugging Face state dict; .safetensors or .pt): it is then not trained here."""
+    loss: Literal["clip", "siglip"] = "clip"
+    """Contrastive loss of every stage: CLIP's softmax over rows and columns, or SigLIP's sigmoid of each pair and a learned bias."""
 
 
 @dataclass

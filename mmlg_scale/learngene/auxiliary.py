@@ -181,7 +181,7 @@ class _StemRunner(nn.Module):
         patches: Tensor | None,
         checkpoint: bool,
     ) -> dict[str, Any]:
-        outputs: dict[str, Any] = {"logit_scale": towers.logit_multiplier(self.clip.logit_scale)}
+        outputs = towers.logits_outputs(self.clip)
         if image is not None:
             outputs["image_features"], outputs["image_hidden"] = towers.run_image_tower(
                 self.clip.visual, image_blocks, image, tap_image, patches=patches, checkpoint=checkpoint

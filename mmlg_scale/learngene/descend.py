@@ -67,7 +67,7 @@ def compose_descendant(
     stem = narrow_state(stem_shapes(config), lambda name: tensors[STEM + name])
     if modality != "both":
         stem = {name: tensor for name, tensor in stem.items() if name.startswith("visual.") == (modality == "image")}
-        stem.pop("logit_scale", None)
+        stem = {name: tensor for name, tensor in stem.items() if not name.startswith("logit_")}
     # Layers are fresh tensors; stems are copied, so that whoever changes a descendant in place leaves the learngene alone.
     stem = {name: tensor.clone() for name, tensor in stem.items()}
     return Descendant(towers.join_state(stem, blocks), config, modality, dict(tokenizer_files))

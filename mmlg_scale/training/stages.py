@@ -83,7 +83,7 @@ class PlainCLIP(nn.Module):
         patches: Tensor | None = None,
         checkpoint: bool = False,
     ) -> dict[str, Any]:
-        outputs: dict[str, Any] = {"logit_scale": towers.logit_multiplier(self.clip.logit_scale)}
+        outputs = towers.logits_outputs(self.clip)
         if image is not None:
             outputs["image_features"], outputs["image_hidden"] = towers.encode_image_with_hidden(
                 self.clip, image, tap_image, patches=patches, checkpoint=checkpoint
@@ -185,7 +185,7 @@ _PATCH_STREAM = 1
 
 # Biases, norms, positions, embeddings and the logit scale are not decayed (open_clip decays its token embedding; a row that a batch does
 # not use would shrink without a gradient to hold it).
-_UNDECAYED = ("positional_embedding", "class_embedding", "token_embedding", "logit_scale")
+_UNDECAYED = ("positional_embedding", "class_embedding", "token_embedding", "logit_scale", "logit_bias")
 
 
 def decay_groups(model: nn.Module, optimizer: recipe.Optimizer, factor: float = 1.0) -> list[dict[str, Any]]:

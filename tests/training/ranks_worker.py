@@ -53,6 +53,8 @@ EXACT = [
     Case("extraction", 2, 2, 0.5, True),
     *(Case("extraction", zero, checkpointing=True, per_layer=True) for zero in (1, 2, 3)),
     *(Case(kind, zero, parts) for zero, parts in ((1, 1), (3, 2)) for kind in ("affinity", "students")),
+    *(Case("siglip", zero, parts) for zero, parts in ((0, 1), (2, 4))),
+    Case("siglip_extraction", 3),
     Case("ancestor", 0, change="own_gather"),
 ]
 WRONG = [

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import forward_flops
-from mmlg_scale.objectives import distillation, feature_distance, hidden_distance
+from mmlg_scale.objectives import contrastive, distillation, feature_distance, hidden_distance
 from mmlg_scale.training.loop import rate_factor
 from mmlg_scale.training.meters import Meters
 from mmlg_scale.training.stages import ExtractionStage, decay_groups, tap_layers
@@ -68,6 +68,19 @@ def test_affinity_by_hand() -> None:
     loss, terms = distillation(student, teacher, torch.zeros(6, 1, dtype=torch.long), weights)
     assert float(loss) == pytest.approx(float(0.5 * pairs + 2 * affinity), rel=1e-6)
     assert list(terms) == ["contrastive_with_affinity"]
+
+
+def test_siglip_by_hand() -> None:
+    """The definition in fp64, and open_clip's own."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = {f"{tower}_features": torch.randn(6, 4, generator=generator) for tower in ("image", "text")}
+    outputs |= {"logit_scale": torch.tensor([8.0]), "logit_bias": torch.tensor([-3.0])}
+    image, text = (F.normalize(outputs[f"{tower}_features"], dim=1) for tower in ("image", "text"))
+    signs = 2 * torch.eye(6, dtype=torch.float64) - 1
+    expected = -F.logsigmoid(signs * (8 * image.double() @ text.double().T - 3)).sum() / 6
+    assert float(contrastive(outputs)) == pytest.approx(float(expected), rel=1e-6)
+    theirs = towers.open_clip.loss.SigLipLoss()(image, text, outputs["logit_scale"], outputs["logit_bias"])
+    assert float(contrastive(outputs)) == pytest.approx(float(theirs), rel=1e-5)
 
 
 def test_a_scale_above_the_bound_can_come_back() -> None:
