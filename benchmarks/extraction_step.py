@@ -3,11 +3,11 @@
     python -m benchmarks.extraction_step                   # table; about a minute on two cores
     python -m benchmarks.extraction_step --out DIR         # and extraction_step.json
 
-Three ways of composing the layers' weights out of the blocks: one product per matrix (as eager torch does it), `block_transfer` of all layers
-at once, and one layer at a time inside activation-checkpointed layers (`extraction.compose_per_layer`). Each runs in a process of its
-own, since a process's peak memory only rises. Operators are counted by the profiler while the weights are composed, those that only view or
-allocate left out; memory is the process's peak in one forward and backward pass (random weights, 8 pairs, contrastive loss, fp32, all blocks
-checkpointed), less what the process held before.
+Three ways of composing the layers' weights out of the blocks: one product per matrix (as eager torch does it), `block_transfer` of all
+layers at once, and one layer at a time inside activation-checkpointed layers (`extraction.compose_per_layer`). Each runs in a process of
+its own, since a process's peak memory only rises. Operators are counted by the profiler while the weights are composed, those that only
+view or allocate left out; memory is the process's peak in one forward and backward pass (random weights, 8 pairs, contrastive loss, fp32,
+all blocks checkpointed), less what the process held before.
 """
 
 from __future__ import annotations
@@ -76,7 +76,11 @@ def make_step(model: str, mode: str) -> tuple[measure.Step, measure.Step]:
     sizes = {tower: (count, None) for tower, count in layers.items()}
     alone = measure.Step(lambda: compose(structure, auxiliary._get, sizes), lambda value: None)
     if mode == "layer by layer":
-        alone = measure.Step(lambda: [make() for made in compose_lazily(structure, auxiliary._get, sizes).values() for make in made], alone.backward)
+
+        def each() -> list[Layer]:
+            return [make() for made in compose_lazily(structure, auxiliary._get, sizes).values() for make in made]
+
+        alone = measure.Step(each, lambda value: None)
     return alone, measure.Step(forward, lambda loss: torch.autograd.grad(loss, list(auxiliary.parameters()), allow_unused=True))
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 16 * 2**20
-"""Memory for one chunk of logits: a batch of up to 2,048 in fp32 is a single chunk."""
+CHUNK_BYTES = 8 * 2**20
+"""Memory for one chunk of logits: a batch of up to 1,448 in fp32 is a single chunk."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

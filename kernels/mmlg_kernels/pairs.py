@@ -177,11 +177,14 @@ def sigmoid_loss_backward(
 
 
 def finish(grad: Tensor, x: Tensor, scale: Tensor, dx: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """W Y and W^T X -> gradients. The scale's needs no pass of its own: s dLoss/ds = sum_i <x_i, dLoss/dx_i>."""
+    """W Y and W^T X -> gradients, in place. The scale's needs no pass of its own: s dLoss/ds = sum_i <x_i, dLoss/dx_i>."""
     factor = grad.to(dx.dtype) / x.shape[0]
-    dscale = ((x.to(dx.dtype) * dx).sum() * factor).to(scale.dtype).reshape(scale.shape)
+    # In parts: all products at once would be a third array of this size. On a GPU launches cost more than that.
+    rows = len(x) if x.is_cuda else 1024
+    products = torch.stack([(part.to(dx.dtype) * dpart).sum() for part, dpart in zip(x.split(rows), dx.split(rows), strict=True)])
+    dscale = (products.sum() * factor).to(scale.dtype).reshape(scale.shape)
     each = factor * scale.to(dx.dtype)
-    return (dx * each).to(x.dtype), (dy * each).to(x.dtype), dscale
+    return dx.mul_(each).to(x.dtype), dy.mul_(each).to(x.dtype), dscale
 
 
 @softmax_loss.register_fake
