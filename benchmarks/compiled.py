@@ -22,7 +22,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 
 import torch
 import triton
-from mmlg_kernels import tiled
+from mmlg_kernels import tiled, tiled_distillation, transfer_tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -33,30 +33,52 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MATRIX_INSTRUCTIONS = r"\b(HGMMA|WGMMA|UTC[A-Z]*MMA|TCGEN05|HMMA|QMMA|OMMA)\b"
 
-# Arguments in order: x pointers of features, f of fp32, i an integer; out is a pointer to features.
-KERNELS = {
-    "softmax_forward": (tiled.softmax_forward_kernel, "xxfffiiii"),
-    "softmax_gradient": (tiled.softmax_gradient_kernel, "xxfffxiiii"),
-    "sigmoid_forward": (tiled.sigmoid_forward_kernel, "xxfffiiii"),
-    "sigmoid_gradient": (tiled.sigmoid_gradient_kernel, "xxffxfiiii"),
+# Arguments in order: x pointers of features, f of fp32, t of the table of tiles, i an integer, r a real number; o a pointer to results,
+# which are in bf16 for fp32 blocks. Then the constants. Integers named here are multiples of 16 in every real model.
+SIMILARITIES = {
+    "softmax_forward": (tiled.softmax_forward_kernel, "xxfffiiii", tiled.tile_for),
+    "softmax_gradient": (tiled.softmax_gradient_kernel, "xxfffxiiii", tiled.tile_for),
+    "sigmoid_forward": (tiled.sigmoid_forward_kernel, "xxfffiiii", tiled.tile_for),
+    "sigmoid_gradient": (tiled.sigmoid_gradient_kernel, "xxffxfiiii", tiled.tile_for),
+    "distillation_forward": (tiled_distillation.distillation_forward_kernel, "xxxxffffffffiiiii", tiled_distillation.tile_for),
+    "distillation_gradient": (tiled_distillation.distillation_gradient_kernel, "xxxxffffffxiiiiirr", tiled_distillation.tile_for),
 }
+TRANSFERS = {
+    "block_transfer": (transfer_tiles.transfer_kernel, "tfffffo", {}),
+    "block_transfer_gradient": (transfer_tiles.transfer_gradient_kernel, "tfffffofffffii", {"ADD_A": True, "ADD_B": False}),
+}
+MIXES = ((1, 1), (4, 4))
+"""Multimodal and unimodal blocks of a layer."""
+MULTIPLES = ("width", "teacher_width", "num_columns")
 
 
-def compile_kernel(name: str, dtype: torch.dtype, arch: int) -> dict[str, Any]:
-    """Compile one kernel as it is launched, and read its machine code."""
-    kernel, kinds = KERNELS[name]
-    tile = tiled.tile_for(dtype, forward=name.endswith("forward"))
-    types = {"x": f"*{DTYPES[dtype]}", "f": "*fp32", "i": "i32"}
-    names = kernel.arg_names
+def compile_similarity(name: str, dtype: torch.dtype, arch: int) -> dict[str, Any]:
+    """Compile a kernel over tiles of similarities as it is launched, and read its machine code."""
+    kernel, kinds, tile_for = SIMILARITIES[name]
+    tile = tile_for(dtype, forward=name.endswith("forward"))
     constants = {"BM": tile.rows, "BN": tile.columns, "BD": tile.depth, "PRECISION": "ieee"}
+    facts = {"kernel": name, "dtype": DTYPES[dtype], "arch": f"sm_{arch}", "tile": [tile.rows, tile.columns, tile.depth]}
+    return facts | _compile(kernel, kinds, constants, DTYPES[dtype], arch, tile.num_warps, tile.num_stages)
+
+
+def compile_transfer(name: str, mixes: tuple[int, int], dtype: torch.dtype, arch: int) -> dict[str, Any]:
+    """Compile a kernel of block transfer, from fp32 blocks to layers of a dtype."""
+    kernel, kinds, flags = TRANSFERS[name]
+    tile = {"ROWS": transfer_tiles.ROWS, "COLUMNS": transfer_tiles.COLUMNS}
+    constants = {"KA": mixes[0], "KB": mixes[1], **tile, "ALIGNED": True, **flags}
+    facts = {"kernel": name, "dtype": DTYPES[dtype], "arch": f"sm_{arch}", "tile": list(tile.values()), "blocks": sum(mixes)}
+    return facts | _compile(kernel, kinds, constants, DTYPES[dtype], arch, 4, 3)
+
+
+def _compile(kernel: Any, kinds: str, constants: dict[str, Any], dtype: str, arch: int, num_warps: int, num_stages: int) -> dict[str, Any]:
+    types = {"x": f"*{dtype}", "o": f"*{dtype}", "f": "*fp32", "t": "*i64", "i": "i32", "r": "fp32"}
+    names = kernel.arg_names
     signature = {argument: types[kind] for argument, kind in zip(names, kinds, strict=False)} | dict.fromkeys(constants, "constexpr")
-    assert list(signature) == list(names), f"{name}: {names}"
-    # Features lie at addresses that are multiples of 16, as torch allocates them; the width is one in every real model.
-    aligned = {
-        (index,): [["tt.divisibility", 16]] for index, kind in enumerate(kinds) if kind != "i" or names[index] in ("width", "num_columns")
-    }
+    assert list(signature) == list(names), f"{names}"
+    # Tensors lie at addresses that are multiples of 16, as torch allocates them.
+    aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(kinds) if kind not in "ir" or names[index] in MULTIPLES}
     source = ASTSource(kernel, signature, constexprs={(names.index(key),): value for key, value in constants.items()}, attrs=aligned)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -65,17 +87,14 @@ def compile_kernel(name: str, dtype: torch.dtype, arch: int) -> dict[str, Any]:
         code = _tool("nvdisasm", "-c", file.name)
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {
-        "kernel": name,
-        "dtype": DTYPES[dtype],
-        "arch": f"sm_{arch}",
-        "tile": [tile.rows, tile.columns, tile.depth],
-        "num_warps": tile.num_warps,
+        "num_warps": num_warps,
         "registers": found["REG"],
         "stack_bytes": found["STACK"],
         "local_bytes": found["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
         "matrix_instructions": sorted(set(re.findall(MATRIX_INSTRUCTIONS, code))),
         "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.[A-Z0-9.]*128\b", code)) + len(re.findall(r"\bLDGSTS[A-Z0-9.]*\.128\b", code)),
+        "wide_stores": len(re.findall(r"\bSTG\.[A-Z0-9.]*128\b", code)),
     }
 
 
@@ -90,13 +109,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder for compiled.json")
     args = parser.parse_args()
     dtypes = [dtype for dtype, name in DTYPES.items() if name in args.dtype]
-    rows = [compile_kernel(name, dtype, arch) for arch in args.arch for name in KERNELS for dtype in dtypes]
+    rows = [compile_similarity(name, dtype, arch) for arch in args.arch for name in SIMILARITIES for dtype in dtypes]
+    rows += [
+        compile_transfer(name, mixes, dtype, arch)
+        for arch in args.arch
+        for name in TRANSFERS
+        for mixes in MIXES
+        for dtype in dtypes
+        if dtype != torch.float16
+    ]
     print("| kernel | dtype | arch | registers | stack | shared | matrix instructions |\n|---|---|---|---|---|---|---|")
     for row in rows:
-        print(
-            f"| {row['kernel']} | {row['dtype']} | {row['arch']} | {row['registers']} | {row['stack_bytes']} "
-            f"| {row['shared_bytes'] / 1024:.0f} KiB | {', '.join(row['matrix_instructions']) or 'none'} |"
-        )
+        name = f"{row['kernel']} of {row['blocks']}" if "blocks" in row else row["kernel"]
+        use = f"{row['registers']} | {row['stack_bytes']} | {row['shared_bytes'] / 1024:.0f} KiB"
+        print(f"| {name} | {row['dtype']} | {row['arch']} | {use} | {', '.join(row['matrix_instructions']) or 'none'} |")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         content = {"triton": triton.__version__, "note": "compiled ahead of time, not run on a GPU", "rows": rows}

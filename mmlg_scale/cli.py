@@ -430,11 +430,20 @@ def _launch_local(arguments: list[str]) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
-    parser = _parser("doctor", "Check what training needs on this machine.")
-    _parse(parser, arguments)
-    from mmlg_scale.doctor import examine
+    parser = _parser(
+        "doctor",
+        "Check what training needs on this machine: packages, GPU, kernels, communication, memory, disk, Slurm. For each: what was found, "
+        "and what to do. ok: there; absent: training goes without it; missing: training needs it, and the exit code is 1.",
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of objects with name, state, found and remedy")
+    options = _parse(parser, arguments)
+    import contextlib
 
-    return examine()
+    from mmlg_scale.doctor import examine, report
+
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed says things on standard output when it is imported
+        findings = examine()
+    return report(findings, as_json=options.json)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
+
+from mmlg_scale.errors import UserError
 
 
 def write_bytes_atomic(path: Path, payload: bytes) -> None:
@@ -30,3 +33,19 @@ def write_text_atomic(path: Path, text: str) -> None:
 def write_json_atomic(path: Path, value: Any) -> None:
     """`write_bytes_atomic` for JSON; NaN and infinity are refused because they are not JSON."""
     write_text_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space where `folder` is, or would be made."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise UserError when fewer than `needed` bytes are free in `folder`, before anything of `what` is written."""
+    free = free_bytes(folder)
+    if free < needed:
+        raise UserError(
+            f"{folder}: {what} needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free. Free some, or write --out to another disk."
+        )

@@ -1,7 +1,8 @@
 """Losses over tower outputs: contrastive, and the terms that compare a student with the frozen ancestor.
 
 All of them take the dictionaries that the towers' forward passes return: ``image_features`` / ``text_features`` [B, D] (not
-normalised), ``image_hidden`` / ``text_hidden`` (lists of [B, T, d]) and ``logit_scale`` (the multiplier).
+normalised), ``image_hidden`` / ``text_hidden`` (lists of [B, T, d]), ``logit_scale`` (the multiplier) and, for
+SigLIP, ``logit_bias``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from mmlg_kernels import contrastive_loss
+from mmlg_kernels import contrastive_distillation_loss, contrastive_loss, sigmoid_loss
 from torch import Tensor
 
 from mmlg_scale.recipe import DistillationLoss
@@ -21,19 +22,40 @@ Outputs = Mapping[str, Any]
 
 
 def contrastive(outputs: Outputs) -> Tensor:
-    """CLIP's symmetric cross entropy over the global batch (Radford et al. 2021, figure 3).
+    """CLIP's symmetric cross entropy over the global batch (Radford et al. 2021, figure 3), or SigLIP's loss for outputs with a logit bias.
 
     Under several ranks the mean of the returned values over ranks is the global batch's loss, and gradients are right after the
     engine has averaged them over ranks.
     """
-    group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
-    return contrastive_loss(
-        outputs["image_features"].float(),
-        outputs["text_features"].float(),
-        outputs["logit_scale"].float(),
-        group=group,
-        normalize=True,
+    if "logit_bias" in outputs:
+        return sigmoid_loss(*_unit(outputs), outputs["logit_bias"].float(), group=_group())
+    return contrastive_loss(*_unit(outputs), group=_group())
+
+
+def contrastive_with_affinity(student: Outputs, teacher: Outputs, weights: DistillationLoss) -> Tensor:
+    """The contrastive loss and TinyCLIP's affinity mimicking, weighted, out of one pass over the similarities; see `contrastive`.
+
+    SigLIP's loss, which is no softmax, takes a pass of its own.
+    """
+    own_pass = "logit_bias" in student
+    loss = contrastive_distillation_loss(
+        *_unit(student),
+        *_unit(teacher),
+        contrastive_weight=0.0 if own_pass else weights.contrastive,
+        distillation_weight=weights.affinity,
+        group=_group(),
     )
+    return loss + weights.contrastive * contrastive(student) if own_pass else loss
+
+
+def _unit(outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised features and the multiplier, in fp32."""
+    image, text = (F.normalize(outputs[f"{tower}_features"].float(), dim=-1) for tower in ("image", "text"))
+    return image, text, outputs["logit_scale"].float()
+
+
+def _group() -> Any:
+    return dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
 
 
 def feature_distance(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
@@ -74,8 +96,13 @@ def distillation(student: Outputs, teacher: Outputs, text_BT: Tensor, weights: D
         student, teacher: outputs of the towers on the same batch; hidden states are needed only where their weight is not 0.
         text_BT: token ids; every token up to and including the end token (the highest id) counts as valid.
     """
-    terms: dict[str, Tensor] = {"contrastive": contrastive(student)}
-    loss = weights.contrastive * terms["contrastive"]
+    terms: dict[str, Tensor] = {}
+    if weights.affinity:
+        # One number for both: to tell them apart would cost a second pass.
+        loss = terms["contrastive_with_affinity"] = contrastive_with_affinity(student, teacher, weights)
+    else:
+        terms["contrastive"] = contrastive(student)
+        loss = weights.contrastive * terms["contrastive"]
     if weights.feature:
         terms["feature"] = feature_distance(student["image_features"], teacher["image_features"]) + feature_distance(
             student["text_features"], teacher["text_features"]

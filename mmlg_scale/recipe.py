@@ -73,6 +73,8 @@ class Model:
     """An open_clip model configuration inline: embed_dim, vision_cfg, text_cfg. A vocab_size left out is taken from the tokenizer."""
     weights: str | None = None
     """A file of the ancestor's weights (open_clip, OpenAI or Hugging Face state dict; .safetensors or .pt): it is then not trained here."""
+    loss: Literal["clip", "siglip"] = "clip"
+    """Contrastive loss of every stage: CLIP's softmax over rows and columns, or SigLIP's sigmoid of each pair and a learned bias."""
 
 
 @dataclass
@@ -132,6 +134,8 @@ class DistillationLoss:
     """Weight of the contrastive loss on the pairs themselves."""
     feature: float = 8.0
     """Weight of (1 - cosine) between student's and ancestor's features, each tower (TinyCLIP-like feature matching)."""
+    affinity: float = 0.0
+    """Weight of the cross entropy between the ancestor's and the student's similarities of the batch's images and texts (TinyCLIP)."""
     hidden: float = 1.0
     """Weight of the normalised mean squared error between hidden states at `hidden_depths`, each tower."""
     hidden_depths: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
@@ -160,12 +164,16 @@ class Extraction:
     """Smallest depth drawn."""
     max_layers: int | None = None
     """Largest depth drawn; null: the ancestor's."""
+    students_per_step: int = 1
+    """Sizes drawn every step, which share the ancestor's one forward pass; their losses are averaged."""
     training: Training = field(default_factory=Training)
     """The loop's settings; its learning rate is that of the blocks."""
     coefficient_rate: float = 3.0
     """Learning rate of the coefficients, as a multiple of the blocks'."""
     stem_rate: float = 0.5
     """Learning rate of the stems, as a multiple of the blocks'."""
+    compose_per_layer: bool = False
+    """Sum a layer's matrices when it runs, not all before the first; with engine.activation_checkpointing one layer's are in memory."""
     loss: DistillationLoss = field(default_factory=DistillationLoss)
     """What is compared with the ancestor."""
 
@@ -176,6 +184,7 @@ class Extraction:
             _require(getattr(self, name) >= 0, f"{key}.{name}", "is negative", "Use 0 or more.")
         _require(self.num_multimodal + self.num_unimodal > 0, key, "has no blocks", "Set num_unimodal to 1.")
         _require(self.num_knots >= 2, f"{key}.num_knots", f"is {self.num_knots}", "Use 2 or more.")
+        _require(self.students_per_step >= 1, f"{key}.students_per_step", f"is {self.students_per_step}", "Use 1 or more.")
         _require(self.min_layers >= 1, f"{key}.min_layers", f"is {self.min_layers}", "Use 1 or more.")
         most = self.max_layers
         _require(most is None or most >= self.min_layers, f"{key}.max_layers", f"is {most}, below min_layers", "Use that or more.")

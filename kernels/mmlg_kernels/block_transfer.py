@@ -43,7 +43,7 @@ def block_transfer(
     compose = _reference if name == "reference" else _chunked
     # Autocast would round the blocks before they are summed.
     with torch.autocast(sources[0].device.type, enabled=False):
-        layers = [compose(plan, i, sources, a, plan.targets[i].num_layers) for i, a in enumerate(coefficients)]
+        layers = [compose(plan, i, sources, a) for i, a in enumerate(coefficients)]
     return [layers_LP.to(out_dtype or sources[0].dtype) for layers_LP in layers]
 
 
@@ -86,28 +86,51 @@ def transfer_blocks(blocks: Sequence[Mapping[str, Tensor]], coefficients_LTK: Te
     return plan.views(0, block_transfer(plan, [flat_KP], [coefficients_LTK], backend=backend)[0])
 
 
-def _chunked(plan: TransferPlan, target_index: int, sources: Sequence[Tensor], coefficients_LTK: Tensor, num_layers: int) -> Tensor:
-    """One batched product per source over pieces of equal size, [N, L, K] @ [N, K, C], and one copy into the layers' order."""
-    target, piece = plan.targets[target_index], plan.pieces[target_index]
-    pieces_NLK = coefficients_LTK.transpose(0, 1).index_select(0, plan.piece_tensors[target_index])
-    total_NLC, first = None, 0
-    for source, index in zip(target.sources, plan.indices[target_index], strict=True):
-        blocks_KP = sources[source]
-        if not (count := blocks_KP.shape[0]):
-            continue
-        read_KP = blocks_KP if index is None else blocks_KP.index_select(1, index)
-        blocks_NKC = read_KP.unflatten(1, (-1, piece)).transpose(0, 1)
-        part_NLK = pieces_NLK[..., first : first + count]
-        total_NLC = torch.bmm(part_NLK, blocks_NKC) if total_NLC is None else torch.baddbmm(total_NLC, part_NLK, blocks_NKC)
-        first += count
-    assert total_NLC is not None
-    return total_NLC.transpose(0, 1).reshape(num_layers, -1)
+def _chunked(plan: TransferPlan, target_index: int, sources: Sequence[Tensor], coefficients_LTK: Tensor) -> Tensor:
+    target, reads = plan.targets[target_index], []
+    for i in plan.used(target):
+        blocks_KP, index = sources[target.sources[i]], plan.indices[target_index][i]
+        reads.append(blocks_KP if index is None else blocks_KP.index_select(1, index))
+    return _Mix.apply(coefficients_LTK, plan.piece_tensors[target_index], *reads)
 
 
-def _reference(plan: TransferPlan, target_index: int, sources: Sequence[Tensor], coefficients_LTK: Tensor, num_layers: int) -> Tensor:
+class _Mix(torch.autograd.Function):
+    """One multiply-add per block into the layers where they lie; backward by batched products, without any tensor of L x K x P.
+
+    In pieces of one size C, each of a single tensor, a layer [P] is [N, C], and the coefficients of all pieces broadcast over it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, coefficients_LTK: Tensor, piece_tensors_N: Tensor, *reads: Tensor) -> Tensor:
+        ctx.save_for_backward(coefficients_LTK, piece_tensors_N, *reads)
+        num_pieces, total_LNC = len(piece_tensors_N), torch.empty(0)
+        pieces_KLN1 = coefficients_LTK.index_select(1, piece_tensors_N).permute(2, 0, 1).unsqueeze(3)
+        for k, block_P in enumerate(block_P for read_KP in reads for block_P in read_KP.unbind(0)):
+            block_NC = block_P.unflatten(0, (num_pieces, -1))
+            total_LNC = pieces_KLN1[k] * block_NC if k == 0 else total_LNC.addcmul_(pieces_KLN1[k], block_NC)
+        return total_LNC.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_LP: Tensor) -> tuple[Tensor | None, ...]:
+        coefficients_LTK, piece_tensors_N, *reads = ctx.saved_tensors
+        grad_NLC = grad_LP.unflatten(1, (len(piece_tensors_N), -1)).transpose(0, 1)
+        pieces_NKL = coefficients_LTK.index_select(1, piece_tensors_N).permute(1, 2, 0)
+        read_grads: list[Tensor | None] = []
+        coefficient_grads, first = [], 0
+        for read_KP in reads:
+            blocks_NCK = read_KP.unflatten(1, (len(piece_tensors_N), -1)).permute(1, 2, 0)
+            mine_NKL = pieces_NKL[:, first : first + len(read_KP)]
+            read_grads.append(torch.bmm(mine_NKL, grad_NLC).transpose(0, 1).flatten(1))
+            coefficient_grads.append(torch.bmm(grad_NLC, blocks_NCK))
+            first += len(read_KP)
+        pieces_LNK = torch.cat(coefficient_grads, dim=2).transpose(0, 1)
+        return torch.zeros_like(coefficients_LTK).index_add_(1, piece_tensors_N, pieces_LNK), None, *read_grads
+
+
+def _reference(plan: TransferPlan, target_index: int, sources: Sequence[Tensor], coefficients_LTK: Tensor) -> Tensor:
     """The definition in fp64, term by term."""
     target, layers = plan.targets[target_index], []
-    for layer in range(num_layers):
+    for layer in range(target.num_layers):
         tensors = []
         for g, size in enumerate(target.sizes):
             total, k = sources[0].new_zeros(size, dtype=torch.float64), 0

@@ -7,6 +7,7 @@ to; `chunk_bytes` is the memory for one chunk of logits.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -91,8 +92,67 @@ def sigmoid_backward(
     return dx, dy, total
 
 
-def _subtract_own(weights: Tensor, first: int) -> None:
-    weights.diagonal(first)[: weights.shape[0]].sub_(1.0)
+def _subtract_own(weights: Tensor, first: int, value: float = 1.0) -> None:
+    weights.diagonal(first)[: weights.shape[0]].sub_(value)
+
+
+class DistillationInputs(NamedTuple):
+    """A student's features x [B, D], y [G, D] and multiplier, a teacher's u [B, E], v [G, E] and multiplier, and the log-sum-exps of the
+    teacher's rows [B] and columns [G]."""
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    u: Tensor
+    v: Tensor
+    teacher_scale: Tensor
+    u_lse: Tensor
+    v_lse: Tensor
+
+
+def distillation_forward(given: DistillationInputs, first: int, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The student's log-sum-exps of rows [B] and columns [G] and own pairs' logits [B], and the sums of the student's and of the teacher's
+    logits under the mean of the teacher's row and column softmax."""
+    x, y, s, *_ = wide = DistillationInputs(*_wide(*given))
+    row_lse, column_lse = x.new_empty(x.shape[0]), x.new_full((y.shape[0],), -torch.inf)
+    student, teacher = x.new_zeros(()), x.new_zeros(())
+    for rows, theirs, targets in _teacher_chunks(wide, chunk_bytes):
+        teacher += torch.dot(targets.view(-1), theirs.view(-1))
+        logits = torch.mm(x[rows] * s, y.T, out=theirs)
+        student += torch.dot(targets.view(-1), logits.view(-1))
+        torch.logsumexp(logits, dim=1, out=row_lse[rows])
+        peak = logits.amax(dim=0)
+        total = logits.sub_(peak).exp_().sum(dim=0)
+        column_lse = torch.logaddexp(column_lse, total.log_().add_(peak))
+    return row_lse, column_lse, s * (x * y[first : first + x.shape[0]]).sum(dim=1), student, teacher
+
+
+def distillation_backward(
+    given: DistillationInputs, first: int, row_lse_B: Tensor, column_lse_G: Tensor, weights: tuple[float, float], chunk_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """W Y [B, D] and W^T X [G, D] for W = (c + d) * the student's mean softmax - d * the teacher's - c * [j = first + i].
+
+    `weights` are c and d, of the contrastive loss and of the distillation.
+    """
+    x, y, s, *_ = wide = DistillationInputs(*_wide(*given))
+    contrastive, distillation = weights
+    dx, dy = torch.empty_like(x), torch.zeros_like(y)
+    for rows, theirs, targets in _teacher_chunks(wide, chunk_bytes):
+        logits = torch.mm(x[rows] * s, y.T, out=theirs)
+        gradient = targets.mul_(-distillation).add_((logits - row_lse_B[rows, None]).exp_(), alpha=(contrastive + distillation) / 2)
+        gradient.add_(logits.sub_(column_lse_G).exp_(), alpha=(contrastive + distillation) / 2)
+        _subtract_own(gradient, first + rows.start, contrastive)
+        dx[rows] = gradient @ y
+        dy.addmm_(gradient.T, x[rows])
+    return dx, dy
+
+
+def _teacher_chunks(wide: DistillationInputs, chunk_bytes: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Chunks of rows, the teacher's logits of them, and the mean of its row and column softmax."""
+    for rows in _chunks(wide.x, wide.y, chunk_bytes):
+        theirs = (wide.u[rows] * wide.teacher_scale) @ wide.v.T
+        targets = (theirs - wide.u_lse[rows, None]).exp_().add_((theirs - wide.v_lse).exp_()).mul_(0.5)
+        yield rows, theirs, targets
 
 
 @torch.no_grad()

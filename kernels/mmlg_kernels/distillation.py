@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmlg_kernels import chunked, pairs
+from mmlg_kernels.dispatch import choose
 
 KINDS = ("affinity", "kl")
-BACKENDS = ("auto", "chunked", "reference")
 LogSumExps = tuple[Tensor, Tensor]
 
 
@@ -38,7 +40,7 @@ def contrastive_distillation_loss(
     Args:
         image_BD, text_BD, scale: the student's features and multiplier, with gradient; precision and `group` as in `contrastive_loss`.
         teacher_image_BE, teacher_text_BE, teacher_scale: the teacher's, of the same pairs.
-        backend: chunked (logits computed again in the backward pass), reference (materialised, one rank), or auto.
+        backend: triton, chunked (both compute the logits again in the backward pass), reference (materialised, one rank), or auto.
         chunk_bytes: memory for one chunk of one of the two matrices.
         teacher_lse: of `teacher_log_sum_exps`, where they are known already.
 
@@ -47,94 +49,117 @@ def contrastive_distillation_loss(
     """
     pairs.check(image_BD, text_BD, scale)
     pairs.check(teacher_image_BE, teacher_text_BE, teacher_scale)
-    for name, value, valid in (("kind", kind, KINDS), ("backend", backend, BACKENDS)):
-        if value not in valid:
-            raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}; valid: {', '.join(KINDS)}")
+    name = choose(backend, image_BD)
     if teacher_image_BE.shape[0] != image_BD.shape[0]:
         raise ValueError(f"{teacher_image_BE.shape[0]} pairs of the teacher, {image_BD.shape[0]} of the student")
     group_name = pairs.name_group(group, image_BD)
     teacher = (teacher_image_BE.detach(), teacher_text_BE.detach(), teacher_scale.detach().reshape(()))
     weights = (contrastive_weight, distillation_weight)
-    if backend == "reference":
+    if name == "reference":
         if group_name:
             raise ValueError("backend reference computes on one rank")
         return _reference(image_BD, text_BD, scale.reshape(()), teacher, weights, kind)
     if teacher_lse is None:
-        teacher_lse = teacher_log_sum_exps(*teacher, group=group, chunk_bytes=chunk_bytes)
-    arguments = (*teacher, *teacher_lse, weights, kind, group_name, chunk_bytes)
-    return _Distillation.apply(image_BD, text_BD, scale.reshape(()), *arguments)
+        teacher_lse = teacher_log_sum_exps(*teacher, group=group, backend=name, chunk_bytes=chunk_bytes)
+    features = [image_BD, text_BD, scale.reshape(()), *teacher, *teacher_lse]
+    return distillation_loss(features, *weights, kind, group_name, name, chunk_bytes)[0]
 
 
 @torch.no_grad()
 def teacher_log_sum_exps(
-    image_BE: Tensor, text_BE: Tensor, scale: Tensor, *, group: Any = None, chunk_bytes: int = chunked.CHUNK_BYTES
+    image_BE: Tensor,
+    text_BE: Tensor,
+    scale: Tensor,
+    *,
+    group: Any = None,
+    backend: str = "auto",
+    chunk_bytes: int = chunked.CHUNK_BYTES,
 ) -> LogSumExps:
     """Log-sum-exps of this rank's rows [B] and of all columns [G] of the teacher's logits."""
     name = pairs.name_group(group, image_BE)
-    all_text, first = pairs.gather_rows(text_BE, name), pairs.first_column(image_BE.shape[0], name)
-    with torch.autocast(image_BE.device.type, enabled=False):
-        rows, columns, _ = chunked.softmax_forward(image_BE, all_text, scale.reshape(()), first, chunk_bytes)
-    return rows, pairs.combine_lse(columns, name)
+    _, rows, columns, _ = pairs.softmax_loss(image_BE, text_BE, scale.reshape(()), name, choose(backend, image_BE), chunk_bytes)
+    return rows, columns
 
 
-class _Distillation(torch.autograd.Function):
-    """One rank's share; see `pairs` for how ranks divide the work."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, s: Tensor, u: Tensor, v: Tensor, t: Tensor, u_lse: Tensor, v_lse: Tensor, *options: Any
-    ) -> Tensor:
-        weights, kind, name, chunk_bytes = options
-        first, all_y, all_v = pairs.first_column(x.shape[0], name), pairs.gather_rows(y, name), pairs.gather_rows(v, name)
-        with torch.autocast(x.device.type, enabled=False):
-            row_lse, column_lse, own = chunked.softmax_forward(x, all_y, s, first, chunk_bytes)
-            column_lse = pairs.combine_lse(column_lse, name)
-            student, teacher = _expectations(x, all_y, s, u, all_v, t, u_lse, v_lse, chunk_bytes)
-        mine = slice(first, first + x.shape[0])
-        log_partition = (row_lse + column_lse[mine]).mean() / 2
-        distillation = log_partition - student / x.shape[0]
-        if kind == "kl":
-            distillation = distillation - ((u_lse + v_lse[mine]).mean() / 2 - teacher / x.shape[0])
-        ctx.save_for_backward(x, all_y, s, u, all_v, t, u_lse, v_lse, row_lse, column_lse)
-        ctx.options = (weights, name, chunk_bytes)
-        return torch.where(s > 0, weights[0] * (log_partition - own.mean()) + weights[1] * distillation, torch.nan)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, all_y, s, u, all_v, t, u_lse, v_lse, row_lse, column_lse = ctx.saved_tensors
-        (contrastive, distillation), name, chunk_bytes = ctx.options
-        first = pairs.first_column(x.shape[0], name)
-        with torch.autocast(x.device.type, enabled=False):
-            wide_x, wide_y = (z.to(row_lse.dtype) for z in (x, all_y))
-            dx, dy = torch.empty_like(wide_x), torch.zeros_like(wide_y)
-            for rows, logits, _, targets in _tiles(x, all_y, s, u, all_v, t, u_lse, v_lse, chunk_bytes):
-                model = ((logits - row_lse[rows, None]).exp_() + (logits - column_lse).exp_()) / 2
-                weights = model.mul_(contrastive + distillation).sub_(targets, alpha=distillation)
-                weights.diagonal(first + rows.start)[: weights.shape[0]].sub_(contrastive)
-                dx[rows] = weights @ wide_y
-                dy.addmm_(weights.T, wide_x[rows])
-        return *pairs._finish(grad, x, s, dx, pairs.scatter_rows(dy, name)), *([None] * 9)
+@torch.library.custom_op("mmlg_kernels::distillation_loss", mutates_args=())
+def distillation_loss(
+    features: Sequence[Tensor], contrastive: float, distillation: float, kind: str, group_name: str, backend: str, chunk_bytes: int
+) -> list[Tensor]:
+    """This rank's loss; and for the backward pass its rows' and all columns' log-sum-exps, and all ranks' columns of both models."""
+    given, first = _gathered(features, group_name)
+    x = given.x
+    with torch.autocast(x.device.type, enabled=False):
+        row_lse, column_lse, own, student, teacher = _backend(backend).distillation_forward(given, first, chunk_bytes)
+        column_lse = pairs.combine_lse(column_lse, group_name)
+    mine = slice(first, first + x.shape[0])
+    log_partition = (row_lse + column_lse[mine]).mean() / 2
+    divergence = log_partition - student / x.shape[0]
+    if kind == "kl":
+        divergence = divergence - ((given.u_lse + given.v_lse[mine]).mean() / 2 - teacher / x.shape[0])
+    loss = contrastive * (log_partition - own.mean()) + distillation * divergence
+    return [torch.where(given.scale > 0, loss, torch.nan), row_lse, column_lse, *((given.y, given.v) if group_name else ())]
 
 
-def _tiles(x: Tensor, y: Tensor, s: Tensor, u: Tensor, v: Tensor, t: Tensor, u_lse: Tensor, v_lse: Tensor, chunk_bytes: int) -> Any:
-    """Chunks of rows: (rows, the student's logits, the teacher's, the mean of the teacher's row and column softmax)."""
-    dtype = chunked.accumulation_dtype(x.dtype)
-    x, y, s, u, v, t, u_lse, v_lse = (z.to(dtype) for z in (x, y, s, u, v, t, u_lse, v_lse))
-    size = chunked.rows_per_chunk(y.shape[0], dtype, chunk_bytes)
-    for start in range(0, x.shape[0], size):
-        rows = slice(start, min(start + size, x.shape[0]))
-        theirs = (u[rows] * t) @ v.T
-        yield rows, (x[rows] * s) @ y.T, theirs, ((theirs - u_lse[rows, None]).exp_() + (theirs - v_lse).exp_()) / 2
+@torch.library.custom_op("mmlg_kernels::distillation_loss_backward", mutates_args=())
+def distillation_loss_backward(
+    grad: Tensor, saved: Sequence[Tensor], contrastive: float, distillation: float, group_name: str, backend: str, chunk_bytes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by the student's features and multiplier."""
+    *features, row_lse, column_lse = saved
+    given = chunked.DistillationInputs(*features)
+    x, first = given.x, pairs.first_column(given.x.shape[0], group_name)
+    with torch.autocast(x.device.type, enabled=False):
+        weights = (contrastive, distillation)
+        dx, dy = _backend(backend).distillation_backward(given, first, row_lse, column_lse, weights, chunk_bytes)
+    return pairs.finish(grad, x, given.scale, dx, pairs.scatter_rows(dy, group_name))
 
 
-def _expectations(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Sums over this rank's rows of the student's and of the teacher's logits, weighted by the teacher's mean softmax."""
-    student = x.new_zeros((), dtype=chunked.accumulation_dtype(x.dtype))
-    teacher = student.clone()
-    for _, logits, theirs, targets in _tiles(x, *arguments):
-        student += (targets * logits).sum()
-        teacher += (targets * theirs).sum()
-    return student, teacher
+def _gathered(features: Sequence[Tensor], group_name: str) -> tuple[chunked.DistillationInputs, int]:
+    """The inputs with all ranks' columns, and the column of row 0."""
+    given = chunked.DistillationInputs(*features)
+    columns = {name: pairs.gather_rows(getattr(given, name), group_name) for name in ("y", "v")}
+    return given._replace(**columns), pairs.first_column(given.x.shape[0], group_name)
+
+
+def _backend(name: str) -> Any:
+    return importlib.import_module("mmlg_kernels.tiled_distillation") if name == "triton" else chunked
+
+
+@distillation_loss.register_fake
+def _(
+    features: Sequence[Tensor], contrastive: float, distillation: float, kind: str, group_name: str, backend: str, chunk_bytes: int
+) -> list[Tensor]:
+    given = chunked.DistillationInputs(*features)
+    wide, count = chunked.accumulation_dtype(given.x.dtype), given.v_lse.shape[0]
+    columns = [z.new_empty(count, z.shape[1]) for z in (given.y, given.v)] if group_name else []
+    return [given.x.new_empty(shape, dtype=wide) for shape in ((), (given.x.shape[0],), (count,))] + columns
+
+
+@distillation_loss_backward.register_fake
+def _(
+    grad: Tensor, saved: Sequence[Tensor], contrastive: float, distillation: float, group_name: str, backend: str, chunk_bytes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(saved[0]), torch.empty_like(saved[0]), torch.empty_like(saved[2])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    features, contrastive, distillation, _, *where = inputs
+    _, row_lse, column_lse, *columns = output
+    given = chunked.DistillationInputs(*features)
+    if columns:
+        given = given._replace(y=columns[0], v=columns[1])
+    ctx.options = (contrastive, distillation, *where)
+    ctx.save_for_backward(*given, row_lse, column_lse)
+
+
+def _gradient(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    dx, dy, dscale = distillation_loss_backward(grads[0], list(ctx.saved_tensors), *ctx.options)
+    return [dx, dy, dscale, *[None] * 5], *[None] * 6
+
+
+distillation_loss.register_autograd(_gradient, setup_context=_save)
 
 
 def _reference(x: Tensor, y: Tensor, s: Tensor, teacher: tuple[Tensor, Tensor, Tensor], weights: tuple[float, float], kind: str) -> Tensor:

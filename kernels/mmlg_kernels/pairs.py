@@ -150,7 +150,7 @@ def softmax_loss_backward(
     first = first_column(x.shape[0], group_name)
     with _own_precision(x):
         dx, dy = _backend(backend).softmax_backward(x, columns, scale, first, row_lse, column_lse, chunk)
-    return _finish(grad, x, scale, dx, scatter_rows(dy, group_name))
+    return finish(grad, x, scale, dx, scatter_rows(dy, group_name))
 
 
 @torch.library.custom_op("mmlg_kernels::sigmoid_loss", mutates_args=())
@@ -173,10 +173,10 @@ def sigmoid_loss_backward(
     with _own_precision(x):
         dx, dy, total = _backend(backend).sigmoid_backward(x, columns, scale, bias, first, chunk)
     dbias = (total * grad.to(total.dtype) / x.shape[0]).to(bias.dtype).reshape(bias.shape)
-    return *_finish(grad, x, scale, dx, scatter_rows(dy, group_name)), dbias
+    return *finish(grad, x, scale, dx, scatter_rows(dy, group_name)), dbias
 
 
-def _finish(grad: Tensor, x: Tensor, scale: Tensor, dx: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def finish(grad: Tensor, x: Tensor, scale: Tensor, dx: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """W Y and W^T X -> gradients. The scale's needs no pass of its own: s dLoss/ds = sum_i <x_i, dLoss/dx_i>."""
     factor = grad.to(dx.dtype) / x.shape[0]
     dscale = ((x.to(dx.dtype) * dx).sum() * factor).to(scale.dtype).reshape(scale.shape)

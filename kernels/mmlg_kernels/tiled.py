@@ -279,7 +279,7 @@ def softmax_backward(
             x, y, scale, own_lse, column_lse_G, weights, x.shape[0], y.shape[0], y.shape[1], first + start, **_options(tile, x.dtype)
         )
 
-    return _waves(x_BD.contiguous(), y, gradient)
+    return _waves(x_BD.contiguous(), y, gradient, tile_for(y.dtype))
 
 
 def sigmoid_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, first: int, chunk_bytes: int) -> tuple[Tensor, Tensor]:
@@ -309,7 +309,7 @@ def sigmoid_backward(
             x, y, scale, bias, weights, row_part, x.shape[0], y.shape[0], y.shape[1], first + start, **_options(tile, x.dtype)
         )
 
-    dx, dy = _waves(x_BD.contiguous(), y, gradient)
+    dx, dy = _waves(x_BD.contiguous(), y, gradient, tile_for(y.dtype))
     return dx, dy, torch.stack([part.sum() for part in sums]).sum()
 
 
@@ -324,9 +324,8 @@ def _options(tile: Tile, dtype: torch.dtype) -> dict[str, object]:
     }
 
 
-def _waves(x: Tensor, y: Tensor, gradient: Callable[[Tensor, int, Tensor, Tile], None]) -> tuple[Tensor, Tensor]:
+def _waves(x: Tensor, y: Tensor, gradient: Callable[[Tensor, int, Tensor, Tile], None], tile: Tile) -> tuple[Tensor, Tensor]:
     """Rows in waves that fit the workspace: weights W by `gradient`, then dx = W y and dy += W^T x in fp32, waves in a fixed order."""
-    tile = tile_for(x.dtype)
     rows = max(1, WORKSPACE_BYTES // (y.shape[0] * x.element_size()))
     rows = min(x.shape[0], max(tile.rows, rows // tile.rows * tile.rows))
     workspace = x.new_empty(rows, y.shape[0])

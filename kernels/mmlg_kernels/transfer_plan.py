@@ -134,7 +134,10 @@ class TransferPlan:
     @functools.cached_property
     def indices(self) -> tuple[tuple[Tensor | None, ...], ...]:
         """[target][source]: the places read, or None where they are the whole source in order."""
-        return tuple(tuple(self._index(t, i, self.device) for i in range(len(t.sources))) for t in self.targets)
+        return tuple(
+            tuple(_index(slices, self.source_shapes[source][1], self.device) for source, slices in zip(t.sources, t.slices, strict=True))
+            for t in self.targets
+        )
 
     @functools.cached_property
     def layer_plans(self) -> tuple[TransferPlan, ...]:
@@ -157,14 +160,6 @@ class TransferPlan:
             for layer, tensor in zip(layers, values_L.unbind(0), strict=True):
                 layer[name] = tensor.view(shape)
         return layers
-
-    def _index(self, target: Target, part: int, device: torch.device) -> Tensor | None:
-        index = torch.cat([piece.index() for piece in target.slices[part]])
-        size = self.source_shapes[target.sources[part]][1]
-        if len(index) == size and torch.equal(index, torch.arange(size)):
-            return None
-        # Half the memory, where 32 bits suffice.
-        return index.to(device=device, dtype=torch.int32 if size < 2**31 else torch.int64)
 
     def used(self, target: Target) -> list[int]:
         """Places in the target's sources of those that have blocks."""
@@ -191,6 +186,16 @@ class TransferPlan:
                     raise ValueError(f"source {source}: slices of {[p.size for p in slices]} numbers for tensors of {list(target.sizes)}")
                 if any(piece.offset < 0 or piece.end > self.source_shapes[source][1] for piece in slices):
                     raise ValueError(f"source {source}: a slice passes its {self.source_shapes[source][1]} numbers")
+
+
+@functools.lru_cache(maxsize=64)
+def _index(slices: tuple[Slice, ...], size: int, device: torch.device) -> Tensor | None:
+    """The places read in a source of `size` numbers. Kept, since plans that differ in depth alone share it."""
+    index = torch.cat([piece.index() for piece in slices])
+    if len(index) == size and torch.equal(index, torch.arange(size)):
+        return None
+    # Half the memory, where 32 bits suffice.
+    return index.to(device=device, dtype=torch.int32 if size < 2**31 else torch.int64)
 
 
 def find_plan(key: int) -> TransferPlan:

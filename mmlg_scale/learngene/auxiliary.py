@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from mmlg_scale import towers
 from mmlg_scale.learngene.blocks import BlockLayout
-from mmlg_scale.learngene.compose import compose_layers, narrow_state
+from mmlg_scale.learngene.compose import Sizes, compose_layers, compose_lazily, narrow_state
 from mmlg_scale.learngene.structure import STEM, TOWERS, Structure, stem_shapes
 
 # Matrices that write into the residual stream: scaled down with depth at the start, as in CLIP and GPT-2.
@@ -76,11 +76,6 @@ class AuxiliaryCLIP(nn.Module):
     def _get(self, name: str) -> Tensor:
         return self.get_parameter(_parameter_name(name))
 
-    def layers(self, tower: str, num_layers: int, width: int | None = None) -> list[dict[str, Tensor]]:
-        """The named tensors of each layer of a tower of `num_layers`, in the parameters' precision; differentiable."""
-        with torch.autocast(self._get("multimodal").device.type, enabled=False):
-            return compose_layers(self.structure, self._get, tower, num_layers, width)
-
     def forward(
         self,
         image: Tensor | None = None,
@@ -94,17 +89,24 @@ class AuxiliaryCLIP(nn.Module):
         tap_text: Sequence[int] = (),
         patches: Tensor | None = None,
         checkpoint: bool = False,
+        compose_per_layer: bool = False,
     ) -> dict[str, Any]:
         """Features (not normalised), hidden states after the tapped layers, and the logit multiplier, at the given sizes.
 
-        `patches` and `checkpoint` as in `towers.run_image_tower`.
+        `patches` and `checkpoint` as in `towers.run_image_tower`. With `compose_per_layer` a layer's matrices are summed when the layer
+        runs, and with `checkpoint` again in the backward pass, so that never more than one layer's are in memory.
         """
         runner, shapes = self._runner(image_width, text_width)
         stem = {f"clip.{name}": tensor for name, tensor in narrow_state(shapes, lambda name: self._get(STEM + name)).items()}
         stem["clip.attn_mask"] = self.attn_mask
-        image_blocks = self._blocks("image", image_layers, image_width) if image is not None else []
-        text_blocks = self._blocks("text", text_layers, text_width) if text is not None else []
-        return functional_call(runner, stem, (image, text, image_blocks, text_blocks, tap_image, tap_text, patches, checkpoint))
+        sizes: dict[str, tuple[int, int | None]] = {}
+        for tower, given, num_layers, width in (("image", image, image_layers, image_width), ("text", text, text_layers, text_width)):
+            if given is not None:
+                assert num_layers is not None
+                sizes[tower] = (num_layers, width)
+        blocks: dict[str, list[towers.Block]] = {"image": [], "text": []}
+        blocks |= self._blocks(sizes, compose_per_layer)
+        return functional_call(runner, stem, (image, text, blocks["image"], blocks["text"], tap_image, tap_text, patches, checkpoint))
 
     def _runner(self, image_width: int | None, text_width: int | None) -> tuple[_StemRunner, dict[str, tuple[int, ...]]]:
         key = (image_width, text_width)
@@ -115,13 +117,26 @@ class AuxiliaryCLIP(nn.Module):
         runner, shapes = self._runners[0][key]
         return runner.train(self.training), shapes
 
-    def _blocks(self, tower: str, num_layers: int | None, width: int | None) -> list[towers.Block]:
-        assert num_layers is not None
+    def _blocks(self, sizes: Sizes, per_layer: bool) -> dict[str, list[towers.Block]]:
+        device = self._get("multimodal").device.type
+        # Under autocast the matrices would be rounded to its dtype at each use: they are so once, while they are written.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        found: dict[str, list[towers.Block]] = {}
+        with torch.autocast(device, enabled=False):
+            if per_layer and self.structure.basis == "knots":
+                lazy = compose_lazily(self.structure, self._get, sizes, dtype=dtype)
+                for tower, layers in lazy.items():
+                    found[tower] = [functools.partial(_make_and_call, self._template(tower, sizes[tower][1]), make) for make in layers]
+                return found
+            for tower, composed in compose_layers(self.structure, self._get, sizes, dtype=dtype).items():
+                found[tower] = [functools.partial(_call_block, self._template(tower, sizes[tower][1]), tensors) for tensors in composed]
+        return found
+
+    def _template(self, tower: str, width: int | None) -> nn.Module:
         key = (tower, width)
         if key not in self._templates[0]:
             self._templates[0][key] = towers.block_template(self.structure.sized(**{f"{tower}_width": width}), tower)
-        template = self._templates[0][key]
-        return [functools.partial(_call_block, template, tensors) for tensors in self.layers(tower, num_layers, width)]
+        return self._templates[0][key]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by kind: blocks, coefficients, vectors, maps, stem_matrices, stem_other; kinds without any are left out."""
@@ -166,7 +181,7 @@ class _StemRunner(nn.Module):
         patches: Tensor | None,
         checkpoint: bool,
     ) -> dict[str, Any]:
-        outputs: dict[str, Any] = {"logit_scale": towers.logit_multiplier(self.clip.logit_scale)}
+        outputs = towers.logits_outputs(self.clip)
         if image is not None:
             outputs["image_features"], outputs["image_hidden"] = towers.run_image_tower(
                 self.clip.visual, image_blocks, image, tap_image, patches=patches, checkpoint=checkpoint
@@ -180,6 +195,12 @@ class _StemRunner(nn.Module):
 
 def _call_block(template: nn.Module, tensors: dict[str, Tensor], hidden: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     return functional_call(template, tensors, (hidden,), {"attn_mask": attn_mask})
+
+
+def _make_and_call(template: nn.Module, make: Callable[[], dict[str, Tensor]], hidden: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        tensors = make()
+    return _call_block(template, tensors, hidden, attn_mask)
 
 
 def _fill_block(layout: BlockLayout, block_P: Tensor, depth: int, generator: torch.Generator) -> None:

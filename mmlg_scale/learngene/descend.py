@@ -61,14 +61,13 @@ def compose_descendant(
             raise UserError(f"{tower} layers: say how deep the {tower} tower shall be.")
     sizes = {f"{tower}_{kind}": of[tower] for tower in wanted for kind, of in (("layers", layers), ("width", widths))}
     config = structure.sized(**sizes)
+    depths_and_widths = {tower: (towers.num_layers(config, tower), towers.width(config, tower)) for tower in wanted}
     blocks: dict[str, list[dict[str, Tensor]]] = {"image": [], "text": []}
-    for tower in wanted:
-        num_layers = towers.num_layers(config, tower)
-        blocks[tower] = compose_layers(structure, tensors.__getitem__, tower, num_layers, towers.width(config, tower))
+    blocks |= compose_layers(structure, tensors.__getitem__, depths_and_widths)
     stem = narrow_state(stem_shapes(config), lambda name: tensors[STEM + name])
     if modality != "both":
         stem = {name: tensor for name, tensor in stem.items() if name.startswith("visual.") == (modality == "image")}
-        stem.pop("logit_scale", None)
+        stem = {name: tensor for name, tensor in stem.items() if not name.startswith("logit_")}
     # Layers are fresh tensors; stems are copied, so that whoever changes a descendant in place leaves the learngene alone.
     stem = {name: tensor.clone() for name, tensor in stem.items()}
     return Descendant(towers.join_state(stem, blocks), config, modality, dict(tokenizer_files))

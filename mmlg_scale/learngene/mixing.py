@@ -12,6 +12,8 @@ step    fixed, stage-wise sharing: layer l is block floor(l K / L) (SWS, "Explor
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -50,8 +52,14 @@ def fixed_weights(basis: str, num_layers: int, num_blocks: int, convention: str 
 
 def interpolate(knots_R: Tensor, num_layers: int) -> Tensor:
     """Values at R knots, [R, ...], interpolated to the layers, [L, ...]."""
-    weights_LR = knot_weights(num_layers, knots_R.shape[0]).to(knots_R)
-    return torch.tensordot(weights_LR, knots_R, dims=1)
+    return torch.tensordot(_kept_weights(num_layers, knots_R.shape[0], knots_R.dtype, knots_R.device), knots_R, dims=1)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_weights(num_layers: int, num_knots: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Made outside of inference mode, in which a tensor could never again serve training.
+    with torch.inference_mode(False):
+        return knot_weights(num_layers, num_knots).to(device=device, dtype=dtype)
 
 
 def fixed_sum(weights_LK: list[list[float]], values_K: Tensor) -> Tensor:

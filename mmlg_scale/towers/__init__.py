@@ -15,6 +15,7 @@ from mmlg_scale.towers.config import (
     open_clip_version,
     patch_dropout,
     width,
+    with_logit_bias,
     with_sizes,
 )
 from mmlg_scale.towers.files import BLOCK_PREFIX, export, export_tower, join_state, load_ancestor, load_clip, load_tower, split_state
@@ -32,6 +33,7 @@ from mmlg_scale.towers.run import (
     encode_text_with_hidden,
     keep_patches,
     logit_multiplier,
+    logits_outputs,
     run_image_tower,
     run_text_tower,
 )
@@ -64,6 +66,7 @@ __all__ = [
     "load_tower",
     "load_weights",
     "logit_multiplier",
+    "logits_outputs",
     "model_config",
     "num_layers",
     "num_patches",
@@ -74,5 +77,6 @@ __all__ = [
     "run_text_tower",
     "split_state",
     "width",
+    "with_logit_bias",
     "with_sizes",
 ]

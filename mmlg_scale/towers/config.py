@@ -64,14 +64,21 @@ def model_config(name_or_dict: str | Mapping[str, Any] | None) -> dict[str, Any]
     if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
         raise UserError("recipe key model.config: needs embed_dim, vision_cfg and text_cfg, as open_clip's model_configs have them.")
     config = {key: value for key, value in config.items() if value is not None}
-    for key in set(config) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}:
+    for key in set(config) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_bias"}:
         raise UserError(f"recipe key model.config.{key}: not carried. Plain open_clip ViT + text transformer configurations are.")
     _check_tower(config["vision_cfg"], CLIPVisionCfg, "vision_cfg", _PLAIN_VISION)
     _check_tower(config["text_cfg"], CLIPTextCfg, "text_cfg", _PLAIN_TEXT)
     if isinstance(config["vision_cfg"].get("layers"), list):
         raise UserError("recipe key model: a ResNet image tower is not carried. Use a ViT configuration, such as ViT-B-32.")
+    if not isinstance(config.get("init_logit_bias", 0.0), (int, float)):
+        raise UserError(f"recipe key model.config.init_logit_bias: {config['init_logit_bias']!r} is no number. SigLIP's is -10.")
     _check_sizes(config)
     return config
+
+
+def with_logit_bias(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with SigLIP's logit bias: open_clip then builds a CLIP that has one."""
+    return {"init_logit_bias": -10.0, **config}
 
 
 def _check_tower(tower: dict[str, Any], fields: type, key: str, plain: Mapping[str, Any]) -> None:

@@ -69,7 +69,7 @@ def export(
         config["text_cfg"]["hf_tokenizer_name"] = "tokenizer"
     preprocess = preprocess or Preprocess()
     size = image_size(config)
-    tensors = {name: tensor.reshape(()) if name == "logit_scale" else tensor for name, tensor in state.items()}
+    tensors = {name: tensor.reshape(()) if name in ("logit_scale", "logit_bias") else tensor for name, tensor in state.items()}
     files = {
         "open_clip_config.json": {
             "model_cfg": config,
@@ -177,7 +177,7 @@ def load_ancestor(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any]
 
 
 def load_clip(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and state dict (logit scale with one element) of a folder that `export` or open_clip wrote.
+    """Configuration and state dict (logit scale and bias with one element) of a folder that `export` or open_clip wrote.
 
     Raises:
         UserError: the folder lacks a file, or its architecture is not carried.
@@ -190,5 +190,5 @@ def load_clip(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     config["text_cfg"].pop("hf_tokenizer_name", None)
     state = load_file(folder / "open_clip_model.safetensors")
-    state["logit_scale"] = state["logit_scale"].reshape(1)
+    state |= {name: state[name].reshape(1) for name in ("logit_scale", "logit_bias") if name in state}
     return model_config(config), state

@@ -26,12 +26,14 @@ from mmlg_scale.towers.library import (
 Block = Callable[..., Tensor]
 MAX_LOGIT_SCALE = math.log(100.0)
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+SIGLIP_LOGIT_SCALE = math.log(10.0)
+"""With a logit bias of -10: Zhai et al. 2023, section 3.2."""
 
 
 def build_clip(config: Mapping[str, Any], *, seed: int) -> CLIP:
     """An open_clip CLIP with open_clip's own initialisation under `seed`.
 
-    The logit scale has one element instead of none: DeepSpeed cannot broadcast 0-dim parameters. `export` writes it 0-dim again.
+    Logit scale and bias have one element instead of none: DeepSpeed cannot broadcast 0-dim parameters. `export` writes them 0-dim again.
     """
     config = json.loads(json.dumps(config))
     with torch.random.fork_rng(devices=[]):
@@ -41,7 +43,8 @@ def build_clip(config: Mapping[str, Any], *, seed: int) -> CLIP:
             vision_cfg=CLIPVisionCfg(**config["vision_cfg"]),
             text_cfg=CLIPTextCfg(**config["text_cfg"]),
             quick_gelu=config.get("quick_gelu", False),
-            init_logit_scale=INITIAL_LOGIT_SCALE,
+            init_logit_scale=INITIAL_LOGIT_SCALE if config.get("init_logit_bias") is None else SIGLIP_LOGIT_SCALE,
+            init_logit_bias=config.get("init_logit_bias"),
             nonscalar_logit_scale=True,
         )
     clip.visual.patch_dropout = nn.Identity()  # training chooses the patches itself and passes them on, see `keep_patches`
@@ -55,6 +58,14 @@ def logit_multiplier(logit_scale: Tensor) -> Tensor:
     """
     bounded = logit_scale + (logit_scale.clamp(max=MAX_LOGIT_SCALE) - logit_scale).detach()
     return bounded.exp()
+
+
+def logits_outputs(clip: CLIP) -> dict[str, Any]:
+    """What a forward pass gives for the logits: `logit_scale`, the multiplier, and `logit_bias` where the model has one (SigLIP)."""
+    outputs: dict[str, Any] = {"logit_scale": logit_multiplier(clip.logit_scale)}
+    if clip.logit_bias is not None:
+        outputs["logit_bias"] = clip.logit_bias * 1.0  # an output of its own: micro-batches carry its gradient
+    return outputs
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,9 @@ def load_weights(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
             "ViT-B-32-quickgelu."
         )
     state = {name: tensor.float() for name, tensor in state.items()}
-    if "logit_scale" in state:
-        state["logit_scale"] = state["logit_scale"].reshape(1)
+    if config.get("init_logit_bias") is not None and "logit_bias" not in state:
+        state["logit_bias"] = torch.tensor(float(config["init_logit_bias"]))  # weights trained with CLIP's loss go on with SigLIP's
+    state |= {name: state[name].reshape(1) for name in ("logit_scale", "logit_bias") if name in state}
     _check(state, config, path)
     return state
 

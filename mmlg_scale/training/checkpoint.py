@@ -22,10 +22,11 @@ from typing import Any
 import torch.distributed as dist
 
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import write_json_atomic
+from mmlg_scale.files import require_space, write_json_atomic
 from mmlg_scale.training.engine import Engine
 
 PARTIAL = "partial-"
+RANKS = "ranks.json"
 
 
 class Checkpoints:
@@ -39,8 +40,25 @@ class Checkpoints:
         """Steps of the published checkpoints, ascending."""
         return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
 
+    def require_space(self, engine: Engine) -> None:
+        """Raise UserError, on every rank, where the disk has no room for another checkpoint. Collective."""
+        shortage: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                require_space(self.folder, engine.checkpoint_bytes, "a checkpoint")
+            except UserError as error:
+                shortage = [str(error)]
+        dist.broadcast_object_list(shortage, src=0)
+        if shortage[0] is not None:
+            raise UserError(shortage[0])
+
     def save(self, engine: Engine, step: int, state: Mapping[str, Any]) -> None:
-        """Write and publish the checkpoint of `step`, then drop the oldest beyond `keep_last`. Collective."""
+        """Write and publish the checkpoint of `step`, then drop the oldest beyond `keep_last`. Collective.
+
+        Raises:
+            UserError: too little disk; nothing is written, and the checkpoints that are there stay.
+        """
+        self.require_space(engine)
         first = dist.get_rank() == 0
         temporary = self.folder / f"{PARTIAL}step-{step:08d}"
         final = self.folder / f"step-{step:08d}"
@@ -50,6 +68,8 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
         dist.barrier()
         engine.save(temporary, {**state, "step": step})
+        if first:
+            write_json_atomic(temporary / RANKS, {"world_size": dist.get_world_size()})
         dist.barrier()
         if first and not final.exists():
             os.replace(temporary, final)
@@ -58,11 +78,19 @@ class Checkpoints:
         dist.barrier()
 
     def load_latest(self, engine: Engine) -> dict[str, Any] | None:
-        """Load the newest checkpoint into `engine` and return the state given to `save`, or None where there is none. Collective."""
+        """Load the newest checkpoint into `engine` and return the state given to `save`, or None where there is none. Collective.
+
+        Raises:
+            UserError: it was written by another number of ranks, whose shares of the optimiser's state do not fit.
+        """
         steps = self.steps()
         if not steps:
             return None
-        return engine.load(self.folder / f"step-{steps[-1]:08d}")
+        newest = self.folder / f"step-{steps[-1]:08d}"
+        written_by, here = json.loads((newest / RANKS).read_text())["world_size"], dist.get_world_size()
+        if written_by != here:
+            raise UserError(f"{newest} was written by {written_by} ranks, this run has {here}. Start it with {written_by}, or elsewhere.")
+        return engine.load(newest)
 
     def remove(self) -> None:
         """Drop all checkpoints: the run is complete and its result stands apart."""

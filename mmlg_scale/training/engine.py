@@ -147,6 +147,11 @@ class Engine:
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
         return client_state
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes on disk: a parameter, its fp32 copy and AdamW's two moments."""
+        return sum(16 * getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.model.parameters())
+
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model's parameters and buffers in fp32 on the CPU, gathered under ZeRO-3. Collective."""
         if self._engine.zero_optimization_partition_weights():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,7 @@ def train(
     """
     training = stage.training
     progress = Progress()
+    checkpoints.require_space(engine)  # before hours of training whose result could not be kept
     saved = checkpoints.load_latest(engine)
     if saved is not None:
         progress = Progress(**saved["progress"])
@@ -93,11 +94,10 @@ def train(
         progress.step += 1
         progress.flops += student_flops
         progress.teacher_flops += teacher_flops
-        figures = {
-            "loss": loss,
-            "learning_rate": engine.learning_rate,
-            **terms,
-        }
+        figures: dict[str, Any] = {"loss": loss, **terms}
+        if meters.is_due(progress.step):
+            figures = _mean_over_ranks(figures)
+        figures["learning_rate"] = engine.learning_rate
         meters.step(progress.step, figures, num_samples=training.batch_size, flops=student_flops + teacher_flops)
 
         if progress.step % training.eval_every == 0 or progress.step == training.steps:
@@ -108,6 +108,15 @@ def train(
             with meters.pause():
                 checkpoints.save(engine, progress.step, {"progress": vars(progress)})
     return progress
+
+
+def _mean_over_ranks(figures: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Each rank's loss is over its own pairs; the mean is the global batch's."""
+    values = torch.stack([value.detach().float().reshape(()) for value in figures.values()])
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return dict(zip(figures, values.unbind(0), strict=True))
 
 
 def _check_finite(loss: Tensor, step: int) -> None:

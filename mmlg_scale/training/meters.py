@@ -157,6 +157,10 @@ class Meters:
             if self._stopped is None:
                 self._paused += spent
 
+    def is_due(self, step: int) -> bool:
+        """Whether the figures of `step` will be written."""
+        return step % self.log_every == 0 or step == self.total_steps
+
     def step(self, step: int, figures: Mapping[str, Any], *, num_samples: int, flops: float) -> None:
         """Count one step; write a line when one is due.
 
@@ -173,7 +177,7 @@ class Meters:
         if not self.enabled:
             return
         self._bar.update(self._task, completed=step)
-        if step % self.log_every and step != self.total_steps:
+        if not self.is_due(step):
             return
         line = {"step": step, **{name: _number(value) for name, value in figures.items()}, **self._rates(step)}
         self._write(step, line)

@@ -93,6 +93,8 @@ def open_corpus(settings: recipe.Recipe) -> Corpus:
     if isinstance(config, dict) and isinstance(config.get("text_cfg"), dict):
         config["text_cfg"].setdefault("vocab_size", tokenizer.vocab_size)
     config = towers.model_config(config)
+    if settings.model.loss == "siglip":
+        config = towers.with_logit_bias(config)
     vocabulary = config["text_cfg"]["vocab_size"]
     if tokenizer.vocab_size > vocabulary:
         raise UserError(
@@ -241,7 +243,7 @@ def _first_weights(
     assert ancestor_state is not None
     own_image = size.modality == "image"
     pair = {name: tensor for name, tensor in ancestor_state.items() if name.startswith("visual.") != own_image}
-    pair |= {name: tensor for name, tensor in state.items() if name.startswith("visual.") == own_image and name != "logit_scale"}
+    pair |= {name: tensor for name, tensor in state.items() if name.startswith("visual.") == own_image and not name.startswith("logit_")}
     return own, pair
 
 

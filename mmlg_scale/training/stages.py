@@ -83,7 +83,7 @@ class PlainCLIP(nn.Module):
         patches: Tensor | None = None,
         checkpoint: bool = False,
     ) -> dict[str, Any]:
-        outputs: dict[str, Any] = {"logit_scale": towers.logit_multiplier(self.clip.logit_scale)}
+        outputs = towers.logits_outputs(self.clip)
         if image is not None:
             outputs["image_features"], outputs["image_hidden"] = towers.encode_image_with_hidden(
                 self.clip, image, tap_image, patches=patches, checkpoint=checkpoint
@@ -185,7 +185,7 @@ _PATCH_STREAM = 1
 
 # Biases, norms, positions, embeddings and the logit scale are not decayed (open_clip decays its token embedding; a row that a batch does
 # not use would shrink without a gradient to hold it).
-_UNDECAYED = ("positional_embedding", "class_embedding", "token_embedding", "logit_scale")
+_UNDECAYED = ("positional_embedding", "class_embedding", "token_embedding", "logit_scale", "logit_bias")
 
 
 def decay_groups(model: nn.Module, optimizer: recipe.Optimizer, factor: float = 1.0) -> list[dict[str, Any]]:
@@ -291,12 +291,13 @@ class ExtractionStage:
             model = _with_maps(auxiliary, teacher.config, teacher.config)
         self.model = model.to(device)
 
-    def size(self, step: int) -> dict[str, int]:
-        """The size drawn at `step`: the same on every rank, and after every resume.
+    def sizes(self, step: int) -> list[dict[str, int]]:
+        """The sizes drawn at `step`: the same on every rank, and after every resume."""
+        return [self._size([self.seed, step, *([index] if index else [])]) for index in range(self.settings.students_per_step)]
 
-        One depth for both towers, scaled down for the one that has fewer layers to draw from, and a width for each.
-        """
-        generator = np.random.default_rng([self.seed, step])
+    def _size(self, seed: list[int]) -> dict[str, int]:
+        """One depth for both towers, scaled down for the one that has fewer layers to draw from, and a width for each."""
+        generator = np.random.default_rng(seed)
         layers = self._depths(int(generator.integers(self.settings.min_layers, max(self.max_layers.values()), endpoint=True)))
         shares = generator.choice(self.settings.width_shares, size=2)
         return layers | {f"{tower}_width": self._width(tower, share) for tower, share in zip(("image", "text"), shares, strict=True)}
@@ -331,8 +332,11 @@ class ExtractionStage:
         return groups
 
     def students(self, step: int) -> list[dict[str, Any]]:
-        size = self.size(step)
-        return [size | {f"tap_{tower}": tap_layers(self._hidden_depths, size[f"{tower}_layers"]) for tower in ("image", "text")}]
+        found: list[dict[str, Any]] = []
+        for size in self.sizes(step):
+            taps = {f"tap_{tower}": tap_layers(self._hidden_depths, size[f"{tower}_layers"]) for tower in ("image", "text")}
+            found.append(size | taps | {"compose_per_layer": self.settings.compose_per_layer})
+        return found
 
     @property
     def _hidden_depths(self) -> Sequence[float]:
@@ -349,7 +353,8 @@ class ExtractionStage:
         return distillation(outputs, targets, text_BT, self.settings.loss)
 
     def flops(self, step: int) -> tuple[int, int]:
-        return 3 * forward_flops(towers.with_sizes(self.teacher.config, **self.size(step)))["total"], self.teacher.flops
+        students = sum(forward_flops(towers.with_sizes(self.teacher.config, **size))["total"] for size in self.sizes(step))
+        return 3 * students, self.teacher.flops
 
     def evaluated_sizes(self) -> dict[str, dict[str, int]]:
         least, most = self.settings.min_layers, max(self.max_layers.values())

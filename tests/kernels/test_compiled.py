@@ -28,12 +28,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
 
 
 def test_every_kernel_was_compiled(rows: list[dict[str, object]]) -> None:
+    names = [f"{loss}_{part}" for loss in ("softmax", "sigmoid", "distillation") for part in ("forward", "gradient")]
+    names += ["block_transfer", "block_transfer_gradient"]
     assert {(row["kernel"], row["dtype"], row["arch"]) for row in rows} == {
-        (f"{loss}_{part}", dtype, arch)
-        for loss in ("softmax", "sigmoid")
-        for part in ("forward", "gradient")
-        for dtype in ("bf16", "fp32")
-        for arch in SHARED_LIMIT
+        (name, dtype, arch) for name in names for dtype in ("bf16", "fp32") for arch in SHARED_LIMIT
     }
 
 
@@ -47,8 +45,16 @@ def test_no_spills_and_within_shared_memory(rows: list[dict[str, object]]) -> No
 
 def test_tensor_cores_in_half_precision_and_exact_products_in_fp32(rows: list[dict[str, object]]) -> None:
     for row in rows:
-        expected = [TENSOR_CORES[str(row["arch"])]] if row["dtype"] == "bf16" else []
+        multiplies = row["dtype"] == "bf16" and "transfer" not in str(row["kernel"])
+        expected = [TENSOR_CORES[str(row["arch"])]] if multiplies else []
         assert row["matrix_instructions"] == expected, row
+
+
+def test_block_transfer_reads_and_writes_16_bytes_at_once(rows: list[dict[str, object]]) -> None:
+    for row in rows:
+        if "transfer" in str(row["kernel"]):
+            assert int(row["wide_loads"]) > 0, row  # type: ignore[call-overload]
+            assert int(row["wide_stores"]) > 0, row  # type: ignore[call-overload]
 
 
 def test_tf32_only_where_torch_allows_it() -> None:

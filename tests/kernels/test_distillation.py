@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from mmlg_kernels import tiled
 from mmlg_kernels.distillation import contrastive_distillation_loss, teacher_log_sum_exps
 from torch import Tensor
 
@@ -40,6 +41,54 @@ def test_equals_fp64(kind: str, weights: tuple[float, float], count: int) -> Non
     single = [x.float() for x in inputs]
     for got, want in zip(outputs(single, **options), exact, strict=True):
         assert (got.double() - want).norm() <= 1e-5 * want.norm() + 2e-6
+
+
+@pytest.mark.parametrize("kind", ["affinity", "kl"])
+@pytest.mark.parametrize("count", [1, 33, 70])
+def test_triton_equals_fp64_and_repeats(kind: str, count: int) -> None:
+    """The error of each output is no larger than the same precision's in plain torch, plus a tolerance."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 1e-3)):
+        given = [x.to(dtype) for x in features(count)]
+        exact = outputs([x.double() for x in given], backend="reference", kind=kind)
+        plain = outputs(given, backend="reference", kind=kind)
+        found, again = (outputs(given, backend="triton", kind=kind) for _ in range(2))
+        for got, repeated, same, want in zip(found, again, plain, exact, strict=True):
+            floor = float(want.norm()) if count > 1 else 1.0  # a single pair has no loss
+            assert (got.double() - want).norm() / floor <= 1.5 * (same.double() - want).norm() / floor + tolerance
+            assert torch.equal(got, repeated)
+
+
+def test_triton_in_waves(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [x.float() for x in features(70)]
+    whole = outputs(given, backend="triton")
+    monkeypatch.setattr(tiled, "WORKSPACE_BYTES", 4 * 70 * 32)
+    for got, want in zip(outputs(given, backend="triton"), whole, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_torch_compile_sees_one_operator(backend: str) -> None:
+    given = [x.float() for x in features(20)]
+    scale = torch.tensor(30.0, requires_grad=True)
+    leaves = [x.requires_grad_() for x in given[:2]]
+
+    def loss(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        options = {"contrastive_weight": 0.5, "distillation_weight": 1.0, "backend": backend}
+        return contrastive_distillation_loss(x, y, s, given[2], given[3], torch.tensor(50.0), **options)  # type: ignore[arg-type]
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    inputs = [*leaves, scale]
+    for got, want in zip(torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(loss(*inputs), inputs), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_nothing_of_the_batch_squared_is_kept() -> None:
+    count, kept = 256, []
+    x, y, u, v = (x.float() for x in features(count))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        outputs([x, y, u, v])
+    assert 0 < sum(kept) < count * count / 1.5
+    assert max(kept) == v.numel()
 
 
 def test_known_teacher_sums_give_the_same_bits() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,6 +17,7 @@ from mmlg_scale import load_learngene, towers
 from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP, learngene_tensors
 from mmlg_scale.learngene.baselines import even_layers, initialise
+from mmlg_scale.learngene.compose import compose_layers
 from mmlg_scale.learngene.file import Learngene
 from mmlg_scale.learngene.mixing import knot_weights, relative_depth
 from mmlg_scale.learngene.structure import Structure
@@ -56,7 +58,7 @@ def test_layers_follow_the_formula(auxiliary: AuxiliaryCLIP, tower: str, num_lay
         share = (t - knots[upper - 1]) / (knots[upper] - knots[upper - 1])
         return (1 - share) * values[upper - 1] + share * values[upper]
 
-    for layer, tensors in enumerate(auxiliary.layers(tower, num_layers)):
+    for layer, tensors in enumerate(compose_layers(auxiliary.structure, auxiliary._get, {tower: (num_layers, None)})[tower]):
         t = 0.5 if num_layers == 1 else layer / (num_layers - 1)
         for index, entry in enumerate(layout.matrices):
             expected = torch.zeros(entry.shape, dtype=torch.float64)
@@ -190,6 +192,28 @@ def change_header(path: Path, *, sign: bool = True, **changes: object) -> None:
     if sign:
         digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
     save_file(load_file(path), path, metadata={"mmlg": json.dumps({**header, "sha256": digest})})
+
+
+def test_a_siglip_model_keeps_its_bias(tmp_path: Path) -> None:
+    """From the auxiliary model through both files to open_clip, whose logits are the auxiliary model's."""
+    config = towers.with_logit_bias(towers.model_config(CONFIG))
+    auxiliary = AuxiliaryCLIP.from_ancestor(towers.build_clip(config, seed=1).state_dict(), Structure(config, num_knots=3), seed=2)
+    with torch.no_grad():
+        auxiliary._get("stem.logit_bias").fill_(-7.5)
+    Learngene.from_auxiliary(auxiliary.structure, auxiliary.state_dict(), tokenizer_files={}, extraction={}).save(tmp_path / "g")
+    load_learngene(tmp_path / "g").descend(image_layers=3, text_layers=2).export(tmp_path / "m")
+    model, _, _ = towers.open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'm'}")
+    images, texts = batch(0)
+    with torch.no_grad():
+        image, text, scale, bias = model.eval()(images, texts)
+        expected = auxiliary.eval()(images, texts, image_layers=3, text_layers=2)
+        logits = expected["logit_scale"] * F.normalize(expected["image_features"], dim=1) @ F.normalize(expected["text_features"], dim=1).T
+    assert float(bias) == float(expected["logit_bias"]) == -7.5
+    assert float(scale) == pytest.approx(10.0)
+    assert torch.allclose(scale * image @ text.T + bias, logits - 7.5, atol=1e-4)
+    single = load_learngene(tmp_path / "g").descend(image_layers=2, text_layers=None, modality="image")
+    assert not [name for name in single.state if "logit" in name]
+    assert towers.load_clip(tmp_path / "m")[1]["logit_bias"].shape == (1,)
 
 
 def test_damaged_files_are_refused(learngene: Learngene, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_the_narrower_tower_takes_slices_of_the_multimodal_block() -> None:
     model = randomised(Structure(UNEQUAL, num_knots=2))
     structure, get = model.structure, model._get
     wide, own = structure.layout("image"), structure.layout("text")
-    found = compose_layers(structure, get, "text", 2)
+    found = compose_layers(structure, get, {"text": (2, None)})["text"]
     shared = {e.name: e.view(get("multimodal"))[0].double() for e in wide.matrices}
     unimodal = {e.name: e.view(get("unimodal_text"))[0].double() for e in own.matrices}
     sliced = {
@@ -100,7 +100,7 @@ def test_learned_maps_start_as_slices_and_follow_their_formula() -> None:
     model = AuxiliaryCLIP.from_ancestor(state, structure, seed=2)
     shared = {e.name: e.view(model._get("multimodal"))[0] for e in structure.layout("image").matrices}
     a = model._get("coefficients_text")
-    first = compose_layers(structure, model._get, "text", 2)[0]
+    first = compose_layers(structure, model._get, {"text": (2, None)})["text"][0]
     assert torch.allclose(first["mlp.c_proj.weight"], a[0, 3, 0] * shared["mlp.c_proj.weight"][:16, :64], atol=1e-6)
     assert torch.allclose(first["attn.in_proj_weight"], a[0, 0, 0] * heads_by_hand(shared["attn.in_proj_weight"], 16)[:, :16], atol=1e-6)
     generator = torch.Generator().manual_seed(0)
@@ -108,7 +108,7 @@ def test_learned_maps_start_as_slices_and_follow_their_formula() -> None:
         for kind in ("residual_map_text", "head_map_text"):
             model._get(kind).copy_(torch.randn(16, 24, generator=generator))
     residual, heads = model._get("residual_map_text"), model._get("head_map_text")
-    first = compose_layers(structure, model._get, "text", 2)[0]
+    first = compose_layers(structure, model._get, {"text": (2, None)})["text"][0]
     q, k, v = (heads @ part @ residual.T for part in shared["attn.in_proj_weight"].split(24))
     assert_close(first["attn.in_proj_weight"], a[0, 0, 0] * torch.cat([q, k, v]))
     assert_close(first["attn.out_proj.weight"], a[0, 1, 0] * (residual @ shared["attn.out_proj.weight"] @ heads.T))
@@ -185,7 +185,7 @@ def test_linear_basis_is_tleg_bit_for_bit() -> None:
         structure = Structure(UNEQUAL, num_multimodal=0, num_unimodal=2, basis="linear", convention=convention)
         model = randomised(structure)
         layout, blocks, vectors = structure.layout("image"), model._get("unimodal_image"), model._get("vectors_image")
-        for layer, tensors in enumerate(compose_layers(structure, model._get, "image", 5)):
+        for layer, tensors in enumerate(compose_layers(structure, model._get, {"image": (5, None)})["image"]):
             t = layer / divisor
             for entry in layout.matrices:
                 assert torch.equal(tensors[entry.name], entry.view(blocks[0]) + t * entry.view(blocks[1]))
@@ -198,7 +198,7 @@ def test_step_basis_is_stage_wise_sharing_bit_for_bit() -> None:
     model = randomised(structure)
     layout, blocks = structure.layout("text"), model._get("unimodal_text")
     stages = [0, 0, 0, 1, 1, 2, 2]
-    for stage, tensors in zip(stages, compose_layers(structure, model._get, "text", 7), strict=True):
+    for stage, tensors in zip(stages, compose_layers(structure, model._get, {"text": (7, None)})["text"], strict=True):
         for entry in layout.matrices:
             assert torch.equal(tensors[entry.name], entry.view(blocks[stage]))
     assert fixed_weights("step", 2, 3) == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
@@ -214,7 +214,7 @@ def test_gradients_reach_every_tensor() -> None:
     direction = {}
 
     def value(step: float) -> Tensor:
-        layers = compose_layers(structure, lambda name: model._get(name) + step * probes.get(name, 0), "text", 3, 8)
+        layers = compose_layers(structure, lambda name: model._get(name) + step * probes.get(name, 0), {"text": (3, 8)})["text"]
         return sum((tensor.sin().sum() for layer in layers for tensor in layer.values()), start=torch.zeros((), dtype=torch.float64))
 
     value(0.0).backward()

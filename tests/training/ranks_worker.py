@@ -17,7 +17,7 @@ from torch.distributed.nn.functional import all_reduce
 
 from mmlg_scale import recipe
 from mmlg_scale.training.engine import Engine, start_ranks, stop_ranks
-from mmlg_scale.training.stages import ClipStage, Stage
+from mmlg_scale.training.stages import ClipStage, ExtractionStage, Stage
 from mmlg_scale.training.step import compute_gradients
 from tests.training.tiny import BATCH, OPTIMIZER, STEPS, batch, build_stage
 
@@ -32,6 +32,7 @@ class Case:
     patch_dropout: float = 0.0
     checkpointing: bool = False
     precision: str = "fp32"
+    per_layer: bool = False
     change: str | None = None
 
     @property
@@ -40,6 +41,7 @@ class Case:
         parts += [f"a{self.accumulation}"] if self.accumulation > 1 else []
         parts += [f"p{self.patch_dropout}"] if self.patch_dropout else []
         parts += ["checkpointing"] if self.checkpointing else []
+        parts += ["per-layer"] if self.per_layer else []
         return "-".join([*parts, *([self.change] if self.change else [])])
 
 
@@ -49,6 +51,10 @@ EXACT = [
     *(Case(kind, zero, 4, 0.5) for zero in (0, 2, 3) for kind in KINDS),
     *(Case(kind, zero, 1, 0.5, True) for zero in (1, 3) for kind in KINDS),
     Case("extraction", 2, 2, 0.5, True),
+    *(Case("extraction", zero, checkpointing=True, per_layer=True) for zero in (1, 2, 3)),
+    *(Case(kind, zero, parts) for zero, parts in ((1, 1), (3, 2)) for kind in ("affinity", "students")),
+    *(Case("siglip", zero, parts) for zero, parts in ((0, 1), (2, 4))),
+    Case("siglip_extraction", 3),
     Case("ancestor", 0, change="own_gather"),
 ]
 WRONG = [
@@ -102,6 +108,8 @@ def changed(stage: Stage, change: str | None) -> Stage:
 def make(case: Case, device: torch.device, name: str = "sgd") -> tuple[Stage, Engine]:
     """The case's stage and an engine around it."""
     stage = build_stage(case.kind, device, accumulation=case.accumulation, patch_dropout=case.patch_dropout)
+    if isinstance(stage, ExtractionStage):
+        stage.settings.compose_per_layer = case.per_layer
     settings = recipe.Engine(
         zero_stage=case.zero_stage,  # type: ignore[arg-type]
         precision=case.precision,  # type: ignore[arg-type]

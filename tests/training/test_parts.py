@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmlg_scale import recipe, towers
-from mmlg_scale.objectives import feature_distance, hidden_distance
+from mmlg_scale.accounting import forward_flops
+from mmlg_scale.objectives import contrastive, distillation, feature_distance, hidden_distance
 from mmlg_scale.training.loop import rate_factor
 from mmlg_scale.training.meters import Meters
 from mmlg_scale.training.stages import ExtractionStage, decay_groups, tap_layers
@@ -49,6 +51,38 @@ def test_feature_distance_ignores_length() -> None:
     assert float(feature_distance(features, -features)) == pytest.approx(2)
 
 
+def test_affinity_by_hand() -> None:
+    """The cross entropy of the ancestor's softmax over each image's texts, and each text's images, in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        {"image_features": torch.randn(6, n, generator=generator), "text_features": torch.randn(6, n, generator=generator)} for n in (4, 5)
+    )
+    student["logit_scale"], teacher["logit_scale"] = torch.tensor([3.0]), torch.tensor([9.0])
+    logits, theirs = (
+        (x["logit_scale"] * F.normalize(x["image_features"], dim=1) @ F.normalize(x["text_features"], dim=1).T).double()
+        for x in (student, teacher)
+    )
+    affinity = sum(F.cross_entropy(a, b.softmax(dim=1)) for a, b in ((logits, theirs), (logits.T, theirs.T))) / 2
+    pairs = sum(F.cross_entropy(a, torch.arange(6)) for a in (logits, logits.T)) / 2
+    weights = recipe.DistillationLoss(contrastive=0.5, affinity=2.0, feature=0.0, hidden=0.0)
+    loss, terms = distillation(student, teacher, torch.zeros(6, 1, dtype=torch.long), weights)
+    assert float(loss) == pytest.approx(float(0.5 * pairs + 2 * affinity), rel=1e-6)
+    assert list(terms) == ["contrastive_with_affinity"]
+
+
+def test_siglip_by_hand() -> None:
+    """The definition in fp64, and open_clip's own."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = {f"{tower}_features": torch.randn(6, 4, generator=generator) for tower in ("image", "text")}
+    outputs |= {"logit_scale": torch.tensor([8.0]), "logit_bias": torch.tensor([-3.0])}
+    image, text = (F.normalize(outputs[f"{tower}_features"], dim=1) for tower in ("image", "text"))
+    signs = 2 * torch.eye(6, dtype=torch.float64) - 1
+    expected = -F.logsigmoid(signs * (8 * image.double() @ text.double().T - 3)).sum() / 6
+    assert float(contrastive(outputs)) == pytest.approx(float(expected), rel=1e-6)
+    theirs = towers.open_clip.loss.SigLipLoss()(image, text, outputs["logit_scale"], outputs["logit_bias"])
+    assert float(contrastive(outputs)) == pytest.approx(float(theirs), rel=1e-5)
+
+
 def test_a_scale_above_the_bound_can_come_back() -> None:
     scale = torch.tensor([6.0], requires_grad=True)
     multiplier = towers.logit_multiplier(scale)
@@ -56,6 +90,18 @@ def test_a_scale_above_the_bound_can_come_back() -> None:
     multiplier.backward()
     assert scale.grad is not None
     assert scale.grad.item() == pytest.approx(100.0, rel=1e-6)
+
+
+def test_several_students_share_the_teacher() -> None:
+    one, three = (build_stage(kind, torch.device("cpu")) for kind in ("extraction", "students"))
+    assert isinstance(three, ExtractionStage)
+    sizes = [three.sizes(step) for step in range(20)]
+    assert isinstance(one, ExtractionStage)
+    assert [step[0] for step in sizes] == [one.sizes(step)[0] for step in range(20)]
+    assert len({size["image_layers"] for step in sizes for size in step}) > 1
+    assert any(step[0] != step[1] for step in sizes)
+    alone = [forward_flops(towers.with_sizes(three.teacher.config, **size))["total"] for size in sizes[0]]
+    assert three.flops(0) == (3 * sum(alone), one.flops(0)[1])
 
 
 def test_only_matrices_decay() -> None:
@@ -86,10 +132,10 @@ def test_extraction_rates() -> None:
 def test_depths_are_drawn_by_seed_and_step_alone() -> None:
     stage = build_stage("extraction", torch.device("cpu"))
     assert isinstance(stage, ExtractionStage)
-    depths = [stage.size(step)["image_layers"] for step in range(200)]
+    depths = [stage.sizes(step)[0]["image_layers"] for step in range(200)]
     assert set(depths) == {2, 3}
     assert 70 < depths.count(2) < 130
-    assert [stage.size(step)["text_layers"] for step in (5, 150, 5)] == [depths[5], depths[150], depths[5]]
+    assert [stage.sizes(step)[0]["text_layers"] for step in (5, 150, 5)] == [depths[5], depths[150], depths[5]]
 
 
 def test_a_resumed_run_has_every_line_once(tmp_path: Path) -> None:

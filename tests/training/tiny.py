@@ -34,15 +34,21 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return images, texts
 
 
-def build_stage(kind: str, device: torch.device, *, accumulation: int = 1, patch_dropout: float = 0.0, students: int = 1) -> Stage:
-    """`ancestor` (contrastive alone) or `extraction` (auxiliary model, teacher, hidden states, all terms)."""
+def build_stage(kind: str, device: torch.device, *, accumulation: int = 1, patch_dropout: float = 0.0) -> Stage:
+    """`ancestor` (contrastive alone) or `extraction` (auxiliary model, hidden states, all terms), with `affinity`, or 3 `students`.
+
+    `siglip` and `siglip_extraction` are the same two with SigLIP's loss.
+    """
     training = recipe.Training(steps=STEPS, batch_size=BATCH, optimizer=OPTIMIZER, accumulation=accumulation)
     config = towers.model_config(CONFIG | {"vision_cfg": {**CONFIG["vision_cfg"], "patch_dropout": patch_dropout}})  # type: ignore[dict-item]
+    if kind.startswith("siglip"):
+        config = towers.with_logit_bias(config)
     state = towers.build_clip(config, seed=1).state_dict()
-    if kind == "ancestor":
+    if kind in ("ancestor", "siglip"):
         return ClipStage("ancestor", config, state, training, device, seed=4)
     auxiliary = AuxiliaryCLIP.from_ancestor(state, Structure(config, num_knots=4), seed=2)
-    settings = recipe.Extraction(training=training, min_layers=2)
+    loss = recipe.DistillationLoss(affinity=2.0 if kind == "affinity" else 0.0)
+    settings = recipe.Extraction(training=training, min_layers=2, loss=loss, students_per_step=3 if kind == "students" else 1)
     return ExtractionStage(settings, auxiliary, Teacher(config, state, device), device, seed=3)
 
 
