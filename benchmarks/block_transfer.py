@@ -39,11 +39,12 @@ NUM_LAYERS, NUM_BLOCKS = 12, 2
 SMALL = (64, 32)
 # What moves no numbers: views, and the wrappers around operators that are listed themselves.
 FREE = frozenset(
-    (
-        "view as_strided transpose unflatten select slice unbind split split_with_sizes reshape expand unsqueeze squeeze narrow permute "
-        "flatten detach t chunk alias _unsafe_view _reshape_alias empty empty_like empty_strided resize_ resolve_conj resolve_neg "
-        "result_type matmul to _to_copy clone contiguous _reshape_copy zero_ fill_ zeros zeros_like ones_like"
-    ).split()
+    [
+        *("view", "as_strided", "transpose", "unflatten", "select", "slice", "unbind", "split", "split_with_sizes", "reshape", "expand"),
+        *("unsqueeze", "squeeze", "narrow", "permute", "flatten", "detach", "t", "chunk", "alias", "_unsafe_view", "_reshape_alias"),
+        *("empty", "empty_like", "empty_strided", "resize_", "resolve_conj", "resolve_neg", "result_type", "matmul", "to", "_to_copy"),
+        *("clone", "contiguous", "_reshape_copy", "zero_", "zeros", "zeros_like", "ones_like"),
+    ]
 )
 
 

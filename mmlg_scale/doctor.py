@@ -73,9 +73,9 @@ def _deepspeed() -> tuple[str, str, str]:
 
 def _deepspeed_ops() -> tuple[str, str, str]:
     """DeepSpeed's own kernels; training here needs none, since the optimiser is torch's."""
-    import deepspeed
+    from mmlg_scale.training.engine import compatible_deepspeed_ops
 
-    compatible = sorted(name for name, works in deepspeed.ops.__compatible_ops__.items() if works)
+    compatible = compatible_deepspeed_ops()
     return "ok", f"{len(compatible)} can be built here, none is needed: {', '.join(compatible) or 'none'}", ""
 
 

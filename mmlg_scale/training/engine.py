@@ -192,3 +192,10 @@ def deepspeed_version() -> str:
     import deepspeed
 
     return str(deepspeed.__version__)
+
+
+def compatible_deepspeed_ops() -> list[str]:
+    """Names of DeepSpeed's own kernels that could be compiled on this machine. Training here uses none of them."""
+    import deepspeed
+
+    return sorted(name for name, works in deepspeed.ops.__compatible_ops__.items() if works)
