@@ -104,7 +104,7 @@ class _Mix(torch.autograd.Function):
     def forward(ctx: Any, coefficients_LTK: Tensor, piece_tensors_N: Tensor, *reads: Tensor) -> Tensor:
         ctx.save_for_backward(coefficients_LTK, piece_tensors_N, *reads)
         num_pieces, total_LNC = len(piece_tensors_N), torch.empty(0)
-        pieces_KLN1 = coefficients_LTK.index_select(1, piece_tensors_N).permute(2, 0, 1).unsqueeze(3)
+        pieces_KLN1 = coefficients_LTK[:, piece_tensors_N].permute(2, 0, 1).unsqueeze(3)
         for k, block_P in enumerate(block_P for read_KP in reads for block_P in read_KP.unbind(0)):
             block_NC = block_P.unflatten(0, (num_pieces, -1))
             total_LNC = pieces_KLN1[k] * block_NC if k == 0 else total_LNC.addcmul_(pieces_KLN1[k], block_NC)
@@ -114,7 +114,7 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, grad_LP: Tensor) -> tuple[Tensor | None, ...]:
         coefficients_LTK, piece_tensors_N, *reads = ctx.saved_tensors
         grad_NLC = grad_LP.unflatten(1, (len(piece_tensors_N), -1)).transpose(0, 1)
-        pieces_NKL = coefficients_LTK.index_select(1, piece_tensors_N).permute(1, 2, 0)
+        pieces_NKL = coefficients_LTK[:, piece_tensors_N].permute(1, 2, 0)
         read_grads: list[Tensor | None] = []
         coefficient_grads, first = [], 0
         for read_KP in reads:

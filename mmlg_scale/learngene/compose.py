@@ -29,13 +29,14 @@ def compose_layers(structure: Structure, get: Get, sizes: Sizes, *, dtype: torch
         get: gives the learngene's tensors by name.
         dtype: of the matrices; None: the blocks'.
     """
-    vectors = {tower: _vectors(structure, get, tower, *size) for tower, size in sizes.items()}
     if structure.basis != "knots":
         matrices = {tower: _fixed_matrices(structure, get, tower, *size) for tower, size in sizes.items()}
+        vectors = {tower: _fixed_vectors(structure, get, tower, *size) for tower, size in sizes.items()}
     else:
         composer = _Composer(structure, get, sizes)
-        flat = block_transfer(composer.plan, composer.sources, list(composer.coefficients.values()), out_dtype=dtype)
+        flat = block_transfer(composer.plan, composer.sources, composer.coefficients, out_dtype=dtype)
         matrices = {tower: composer.plan.views(i, flat[i]) for i, tower in enumerate(sizes)}
+        vectors = composer.vectors
     return {tower: [m | v for m, v in zip(matrices[tower], vectors[tower], strict=True)] for tower in sizes}
 
 
@@ -54,9 +55,9 @@ def compose_lazily(
     return {
         tower: [
             functools.partial(make, index, a_GK, vectors)
-            for a_GK, vectors in zip(composer.coefficients[tower].unbind(0), _vectors(structure, get, tower, *size), strict=True)
+            for a_GK, vectors in zip(composer.coefficients[index].unbind(0), composer.vectors[tower], strict=True)
         ]
-        for index, (tower, size) in enumerate(sizes.items())
+        for index, tower in enumerate(sizes)
     }
 
 
@@ -71,10 +72,14 @@ def narrow_state(shapes: Mapping[str, tuple[int, ...]], get: Get) -> dict[str, T
 
 
 class _Composer:
-    """What block transfer takes: a plan, the blocks, and the coefficients [L, G, K] of each tower."""
+    """What block transfer takes, a plan, the blocks, and the coefficients [L, G, K] of each tower; and the layers' vectors."""
 
     def __init__(self, structure: Structure, get: Get, sizes: Sizes) -> None:
-        self.coefficients = {tower: interpolate(get(f"coefficients_{tower}"), layers) for tower, (layers, _) in sizes.items()}
+        counts = [num_layers for num_layers, _ in sizes.values()]
+        knots = [get(f"{kind}_{tower}") for kind in ("coefficients", "vectors") for tower in sizes]
+        rows = interpolate(knots, counts * 2)
+        self.coefficients = rows[: len(sizes)]
+        self.vectors = {t: _vectors(structure, t, sizes[t][1], v) for t, v in zip(sizes, rows[len(sizes) :], strict=True)}
         names = ["multimodal", *(f"unimodal_{tower}" for tower in sizes), *(f"mapped_{t}" for t in sizes if structure.mapped(t))]
         if all(structure.mapped(tower) for tower in sizes):
             names.remove("multimodal")
@@ -107,14 +112,14 @@ def _slices(full: BlockLayout, part: BlockLayout) -> tuple[Slice, ...]:
     )
 
 
-def _vectors(structure: Structure, get: Get, tower: str, num_layers: int, width: int | None) -> list[Layer]:
-    """LayerNorms and biases of each layer."""
-    rows = get(f"vectors_{tower}")
-    if structure.basis == "knots":
-        vectors_LV = interpolate(rows, num_layers)
-    else:
-        vectors_LV = fixed_sum(fixed_weights(structure.basis, num_layers, structure.num_blocks, structure.convention), rows)
-    layers: list[Layer] = [{} for _ in range(num_layers)]
+def _fixed_vectors(structure: Structure, get: Get, tower: str, num_layers: int, width: int | None) -> list[Layer]:
+    weights = fixed_weights(structure.basis, num_layers, structure.num_blocks, structure.convention)
+    return _vectors(structure, tower, width, fixed_sum(weights, get(f"vectors_{tower}")))
+
+
+def _vectors(structure: Structure, tower: str, width: int | None, vectors_LV: Tensor) -> list[Layer]:
+    """LayerNorms and biases of each layer, by name."""
+    layers: list[Layer] = [{} for _ in vectors_LV]
     for full, entry in zip(structure.layout(tower).vectors, structure.layout(tower, width).vectors, strict=True):
         values_L = narrow(entry.name, full.view(vectors_LV), entry.shape)
         for layer, tensor in zip(layers, values_L.unbind(0), strict=True):

@@ -13,6 +13,7 @@ step    fixed, stage-wise sharing: layer l is block floor(l K / L) (SWS, "Explor
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,16 +51,21 @@ def fixed_weights(basis: str, num_layers: int, num_blocks: int, convention: str 
     return [[float(block == stage) for block in range(num_blocks)] for stage in stages]
 
 
-def interpolate(knots_R: Tensor, num_layers: int) -> Tensor:
-    """Values at R knots, [R, ...], interpolated to the layers, [L, ...]."""
-    return torch.tensordot(_kept_weights(num_layers, knots_R.shape[0], knots_R.dtype, knots_R.device), knots_R, dims=1)
+def interpolate(knots: Sequence[Tensor], num_layers: Sequence[int]) -> list[Tensor]:
+    """Values at R knots, [R, ...] each, interpolated to as many layers as is said of each, [L, ...]; by one product for all."""
+    num_knots, counts = knots[0].shape[0], tuple(dict.fromkeys(num_layers))
+    rows = _kept_weights(counts, num_knots, knots[0].dtype, knots[0].device) @ torch.cat([x.flatten(1) for x in knots], dim=1)
+    at_count = dict(zip(counts, rows.split(counts), strict=True))
+    columns = {count: part.split([x[0].numel() for x in knots], dim=1) for count, part in at_count.items()}
+    return [columns[count][i].unflatten(1, x.shape[1:]) for i, (x, count) in enumerate(zip(knots, num_layers, strict=True))]
 
 
 @functools.lru_cache(maxsize=256)
-def _kept_weights(num_layers: int, num_knots: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _kept_weights(counts: tuple[int, ...], num_knots: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[sum of counts, R]"""
     # Made outside of inference mode, in which a tensor could never again serve training.
     with torch.inference_mode(False):
-        return knot_weights(num_layers, num_knots).to(device=device, dtype=dtype)
+        return torch.cat([knot_weights(count, num_knots) for count in counts]).to(device=device, dtype=dtype)
 
 
 def fixed_sum(weights_LK: list[list[float]], values_K: Tensor) -> Tensor:
