@@ -1,8 +1,8 @@
 # make setup    .venv with the tested set of packages (kept: a second time it needs no network)
 # make demo     the whole job at toy size: runs/demo/report.html and runs/demo/family.json
 # make test     linters, types, import rules, and the tests that need no GPU and no minutes
-# make gpu-check   GPU tests and benchmarks; JSON under OUT (default benchmarks/results)
-# make digits  the whole job on real input: scanned handwritten digits
+# make digits   the whole job on real input: scanned handwritten digits
+# make gpu-check   GPU tests and all kernels' benchmarks, within nine minutes; JSON under OUT (default benchmarks/results)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -44,9 +44,7 @@ test: lint
 # A GPU machine may hold torch alone: whatever python is there is used, and the packages from this folder.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu-check:
-	mkdir -p $(OUT)
-	PYTHONPATH=kernels:. $(GPU_PYTHON) -m pytest -m gpu tests/gpu
-	PYTHONPATH=kernels:. $(GPU_PYTHON) -m benchmarks.contrastive_loss --device cuda --out $(OUT)
+	PYTHONPATH=kernels:. $(GPU_PYTHON) -m benchmarks.gpu_check --out $(OUT)
 
 clean:
 	rm -rf build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -25,7 +25,7 @@ def number(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
+    return float((found.detach().double() - expected.detach()).norm() / expected.detach().norm())
 
 
 def errors(found: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor], tolerance: float) -> list[str]:
