@@ -23,6 +23,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 import torch
 import triton
 from mmlg_kernels import tiled, tiled_distillation, transfer_tiles
+from mmlg_kernels.tiles import tile_for
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -36,12 +37,12 @@ MATRIX_INSTRUCTIONS = r"\b(HGMMA|WGMMA|UTC[A-Z]*MMA|TCGEN05|HMMA|QMMA|OMMA)\b"
 # Arguments in order: x pointers of features, f of fp32, t of the table of tiles, i an integer, r a real number; o a pointer to results,
 # which are in bf16 for fp32 blocks. Then the constants. Integers named here are multiples of 16 in every real model.
 SIMILARITIES = {
-    "softmax_forward": (tiled.softmax_forward_kernel, "xxfffiiii", tiled.tile_for),
-    "softmax_gradient": (tiled.softmax_gradient_kernel, "xxfffxiiii", tiled.tile_for),
-    "sigmoid_forward": (tiled.sigmoid_forward_kernel, "xxfffiiii", tiled.tile_for),
-    "sigmoid_gradient": (tiled.sigmoid_gradient_kernel, "xxffxfiiii", tiled.tile_for),
-    "distillation_forward": (tiled_distillation.distillation_forward_kernel, "xxxxffffffffiiiii", tiled_distillation.tile_for),
-    "distillation_gradient": (tiled_distillation.distillation_gradient_kernel, "xxxxffffffxiiiiirr", tiled_distillation.tile_for),
+    "softmax_forward": (tiled.softmax_forward_kernel, "xxfffiiii"),
+    "softmax_gradient": (tiled.softmax_gradient_kernel, "xxfffxiiii"),
+    "sigmoid_forward": (tiled.sigmoid_forward_kernel, "xxfffiiii"),
+    "sigmoid_gradient": (tiled.sigmoid_gradient_kernel, "xxffxfiiii"),
+    "distillation_forward": (tiled_distillation.distillation_forward_kernel, "xxxxffffffffiiiii"),
+    "distillation_gradient": (tiled_distillation.distillation_gradient_kernel, "xxxxffffffxiiiiirr"),
 }
 TRANSFERS = {
     "block_transfer": (transfer_tiles.transfer_kernel, "tfffffo", {}),
@@ -54,8 +55,8 @@ MULTIPLES = ("width", "teacher_width", "num_columns")
 
 def compile_similarity(name: str, dtype: torch.dtype, arch: int) -> dict[str, Any]:
     """Compile a kernel over tiles of similarities as it is launched, and read its machine code."""
-    kernel, kinds, tile_for = SIMILARITIES[name]
-    tile = tile_for(dtype, forward=name.endswith("forward"))
+    kernel, kinds = SIMILARITIES[name]
+    tile = tile_for(name, dtype)
     constants = {"BM": tile.rows, "BN": tile.columns, "BD": tile.depth, "PRECISION": "ieee"}
     facts = {"kernel": name, "dtype": DTYPES[dtype], "arch": f"sm_{arch}", "tile": [tile.rows, tile.columns, tile.depth]}
     return facts | _compile(kernel, kinds, constants, DTYPES[dtype], arch, tile.num_warps, tile.num_stages)

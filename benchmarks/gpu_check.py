@@ -66,6 +66,8 @@ def all_checks(out: Path) -> list[Check]:
         Check("block_transfer", benchmark("block_transfer", *cuda), 80),
         Check("distillation_loss", benchmark("distillation_loss", *cuda), 90),
         Check("sigmoid_loss", benchmark("contrastive_loss", *cuda, "--kind", "sigmoid", "--width", "768", "--pairs", "16384", "65536"), 60),
+        # Last, since it compiles for minutes: each kernel's fastest tile, for later runs. What is over the limit is missing from the table.
+        Check("tiles", (sys.executable, "-m", "mmlg_kernels.tuning", "--out", str(out)), 120),
     ]
 
 

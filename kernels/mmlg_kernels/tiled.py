@@ -9,43 +9,19 @@ Works under TRITON_INTERPRET=1 on CPU tensors in fp32 and fp16 (the interpreter'
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmlg_kernels.tiles import Tile, tile_for
+
 WORKSPACE_BYTES = 128 * 2**20
 """Memory for the gradient by the logits of as many rows as it holds."""
 SPLITS = 8
 """Programs that share the columns of one block of rows in the forward pass, so that small batches fill the chip."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Sizes of a tile of logits and of the steps along the features, and how a program is run."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
-
-def tile_for(dtype: torch.dtype, *, forward: bool = False) -> Tile:
-    """The tile for a dtype: fixed, so that results repeat bit for bit from run to run.
-
-    In the forward pass, which keeps running sums beside the logits, tiles of half precision are narrower: at 128 columns registers spill
-    on sm_80 and sm_100.
-    """
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return Tile(32, 32, 32, 4, 1)
-    if dtype == torch.float32:
-        return Tile(64, 64, 32, 4, 3)
-    return Tile(128, 64 if forward else 128, 64, 8, 3)
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -256,7 +232,7 @@ def _forward_shape(num_rows: int, num_columns: int, tile: Tile) -> tuple[int, in
 def softmax_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, first: int, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `chunked.softmax_forward`."""
     x, y = x_BD.contiguous(), y_GD.contiguous()
-    (num_rows, width), num_columns, tile = x.shape, y.shape[0], tile_for(x.dtype, forward=True)
+    (num_rows, width), num_columns, tile = x.shape, y.shape[0], tile_for("softmax_forward", x.dtype)
     blocks, splits, tiles_per_split = _forward_shape(num_rows, num_columns, tile)
     row_part = x.new_empty(splits, num_rows, dtype=torch.float32)
     column_part = x.new_empty(blocks, num_columns, dtype=torch.float32)
@@ -279,13 +255,13 @@ def softmax_backward(
             x, y, scale, own_lse, column_lse_G, weights, x.shape[0], y.shape[0], y.shape[1], first + start, **_options(tile, x.dtype)
         )
 
-    return _waves(x_BD.contiguous(), y, gradient, tile_for(y.dtype))
+    return _waves(x_BD.contiguous(), y, gradient, tile_for("softmax_gradient", y.dtype))
 
 
 def sigmoid_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, first: int, chunk_bytes: int) -> tuple[Tensor, Tensor]:
     """See `chunked.sigmoid_forward`."""
     x, y = x_BD.contiguous(), y_GD.contiguous()
-    (num_rows, width), num_columns, tile = x.shape, y.shape[0], tile_for(x.dtype, forward=True)
+    (num_rows, width), num_columns, tile = x.shape, y.shape[0], tile_for("sigmoid_forward", x.dtype)
     blocks, splits, tiles_per_split = _forward_shape(num_rows, num_columns, tile)
     row_part = x.new_empty(splits, num_rows, dtype=torch.float32)
     sigmoid_forward_kernel[(blocks, splits)](
@@ -309,7 +285,7 @@ def sigmoid_backward(
             x, y, scale, bias, weights, row_part, x.shape[0], y.shape[0], y.shape[1], first + start, **_options(tile, x.dtype)
         )
 
-    dx, dy = _waves(x_BD.contiguous(), y, gradient, tile_for(y.dtype))
+    dx, dy = _waves(x_BD.contiguous(), y, gradient, tile_for("sigmoid_gradient", y.dtype))
     return dx, dy, torch.stack([part.sum() for part in sums]).sum()
 
 

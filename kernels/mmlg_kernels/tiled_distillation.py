@@ -7,26 +7,14 @@ holds, and two matrix products turn it into the feature gradients. The same inpu
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mmlg_kernels.chunked import DistillationInputs
-from mmlg_kernels.tiled import Tile, _forward_shape, _logits, _options, _own_products, _waves
-
-FORWARD_TILE = {2: Tile(64, 64, 64, 8, 3), 4: Tile(64, 64, 32, 8, 3)}
-GRADIENT_TILE = {2: Tile(128, 64, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)}
-"""By the bytes of a number; smaller than one similarity's, since a program holds two."""
-
-
-def tile_for(dtype: torch.dtype, *, forward: bool = False) -> Tile:
-    """The tile for a dtype, fixed."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return Tile(32, 32, 32, 4, 1)
-    return (FORWARD_TILE if forward else GRADIENT_TILE)[dtype.itemsize]
+from mmlg_kernels.tiled import _forward_shape, _logits, _options, _own_products, _waves
+from mmlg_kernels.tiles import Tile, tile_for
 
 
 @triton.jit
@@ -146,7 +134,7 @@ def distillation_gradient_kernel(
 def distillation_forward(given: DistillationInputs, first: int, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `chunked.distillation_forward`."""
     x, y, u, v = (features.contiguous() for features in (given.x, given.y, given.u, given.v))
-    (num_rows, width), num_columns, tile = x.shape, y.shape[0], tile_for(x.dtype, forward=True)
+    (num_rows, width), num_columns, tile = x.shape, y.shape[0], tile_for("distillation_forward", x.dtype)
     blocks, splits, tiles_per_split = _forward_shape(num_rows, num_columns, tile)
     row_part, student_part, teacher_part = (x.new_empty(splits, num_rows, dtype=torch.float32) for _ in range(3))
     column_part = x.new_empty(blocks, num_columns, dtype=torch.float32)
@@ -172,4 +160,4 @@ def distillation_backward(
             part.shape[0], y.shape[0], y.shape[1], u.shape[1], first + start, *weights, **_options(tile, x.dtype),
         )  # fmt: skip
 
-    return _waves(x, y, gradient, tile_for(x.dtype))
+    return _waves(x, y, gradient, tile_for("distillation_gradient", x.dtype))

@@ -71,7 +71,7 @@ def assert_epochs(steps: list[list[int]], intact: set[int]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("position", [0, 5, PER_SHARD - 1])
 def test_fault_matrix(kind: str, position: int, copy: Path, tmp_path: Path) -> None:
-    """Each kind of damage x position in the shard x ranks 1 and 2; workers 0 and 2 follow."""
+    """Each kind of damage x position in the shard x ranks 1 and 2; with workers below."""
     damage, cause = KINDS[kind]
     shard = {0: 2, 5: 0, PER_SHARD - 1: 3}[position]
     lost = {shard * PER_SHARD + lost for lost in damage(copy / "train", shard, position)}
@@ -87,6 +87,20 @@ def test_fault_matrix(kind: str, position: int, copy: Path, tmp_path: Path) -> N
     listed = [json.loads(line) for line in (tmp_path / "run" / "data-faults-rank0.jsonl").read_text().splitlines()]
     keys = [sample["key"] for entry in load_manifest(copy / "train")["shards"] for sample in entry["samples"]]
     assert [(line["index"], line["key"], line["cause"]) for line in listed] == [(index, keys[index], cause) for index in sorted(lost)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("position", [0, 5, PER_SHARD - 1])
+def test_fault_matrix_with_workers(kind: str, position: int, copy: Path) -> None:
+    """The same with two workers, on one rank and on two."""
+    damage, _ = KINDS[kind]
+    shard = {0: 2, 5: 0, PER_SHARD - 1: 3}[position]
+    lost = {shard * PER_SHARD + lost for lost in damage(copy / "train", shard, position)}
+    alone = read(copy, 12)
+    assert_epochs(alone, set(range(NUM)) - lost)
+    assert read(copy, 12, num_workers=2) == alone
+    assert read(copy, 12, ranks=2, num_workers=2) == alone
 
 
 @pytest.fixture
