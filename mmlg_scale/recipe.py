@@ -272,6 +272,8 @@ class Engine:
     """bf16 keeps fp32 parameters and computes by autocast."""
     activation_checkpointing: bool = False
     """Keep only the inputs of each transformer block and recompute it in the backward pass: less memory, a third more compute."""
+    shard_ancestor: bool = False
+    """Each rank keeps its share of the frozen ancestor and gathers a block when it runs: less memory, more communication, same numbers."""
     num_processes: int = 1
     """Ranks of each training step of `mmlg family`."""
     threads: int | None = 1

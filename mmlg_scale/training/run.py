@@ -132,7 +132,8 @@ def extract(settings: recipe.Recipe, ancestor: Path, out: Path, *, method: str =
     def build(run: Run) -> Stage:
         config, state = towers.load_ancestor(ancestor, run.corpus.config)
         auxiliary = AuxiliaryCLIP.from_ancestor(state, _structure(config, extraction), seed=settings.seed)
-        return ExtractionStage(extraction, auxiliary, Teacher(config, state, run.device), run.device, seed=settings.seed)
+        teacher = Teacher(config, state, run.device, shard=settings.engine.shard_ancestor)
+        return ExtractionStage(extraction, auxiliary, teacher, run.device, seed=settings.seed)
 
     def finish(run: Run, stage: Stage, state: Mapping[str, Tensor]) -> dict[str, Any]:
         assert isinstance(stage, ExtractionStage)
@@ -201,7 +202,7 @@ def train_descendant(
         teacher = None
         if weights is not None and training.steps:
             assert ancestor is not None
-            teacher = Teacher(*towers.load_ancestor(ancestor, run.corpus.config), run.device)
+            teacher = Teacher(*towers.load_ancestor(ancestor, run.corpus.config), run.device, shard=settings.engine.shard_ancestor)
         kept = weights if teacher else None
         return ClipStage(init, own, state, training, run.device, teacher=teacher, weights=kept, seed=settings.seed)
 

@@ -13,7 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import forward_flops
@@ -137,16 +140,18 @@ def _with_maps(model: nn.Module, config: Mapping[str, Any], teacher_config: Mapp
 
 
 class Teacher:
-    """The frozen ancestor: a plain module outside the engine."""
+    """The frozen ancestor: a plain module outside the engine. With `shard` each rank keeps its share of every parameter."""
 
-    def __init__(self, config: dict[str, Any], state: Mapping[str, Tensor], device: torch.device) -> None:
+    def __init__(self, config: dict[str, Any], state: Mapping[str, Tensor], device: torch.device, *, shard: bool = False) -> None:
         self.config = config
         self.image_layers = towers.num_layers(config, "image")
         self.text_layers = towers.num_layers(config, "text")
         self.flops = forward_flops(config)["total"]
         clip = towers.build_clip(config, seed=0)
         clip.load_state_dict(dict(state))
-        self._model = PlainCLIP(clip).to(device).eval().requires_grad_(False)
+        self.model = PlainCLIP(clip).to(device).eval().requires_grad_(False)
+        if shard and dist.get_world_size() > 1:
+            _shard(self.model, device)
 
     @torch.no_grad()
     def __call__(
@@ -154,7 +159,7 @@ class Teacher:
     ) -> dict[str, Any]:
         """Outputs on whole images; hidden states of the image tower only at `patches_BP` (and the class token), where it is given."""
         with autocast():
-            outputs = self._model(
+            outputs = self.model(
                 image,
                 text,
                 tap_image=tap_layers(depths, self.image_layers),
@@ -163,6 +168,16 @@ class Teacher:
         if patches_BP is not None:
             outputs["image_hidden"] = [towers.keep_patches(hidden, patches_BP) for hidden in outputs["image_hidden"]]
         return outputs
+
+
+def _shard(model: PlainCLIP, device: torch.device) -> None:
+    """torch's fully sharded data parallelism: a block's parameters are whole only while it runs."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for transformer in (model.clip.visual.transformer, model.clip.transformer):
+        for block in transformer.resblocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}  # which it cannot shard
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
 
 
 def draw_patches(config: Mapping[str, Any], seed: int, step: int, first_row: int, num_rows: int) -> Tensor | None:

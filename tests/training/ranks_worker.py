@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
+from torch.distributed.tensor import DTensor
 
 from mmlg_scale import recipe
 from mmlg_scale.training.engine import Engine, start_ranks, stop_ranks
@@ -33,6 +34,7 @@ class Case:
     checkpointing: bool = False
     precision: str = "fp32"
     per_layer: bool = False
+    shard: bool = False
     change: str | None = None
 
     @property
@@ -42,6 +44,7 @@ class Case:
         parts += [f"p{self.patch_dropout}"] if self.patch_dropout else []
         parts += ["checkpointing"] if self.checkpointing else []
         parts += ["per-layer"] if self.per_layer else []
+        parts += ["sharded-teacher"] if self.shard else []
         return "-".join([*parts, *([self.change] if self.change else [])])
 
 
@@ -55,6 +58,7 @@ EXACT = [
     *(Case(kind, zero, parts) for zero, parts in ((1, 1), (3, 2)) for kind in ("affinity", "students")),
     *(Case("siglip", zero, parts) for zero, parts in ((0, 1), (2, 4))),
     Case("siglip_extraction", 3),
+    *(Case("extraction", zero, parts, dropout, shard=True) for zero, parts, dropout in ((0, 1, 0.0), (3, 4, 0.5))),
     Case("ancestor", 0, change="own_gather"),
 ]
 WRONG = [
@@ -107,9 +111,12 @@ def changed(stage: Stage, change: str | None) -> Stage:
 
 def make(case: Case, device: torch.device, name: str = "sgd") -> tuple[Stage, Engine]:
     """The case's stage and an engine around it."""
-    stage = build_stage(case.kind, device, accumulation=case.accumulation, patch_dropout=case.patch_dropout)
+    stage = build_stage(case.kind, device, accumulation=case.accumulation, patch_dropout=case.patch_dropout, shard=case.shard)
     if isinstance(stage, ExtractionStage):
         stage.settings.compose_per_layer = case.per_layer
+        kept = [p.to_local() if isinstance(p, DTensor) else p for p in stage.teacher.model.parameters()]
+        share = sum(p.numel() for p in kept) / sum(p.numel() for p in stage.teacher.model.parameters())
+        assert share < 0.55 if case.shard else share == 1
     settings = recipe.Engine(
         zero_stage=case.zero_stage,  # type: ignore[arg-type]
         precision=case.precision,  # type: ignore[arg-type]

@@ -34,10 +34,10 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return images, texts
 
 
-def build_stage(kind: str, device: torch.device, *, accumulation: int = 1, patch_dropout: float = 0.0) -> Stage:
+def build_stage(kind: str, device: torch.device, *, accumulation: int = 1, patch_dropout: float = 0.0, shard: bool = False) -> Stage:
     """`ancestor` (contrastive alone) or `extraction` (auxiliary model, hidden states, all terms), with `affinity`, or 3 `students`.
 
-    `siglip` and `siglip_extraction` are the same two with SigLIP's loss.
+    `siglip` and `siglip_extraction` are the same two with SigLIP's loss. `shard`: the teacher.
     """
     training = recipe.Training(steps=STEPS, batch_size=BATCH, optimizer=OPTIMIZER, accumulation=accumulation)
     config = towers.model_config(CONFIG | {"vision_cfg": {**CONFIG["vision_cfg"], "patch_dropout": patch_dropout}})  # type: ignore[dict-item]
@@ -49,7 +49,7 @@ def build_stage(kind: str, device: torch.device, *, accumulation: int = 1, patch
     auxiliary = AuxiliaryCLIP.from_ancestor(state, Structure(config, num_knots=4), seed=2)
     loss = recipe.DistillationLoss(affinity=2.0 if kind == "affinity" else 0.0)
     settings = recipe.Extraction(training=training, min_layers=2, loss=loss, students_per_step=3 if kind == "students" else 1)
-    return ExtractionStage(settings, auxiliary, Teacher(config, state, device), device, seed=3)
+    return ExtractionStage(settings, auxiliary, Teacher(config, state, device, shard=shard), device, seed=3)
 
 
 def plain_loss(stage: Stage, step: int) -> Tensor:
