@@ -90,8 +90,26 @@ def _chunked(plan: TransferPlan, target_index: int, sources: Sequence[Tensor], c
     target, reads = plan.targets[target_index], []
     for i in plan.used(target):
         blocks_KP, index = sources[target.sources[i]], plan.indices[target_index][i]
-        reads.append(blocks_KP if index is None else blocks_KP.index_select(1, index))
+        reads.append(blocks_KP if index is None else _Read.apply(blocks_KP, index, target.slices[i]))
     return _Mix.apply(coefficients_LTK, plan.piece_tensors[target_index], *reads)
+
+
+class _Read(torch.autograd.Function):
+    """What the tensors of a layer read in each block, in order; backward by strided additions, much faster than index_add_ on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks_KP: Tensor, index: Tensor, slices: tuple[Slice, ...]) -> Tensor:
+        ctx.shape, ctx.slices = blocks_KP.shape, slices
+        return blocks_KP.index_select(1, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad_KQ: Tensor) -> tuple[Tensor, None, None]:
+        total_KP = grad_KQ.new_zeros(ctx.shape)
+        for piece, grad in zip(ctx.slices, grad_KQ.split([piece.size for piece in ctx.slices], dim=1), strict=True):
+            shape, strides = (piece.groups, piece.rows, piece.columns), (piece.group_stride, piece.row_stride, 1)
+            place = total_KP.as_strided((len(grad), *shape), (total_KP.stride(0), *strides), piece.offset)
+            place.add_(grad.unflatten(1, shape))
+        return total_KP, None, None
 
 
 class _Mix(torch.autograd.Function):

@@ -65,6 +65,12 @@ class Slice:
         rows_meet = self.rows == 1 or self.row_stride == self.columns
         return rows_meet and (self.groups == 1 or self.group_stride == self.rows * self.columns)
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether rows or rectangles may share numbers, to which gradients would have to be added twice."""
+        rectangle = (self.rows - 1) * self.row_stride + self.columns
+        return (self.rows > 1 and self.row_stride < self.columns) or (self.groups > 1 and self.group_stride < rectangle)
+
     def index(self) -> Tensor:
         """[size], int64: the places of the numbers read, in the tensor's order."""
         groups, rows, columns = (torch.arange(n) for n in (self.groups, self.rows, self.columns))
@@ -110,7 +116,7 @@ class TransferPlan:
             they mix is more than the Triton kernel can.
 
     Raises:
-        ValueError: slices that do not have their tensor's size or pass the end of their source.
+        ValueError: slices that do not have their tensor's size, pass the end of their source, or read one of its numbers twice.
     """
 
     def __init__(
@@ -186,6 +192,8 @@ class TransferPlan:
                     raise ValueError(f"source {source}: slices of {[p.size for p in slices]} numbers for tensors of {list(target.sizes)}")
                 if any(piece.offset < 0 or piece.end > self.source_shapes[source][1] for piece in slices):
                     raise ValueError(f"source {source}: a slice passes its {self.source_shapes[source][1]} numbers")
+                if any(piece.overlaps for piece in slices):
+                    raise ValueError(f"source {source}: a slice reads a number twice")
 
 
 @functools.lru_cache(maxsize=64)

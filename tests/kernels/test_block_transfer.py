@@ -150,5 +150,8 @@ def test_wrong_shapes_are_named() -> None:
         block_transfer(plan, sources[:2], coefficients)
     with pytest.raises(ValueError, match="backend"):
         block_transfer(plan, sources, coefficients, backend="fast")
+    twice = Target(1, ("a",), ((2, 4),), (0,), ((Slice(0, 1, 0, 2, 4, 3),),))
+    with pytest.raises(ValueError, match="twice"):
+        TransferPlan([(1, 16)], [twice])
     with pytest.raises(ValueError, match="leading part"):
         Slice.leading(0, (4, 4), (8, 4))
