@@ -14,10 +14,12 @@ The shuffle is by blocks: shards are shuffled, then samples inside a window of c
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -278,6 +280,7 @@ class TrainStream:
                 seed
             ),  # its draw for the workers, of which nothing here depends, leaves the global state alone
             multiprocessing_context="spawn" if num_workers else None,  # the engine has started threads, which a fork would break
+            worker_init_fn=_leave_at_once,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -296,6 +299,15 @@ class TrainStream:
             yield from self._loader
         except UserError as error:  # from a worker process torch gives it a traceback in text, our line being the last
             raise UserError(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from error
+
+
+def _leave_at_once(worker: int) -> None:
+    """Let a worker process end without tearing its interpreter down.
+
+    The stream has no end, so a worker is always stopped with batches under way. The thread that sends them is then cut off inside torch's
+    C++ code, and now and again that aborts the process, with noise on the console of a run that is well.
+    """
+    atexit.register(os._exit, 0)
 
 
 def _only_new(on_epoch: Callable[[EpochReport], None], known: Sequence[Fault]) -> Callable[[EpochReport], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,17 @@ def test_ranks_are_slices_of_one_batch(scenes: Path, world_size: int) -> None:
 def test_workers_change_nothing(scenes: Path) -> None:
     for left, right in zip(batches(scenes, 5), batches(scenes, 5, num_workers=2), strict=True):
         assert_same(left, right)
+
+
+def test_workers_that_are_stopped_with_batches_under_way_end_well(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[BaseProcess] = []
+    start = BaseProcess.start
+    monkeypatch.setattr(BaseProcess, "start", lambda process: (start(process), started.append(process)))
+    for _ in range(4):
+        batches(scenes, 20, num_workers=2)
+    for process in started:
+        process.join(timeout=60)
+    assert [process.exitcode for process in started] == [0] * 8
 
 
 def test_every_epoch_reads_every_sample_once_in_another_order(scenes: Path) -> None:
