@@ -34,10 +34,13 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MATRIX_INSTRUCTIONS = r"\b(HGMMA|WGMMA|UTC[A-Z]*MMA|TCGEN05|HMMA|QMMA|OMMA)\b"
 
-# Arguments in order: x pointers of features, f of fp32, t of the table of tiles, i an integer, r a real number; o a pointer to results,
-# which are in bf16 for fp32 blocks. Then the constants. Integers named here are multiples of 16 in every real model.
+# Arguments in order: x pointers of features, f of fp32, n of int32, t of the table of tiles, i an integer, r a real number; o a pointer to
+# results, which are in bf16 for fp32 blocks. Then the constants. Integers named here are multiples of 16 in every real model.
+RANKS = ("own_row_ptr", "own_column_ptr", "row_above_ptr", "column_above_ptr")
 SIMILARITIES = {
-    "softmax_forward": (tiled.softmax_forward_kernel, "xxfffiiii"),
+    "softmax_forward": (tiled.softmax_forward_kernel, "xxfffiiiii"),
+    "softmax_forward_ranks": (tiled.softmax_forward_kernel, "xxfffiiiiiffnn"),
+    "own_logits": (tiled.own_logits_kernel, "xxffii"),
     "softmax_gradient": (tiled.softmax_gradient_kernel, "xxfffxiiii"),
     "sigmoid_forward": (tiled.sigmoid_forward_kernel, "xxfffiiii"),
     "sigmoid_gradient": (tiled.sigmoid_gradient_kernel, "xxffxfiiii"),
@@ -56,8 +59,11 @@ MULTIPLES = ("width", "teacher_width", "num_columns")
 def compile_similarity(name: str, dtype: torch.dtype, arch: int) -> dict[str, Any]:
     """Compile a kernel over tiles of similarities as it is launched, and read its machine code."""
     kernel, kinds = SIMILARITIES[name]
-    tile = tile_for(name, dtype)
+    tile = tile_for("softmax_forward_ranks" if name == "own_logits" else name, dtype)
     constants = {"BM": tile.rows, "BN": tile.columns, "BD": tile.depth, "PRECISION": "ieee"}
+    if name.startswith("softmax_forward"):
+        counts = name == "softmax_forward_ranks"
+        constants = ({} if counts else dict.fromkeys(RANKS)) | constants | {"RANKS": counts}
     facts = {"kernel": name, "dtype": DTYPES[dtype], "arch": f"sm_{arch}", "tile": [tile.rows, tile.columns, tile.depth]}
     return facts | _compile(kernel, kinds, constants, DTYPES[dtype], arch, tile.num_warps, tile.num_stages)
 
@@ -72,7 +78,7 @@ def compile_transfer(name: str, mixes: tuple[int, int], dtype: torch.dtype, arch
 
 
 def _compile(kernel: Any, kinds: str, constants: dict[str, Any], dtype: str, arch: int, num_warps: int, num_stages: int) -> dict[str, Any]:
-    types = {"x": f"*{dtype}", "o": f"*{dtype}", "f": "*fp32", "t": "*i64", "i": "i32", "r": "fp32"}
+    types = {"x": f"*{dtype}", "o": f"*{dtype}", "f": "*fp32", "n": "*i32", "t": "*i64", "i": "i32", "r": "fp32"}
     names = kernel.arg_names
     signature = {argument: types[kind] for argument, kind in zip(names, kinds, strict=False)} | dict.fromkeys(constants, "constexpr")
     assert list(signature) == list(names), f"{names}"

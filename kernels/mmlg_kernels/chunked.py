@@ -38,8 +38,14 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(dtype) for tensor in tensors]
 
 
-def softmax_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, first: int, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the logits L = scale * X Y^T: log-sum-exps of rows [B] and of columns [G], and the own pairs' logits L[i, first + i], [B]."""
+def own_logits(x_BD: Tensor, y_BD: Tensor, scale: Tensor) -> Tensor:
+    """The logits of each row with its own pair, [B]."""
+    x, y, s = _wide(x_BD, y_BD, scale)
+    return s * (x * y).sum(dim=1)
+
+
+def softmax_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, chunk_bytes: int) -> tuple[Tensor, Tensor]:
+    """Of the logits L = scale * X Y^T: log-sum-exps of rows [B] and of columns [G]."""
     x, y, s = _wide(x_BD, y_GD, scale)
     row_lse = x.new_empty(x.shape[0])
     column_lse = x.new_full((y.shape[0],), -torch.inf)
@@ -49,47 +55,44 @@ def softmax_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, first: int, chunk
         peak = logits.amax(dim=0)
         total = logits.sub_(peak).exp_().sum(dim=0)
         column_lse = torch.logaddexp(column_lse, total.log_().add_(peak))
-    own = s * (x * y[first : first + x.shape[0]]).sum(dim=1)
-    return row_lse, column_lse, own
+    return row_lse, column_lse
 
 
 def softmax_backward(
-    x_BD: Tensor, y_GD: Tensor, scale: Tensor, first: int, row_lse_B: Tensor, column_lse_G: Tensor, chunk_bytes: int
-) -> tuple[Tensor, Tensor]:
-    """W Y [B, D] and W^T X [G, D] for W[i, j] = (softmax over row i + softmax over column j) / 2 - [j = first + i]."""
+    x_BD: Tensor, y_GD: Tensor, scale: Tensor, first: int, row_lse_B: Tensor, column_lse_G: Tensor, chunk_bytes: int, dx: Tensor, dy: Tensor
+) -> None:
+    """Add W Y to dx [B, D] and W^T X to dy [G, D] for W[i, j] = (softmax over row i + softmax over column j) / 2 - [j = first + i]."""
     x, y, s = _wide(x_BD, y_GD, scale)
-    dx, dy = torch.empty_like(x), torch.zeros_like(y)
     for rows in _chunks(x, y, chunk_bytes):
         logits = (x[rows] * s) @ y.T
         weights = (logits - row_lse_B[rows, None]).exp_().add_(logits.sub_(column_lse_G).exp_()).mul_(0.5)
         _subtract_own(weights, first + rows.start)
-        dx[rows] = weights @ y
+        dx[rows].addmm_(weights, y)
         dy.addmm_(weights.T, x[rows])
-    return dx, dy
 
 
-def sigmoid_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, first: int, chunk_bytes: int) -> tuple[Tensor, Tensor]:
-    """Of the logits L = scale * X Y^T + bias: the sums of softplus(L) over each row, [B], and the own pairs' logits, [B]."""
+def sigmoid_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, chunk_bytes: int) -> Tensor:
+    """Of the logits L = scale * X Y^T + bias: the sums of softplus(L) over each row, [B]."""
     x, y, s, b = _wide(x_BD, y_GD, scale, bias)
     total = x.new_empty(x.shape[0])
     for rows in _chunks(x, y, chunk_bytes):
         total[rows] = F.softplus((x[rows] * s) @ y.T + b).sum(dim=1)
-    return total, s * (x * y[first : first + x.shape[0]]).sum(dim=1) + b
+    return total
 
 
 def sigmoid_backward(
-    x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, first: int, chunk_bytes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """W Y [B, D], W^T X [G, D] and the sum of W for W[i, j] = sigmoid(L[i, j]) - [j = first + i]."""
+    x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, first: int, chunk_bytes: int, dx: Tensor, dy: Tensor
+) -> Tensor:
+    """Add W Y to dx [B, D] and W^T X to dy [G, D], and return the sum of W, for W[i, j] = sigmoid(L[i, j]) - [j = first + i]."""
     x, y, s, b = _wide(x_BD, y_GD, scale, bias)
-    dx, dy, total = torch.empty_like(x), torch.zeros_like(y), x.new_zeros(())
+    total = x.new_zeros(())
     for rows in _chunks(x, y, chunk_bytes):
         weights = ((x[rows] * s) @ y.T).add_(b).sigmoid_()
         _subtract_own(weights, first + rows.start)
         total += weights.sum()
-        dx[rows] = weights @ y
+        dx[rows].addmm_(weights, y)
         dy.addmm_(weights.T, x[rows])
-    return dx, dy, total
+    return total
 
 
 def _subtract_own(weights: Tensor, first: int, value: float = 1.0) -> None:
@@ -110,9 +113,9 @@ class DistillationInputs(NamedTuple):
     v_lse: Tensor
 
 
-def distillation_forward(given: DistillationInputs, first: int, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The student's log-sum-exps of rows [B] and columns [G] and own pairs' logits [B], and the sums of the student's and of the teacher's
-    logits under the mean of the teacher's row and column softmax."""
+def distillation_forward(given: DistillationInputs, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The student's log-sum-exps of rows [B] and columns [G], and the sums of the student's and of the teacher's logits under the mean of
+    the teacher's row and column softmax."""
     x, y, s, *_ = wide = DistillationInputs(*_wide(*given))
     row_lse, column_lse = x.new_empty(x.shape[0]), x.new_full((y.shape[0],), -torch.inf)
     student, teacher = x.new_zeros(()), x.new_zeros(())
@@ -124,27 +127,32 @@ def distillation_forward(given: DistillationInputs, first: int, chunk_bytes: int
         peak = logits.amax(dim=0)
         total = logits.sub_(peak).exp_().sum(dim=0)
         column_lse = torch.logaddexp(column_lse, total.log_().add_(peak))
-    return row_lse, column_lse, s * (x * y[first : first + x.shape[0]]).sum(dim=1), student, teacher
+    return row_lse, column_lse, student, teacher
 
 
 def distillation_backward(
-    given: DistillationInputs, first: int, row_lse_B: Tensor, column_lse_G: Tensor, weights: tuple[float, float], chunk_bytes: int
-) -> tuple[Tensor, Tensor]:
-    """W Y [B, D] and W^T X [G, D] for W = (c + d) * the student's mean softmax - d * the teacher's - c * [j = first + i].
+    given: DistillationInputs,
+    first: int,
+    row_lse_B: Tensor,
+    column_lse_G: Tensor,
+    weights: tuple[float, float],
+    chunk_bytes: int,
+    dx: Tensor,
+    dy: Tensor,
+) -> None:
+    """Add W Y to dx [B, D] and W^T X to dy [G, D] for W = (c + d) * the student's mean softmax - d * the teacher's - c * [j = first + i].
 
     `weights` are c and d, of the contrastive loss and of the distillation.
     """
     x, y, s, *_ = wide = DistillationInputs(*_wide(*given))
     contrastive, distillation = weights
-    dx, dy = torch.empty_like(x), torch.zeros_like(y)
     for rows, theirs, targets in _teacher_chunks(wide, chunk_bytes):
         logits = torch.mm(x[rows] * s, y.T, out=theirs)
         gradient = targets.mul_(-distillation).add_((logits - row_lse_B[rows, None]).exp_(), alpha=(contrastive + distillation) / 2)
         gradient.add_(logits.sub_(column_lse_G).exp_(), alpha=(contrastive + distillation) / 2)
         _subtract_own(gradient, first + rows.start, contrastive)
-        dx[rows] = gradient @ y
+        dx[rows].addmm_(gradient, y)
         dy.addmm_(gradient.T, x[rows])
-    return dx, dy
 
 
 def _teacher_chunks(wide: DistillationInputs, chunk_bytes: int) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmlg_kernels import chunked, pairs, reference
+from mmlg_kernels import chunked, exchange, pairs, reference
 from mmlg_kernels.dispatch import choose
 
 
@@ -31,7 +31,7 @@ def contrastive_loss(
             values is the loss of the global batch, and gradients averaged over ranks are the global batch's.
         normalize: L2-normalise the features first.
         return_ranks: return (loss, image_ranks_B, text_ranks_B) as well: 1 + the number of strictly greater logits than the pair's own
-            in the row of each image, and in that of each text.
+            in the row of each image, and in that of each text. Triton counts them in the loss's own pass; the others in two more.
         backend: auto, triton, chunked (both compute the logits again in the backward pass, never B x B) or reference (materialised).
         chunk_bytes: memory for the logits of one chunk, in the chunked backend.
 
@@ -43,13 +43,16 @@ def contrastive_loss(
     name = choose(backend, image_BD)
     if normalize:
         image_BD, text_BD = F.normalize(image_BD, dim=-1), F.normalize(text_BD, dim=-1)
-    scale, group_name = logit_scale.reshape(()), pairs.name_group(group, image_BD)
+    scale, group_name = logit_scale.reshape(()), exchange.name_group(group, image_BD)
     if name == "reference":
-        first = pairs.first_column(image_BD.shape[0], group_name)
-        all_image, all_text = (pairs.Gather.apply(x, group_name) if group_name else x for x in (image_BD, text_BD))
+        first = exchange.first_column(image_BD.shape[0], group_name)
+        all_image, all_text = (exchange.Gather.apply(x, group_name) if group_name else x for x in (image_BD, text_BD))
         loss = reference.contrastive_terms(image_BD, text_BD, all_image, all_text, scale, first)
     else:
-        loss = pairs.softmax_loss(image_BD, text_BD, scale, group_name, name, chunk_bytes)[0]
+        counts = return_ranks and name == "triton"
+        loss, *_, image_ranks, text_ranks = pairs.softmax_loss(image_BD, text_BD, scale, group_name, name, chunk_bytes, counts)
+        if counts:
+            return loss, image_ranks, text_ranks
     if not return_ranks:
         return loss
     return loss, *_ranks(image_BD.detach(), text_BD.detach(), scale.detach(), group_name, chunk_bytes)
@@ -78,14 +81,14 @@ def sigmoid_loss(
     name = choose(backend, image_BD)
     if normalize:
         image_BD, text_BD = F.normalize(image_BD, dim=-1), F.normalize(text_BD, dim=-1)
-    scale, bias, group_name = logit_scale.reshape(()), logit_bias.reshape(()), pairs.name_group(group, image_BD)
+    scale, bias, group_name = logit_scale.reshape(()), logit_bias.reshape(()), exchange.name_group(group, image_BD)
     if name == "reference":
-        all_text = pairs.Gather.apply(text_BD, group_name) if group_name else text_BD
-        return reference.sigmoid_terms(image_BD, all_text, scale, bias, pairs.first_column(image_BD.shape[0], group_name))
+        all_text = exchange.Gather.apply(text_BD, group_name) if group_name else text_BD
+        return reference.sigmoid_terms(image_BD, all_text, scale, bias, exchange.first_column(image_BD.shape[0], group_name))
     return pairs.sigmoid_loss(image_BD, text_BD, scale, bias, group_name, name, chunk_bytes)[0]
 
 
 def _ranks(image_BD: Tensor, text_BD: Tensor, scale: Tensor, group_name: str, chunk_bytes: int) -> tuple[Tensor, Tensor]:
-    first = pairs.first_column(image_BD.shape[0], group_name)
-    all_image, all_text = pairs.gather_rows(image_BD, group_name), pairs.gather_rows(text_BD, group_name)
+    first = exchange.first_column(image_BD.shape[0], group_name)
+    all_image, all_text = exchange.gather_rows(image_BD, group_name), exchange.gather_rows(text_BD, group_name)
     return chunked.ranks(image_BD, all_text, scale, first, chunk_bytes), chunked.ranks(text_BD, all_image, scale, first, chunk_bytes)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmlg_kernels import chunked, pairs
+from mmlg_kernels import chunked, exchange, pairs
 from mmlg_kernels.dispatch import choose
 
 KINDS = ("affinity", "kl")
@@ -54,7 +54,7 @@ def contrastive_distillation_loss(
     name = choose(backend, image_BD)
     if teacher_image_BE.shape[0] != image_BD.shape[0]:
         raise ValueError(f"{teacher_image_BE.shape[0]} pairs of the teacher, {image_BD.shape[0]} of the student")
-    group_name = pairs.name_group(group, image_BD)
+    group_name = exchange.name_group(group, image_BD)
     teacher = (teacher_image_BE.detach(), teacher_text_BE.detach(), teacher_scale.detach().reshape(()))
     weights = (contrastive_weight, distillation_weight)
     if name == "reference":
@@ -78,9 +78,9 @@ def teacher_log_sum_exps(
     chunk_bytes: int = chunked.CHUNK_BYTES,
 ) -> LogSumExps:
     """Log-sum-exps of this rank's rows [B] and of all columns [G] of the teacher's logits."""
-    name = pairs.name_group(group, image_BE)
-    _, rows, columns, _ = pairs.softmax_loss(image_BE, text_BE, scale.reshape(()), name, choose(backend, image_BE), chunk_bytes)
-    return rows, columns
+    name = exchange.name_group(group, image_BE)
+    found = pairs.softmax_loss(image_BE, text_BE, scale.reshape(()), name, choose(backend, image_BE), chunk_bytes, False)
+    return found[1], found[2]
 
 
 @torch.library.custom_op("mmlg_kernels::distillation_loss", mutates_args=())
@@ -88,18 +88,24 @@ def distillation_loss(
     features: Sequence[Tensor], contrastive: float, distillation: float, kind: str, group_name: str, backend: str, chunk_bytes: int
 ) -> list[Tensor]:
     """This rank's loss; and for the backward pass its rows' and all columns' log-sum-exps, and all ranks' columns of both models."""
-    given, first = _gathered(features, group_name)
-    x = given.x
+    given, module = chunked.DistillationInputs(*features), _backend(backend)
+    x, columns = given.x, exchange.Gathering((given.y, given.v), group_name)
+    mine = slice(first := exchange.first_column(x.shape[0], group_name), first + x.shape[0])
     with torch.autocast(x.device.type, enabled=False):
-        row_lse, column_lse, own, student, teacher = _backend(backend).distillation_forward(given, first, chunk_bytes)
-        column_lse = pairs.combine_lse(column_lse, group_name)
-    mine = slice(first, first + x.shape[0])
+        own = pairs.backend_of(backend).own_logits(x, given.y, given.scale)
+        row_lse, column_lse = own.new_full(own.shape, -torch.inf), own.new_empty(given.v_lse.shape)
+        student, teacher = own.new_zeros(()), own.new_zeros(())
+        for part, (y, v) in columns.parts():
+            found = module.distillation_forward(given._replace(y=y, v=v, v_lse=given.v_lse[part.where]), chunk_bytes)
+            row_lse, column_lse[part.where] = torch.logaddexp(row_lse, found[0]), found[1]
+            student, teacher = student + found[2], teacher + found[3]
+        column_lse = exchange.combine_lse(column_lse, group_name)
     log_partition = (row_lse + column_lse[mine]).mean() / 2
     divergence = log_partition - student / x.shape[0]
     if kind == "kl":
         divergence = divergence - ((given.u_lse + given.v_lse[mine]).mean() / 2 - teacher / x.shape[0])
     loss = contrastive * (log_partition - own.mean()) + distillation * divergence
-    return [torch.where(given.scale > 0, loss, torch.nan), row_lse, column_lse, *((given.y, given.v) if group_name else ())]
+    return [torch.where(given.scale > 0, loss, torch.nan), row_lse, column_lse, *(columns.whole() if group_name else ())]
 
 
 @torch.library.custom_op("mmlg_kernels::distillation_loss_backward", mutates_args=())
@@ -109,18 +115,15 @@ def distillation_loss_backward(
     """Gradients by the student's features and multiplier."""
     *features, row_lse, column_lse = saved
     given = chunked.DistillationInputs(*features)
-    x, first = given.x, pairs.first_column(given.x.shape[0], group_name)
-    with torch.autocast(x.device.type, enabled=False):
-        weights = (contrastive, distillation)
-        dx, dy = _backend(backend).distillation_backward(given, first, row_lse, column_lse, weights, chunk_bytes)
-    return pairs.finish(grad, x, given.scale, dx, pairs.scatter_rows(dy, group_name))
+    module, weights = _backend(backend), (contrastive, distillation)
 
+    def add(part: exchange.Part, dx: Tensor, dy: Tensor) -> None:
+        some = given._replace(y=given.y[part.where], v=given.v[part.where], v_lse=given.v_lse[part.where])
+        module.distillation_backward(some, part.first, row_lse, column_lse[part.where], weights, chunk_bytes, dx, dy)
 
-def _gathered(features: Sequence[Tensor], group_name: str) -> tuple[chunked.DistillationInputs, int]:
-    """The inputs with all ranks' columns, and the column of row 0."""
-    given = chunked.DistillationInputs(*features)
-    columns = {name: pairs.gather_rows(getattr(given, name), group_name) for name in ("y", "v")}
-    return given._replace(**columns), pairs.first_column(given.x.shape[0], group_name)
+    with torch.autocast(given.x.device.type, enabled=False):
+        dx, dy = exchange.backward(given.x, row_lse.dtype, group_name, add)
+    return pairs.finish(grad, given.x, given.scale, dx, dy)
 
 
 def _backend(name: str) -> Any:

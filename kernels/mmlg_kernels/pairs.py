@@ -1,7 +1,5 @@
-"""What both losses share: checks, ranks that exchange one tower, and custom operators around a backend's forward and backward.
+"""What both losses share: checks, and custom operators around a backend's forward and backward, in the parts that `exchange` brings.
 
-Across ranks each holds B rows of images against all G = W B columns of texts. The texts travel once; row sums are complete on their rank,
-column sums are combined over ranks; in the backward pass the gradient of all texts is summed over ranks, and each takes its own rows.
 A rank returns the mean over its own pairs, so the mean over ranks is the loss of the global batch; its gradients are those of the global
 batch times W, which an engine's averaging over ranks divides out.
 
@@ -17,11 +15,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-_checked: set[tuple[Any, ...]] = set()
-_groups: dict[str, Any] = {}
+from mmlg_kernels import exchange
+from mmlg_kernels.chunked import accumulation_dtype
 
 
 def check(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None) -> None:
@@ -45,78 +42,8 @@ def check(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, logit_bias: Te
         raise ValueError(f"logit_scale is the multiplier, already exponentiated, and must be positive, got {logit_scale.item()}")
 
 
-def name_group(group: Any, local_BD: Tensor) -> str:
-    """A name under which the operators find `group`; empty for no group or a group of one. Checks once that ranks pass one shape.
-
-    Raises:
-        ValueError: the ranks pass different shapes; names them.
-    """
-    if group is None or dist.get_world_size(group) == 1:
-        return ""
-    name = str(id(group))
-    _groups[name] = group
-    key = (name, tuple(local_BD.shape))
-    if key not in _checked:
-        shapes: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(shapes, tuple(local_BD.shape), group=group)
-        if len(set(shapes)) > 1:
-            said = ", ".join(f"rank {rank}: {list(shape)}" for rank, shape in enumerate(shapes))
-            raise ValueError(f"every rank must pass features of one shape, got {said}")
-        _checked.add(key)
-    return name
-
-
-class Gather(torch.autograd.Function):
-    """All ranks' rows, [W * B, D]; backward: this rank's rows of the gradients' sum over ranks. For the materialised reference."""
-
-    @staticmethod
-    def forward(ctx: Any, local_BD: Tensor, group_name: str) -> Tensor:
-        ctx.group_name = group_name
-        return gather_rows(local_BD, group_name)
-
-    @staticmethod
-    def backward(ctx: Any, grad_GD: Tensor) -> tuple[Tensor, None]:
-        return scatter_rows(grad_GD, ctx.group_name), None
-
-
-def first_column(num_rows: int, group_name: str) -> int:
-    """Where this rank's rows begin among all."""
-    return dist.get_rank(_groups[group_name]) * num_rows if group_name else 0
-
-
-def gather_rows(local: Tensor, group_name: str) -> Tensor:
-    """All ranks' rows one after the other, without gradient."""
-    if not group_name:
-        return local
-    group = _groups[group_name]
-    parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, local.contiguous(), group=group)
-    return torch.cat(parts)
-
-
-def scatter_rows(total_GD: Tensor, group_name: str) -> Tensor:
-    """This rank's rows of the sum over ranks."""
-    if not group_name:
-        return total_GD
-    group = _groups[group_name]
-    count = total_GD.shape[0] // dist.get_world_size(group)
-    if dist.get_backend(group) == "nccl":
-        own = torch.empty_like(total_GD[:count])
-        dist.reduce_scatter_tensor(own, total_GD.contiguous(), group=group)
-        return own
-    total = total_GD.contiguous()  # gloo has no reduce-scatter for every dtype
-    dist.all_reduce(total, group=group)
-    return total[first_column(count, group_name) :][:count].clone()
-
-
-def combine_lse(partial_G: Tensor, group_name: str) -> Tensor:
-    """log-sum-exp over ranks of each rank's log-sum-exps."""
-    if not group_name:
-        return partial_G
-    return torch.logsumexp(gather_rows(partial_G[None], group_name), dim=0)
-
-
-def _backend(name: str) -> ModuleType:
+def backend_of(name: str) -> ModuleType:
+    """The module of a backend that stores no similarities; Triton is imported where it is needed."""
     return importlib.import_module("mmlg_kernels.tiled" if name == "triton" else "mmlg_kernels.chunked")
 
 
@@ -131,15 +58,32 @@ def _nan_unless_positive(loss: Tensor, scale: Tensor) -> Tensor:
 
 @torch.library.custom_op("mmlg_kernels::softmax_loss", mutates_args=())
 def softmax_loss(
-    x: Tensor, y: Tensor, scale: Tensor, group_name: str, backend: str, chunk_bytes: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """This rank's symmetric cross entropy; and for the backward pass log-sum-exps of rows and columns, and all ranks' columns."""
-    first, columns = first_column(x.shape[0], group_name), gather_rows(y, group_name)
+    x: Tensor, y: Tensor, scale: Tensor, group_name: str, backend: str, chunk_bytes: int, count_ranks: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """This rank's symmetric cross entropy; for the backward pass log-sum-exps of rows and columns, and all ranks' columns; and the ranks
+    of each row's and each column's own pair, if they are asked for, which only triton counts on the way."""
+    module, texts, count = backend_of(backend), exchange.Gathering((y,), group_name), x.shape[0]
+    mine = slice(first := exchange.first_column(count, group_name), first + count)
     with _own_precision(x):
-        row_lse, column_lse, own = _backend(backend).softmax_forward(x, columns, scale, first, chunk_bytes)
-    column_lse = combine_lse(column_lse, group_name)
-    loss = ((row_lse + column_lse[first : first + x.shape[0]]) / 2 - own).mean()
-    return _nan_unless_positive(loss, scale), row_lse, column_lse, columns if group_name else y.new_empty(0)
+        own = module.own_logits(x, y, scale)
+        all_own = exchange.gather_rows(own, group_name) if count_ranks else own
+        row_lse, column_lse = own.new_full((count,), -torch.inf), own.new_empty(count * exchange.world_size(group_name))
+        row_above, column_above = (torch.zeros_like(lse if count_ranks else lse[:0], dtype=torch.int64) for lse in (row_lse, column_lse))
+        for part, (columns,) in texts.parts():
+            if count_ranks:
+                found = module.ranked_softmax_forward(x, columns, scale, part.first, own, all_own[part.where])
+                row_above += found[2]
+                column_above[part.where] = found[3]
+            else:
+                found = module.softmax_forward(x, columns, scale, chunk_bytes)
+            row_lse = torch.logaddexp(row_lse, found[0])
+            column_lse[part.where] = found[1]
+    column_lse = exchange.combine_lse(column_lse, group_name)
+    loss = _nan_unless_positive(((row_lse + column_lse[mine]) / 2 - own).mean(), scale)
+    columns = texts.whole()[0] if group_name else y.new_empty(0)
+    if count_ranks:
+        column_above = exchange.sum_columns(column_above, count, group_name)
+    return loss, row_lse, column_lse, columns, 1 + row_above, 1 + column_above
 
 
 @torch.library.custom_op("mmlg_kernels::softmax_loss_backward", mutates_args=())
@@ -147,10 +91,14 @@ def softmax_loss_backward(
     grad: Tensor, x: Tensor, columns: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor, group_name: str, backend: str, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, y and scale."""
-    first = first_column(x.shape[0], group_name)
+    module = backend_of(backend)
+
+    def add(part: exchange.Part, dx: Tensor, dy: Tensor) -> None:
+        module.softmax_backward(x, columns[part.where], scale, part.first, row_lse, column_lse[part.where], chunk, dx, dy)
+
     with _own_precision(x):
-        dx, dy = _backend(backend).softmax_backward(x, columns, scale, first, row_lse, column_lse, chunk)
-    return finish(grad, x, scale, dx, scatter_rows(dy, group_name))
+        dx, dy = exchange.backward(x, row_lse.dtype, group_name, add)
+    return finish(grad, x, scale, dx, dy)
 
 
 @torch.library.custom_op("mmlg_kernels::sigmoid_loss", mutates_args=())
@@ -158,10 +106,11 @@ def sigmoid_loss(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, group_name: str, backend: str, chunk_bytes: int
 ) -> tuple[Tensor, Tensor]:
     """This rank's sigmoid loss; and for the backward pass all ranks' columns."""
-    first, columns = first_column(x.shape[0], group_name), gather_rows(y, group_name)
+    module, texts = backend_of(backend), exchange.Gathering((y,), group_name)
     with _own_precision(x):
-        total, own = _backend(backend).sigmoid_forward(x, columns, scale, bias, first, chunk_bytes)
-    return _nan_unless_positive((total - own).mean(), scale), columns if group_name else y.new_empty(0)
+        own = module.own_logits(x, y, scale) + bias
+        total = sum((module.sigmoid_forward(x, columns, scale, bias, chunk_bytes) for _, (columns,) in texts.parts()), start=-own)
+    return _nan_unless_positive(total.mean(), scale), texts.whole()[0] if group_name else y.new_empty(0)
 
 
 @torch.library.custom_op("mmlg_kernels::sigmoid_loss_backward", mutates_args=())
@@ -169,11 +118,15 @@ def sigmoid_loss_backward(
     grad: Tensor, x: Tensor, columns: Tensor, scale: Tensor, bias: Tensor, group_name: str, backend: str, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients by x, y, scale and bias."""
-    first = first_column(x.shape[0], group_name)
+    module, dbias = backend_of(backend), scale.new_zeros((), dtype=accumulation_dtype(x.dtype))
+
+    def add(part: exchange.Part, dx: Tensor, dy: Tensor) -> None:
+        dbias.add_(module.sigmoid_backward(x, columns[part.where], scale, bias, part.first, chunk, dx, dy))
+
     with _own_precision(x):
-        dx, dy, total = _backend(backend).sigmoid_backward(x, columns, scale, bias, first, chunk)
-    dbias = (total * grad.to(total.dtype) / x.shape[0]).to(bias.dtype).reshape(bias.shape)
-    return *finish(grad, x, scale, dx, scatter_rows(dy, group_name)), dbias
+        dx, dy = exchange.backward(x, dbias.dtype, group_name, add)
+    dbias *= grad.to(dbias.dtype) / x.shape[0]
+    return *finish(grad, x, scale, dx, dy), dbias.to(bias.dtype).reshape(bias.shape)
 
 
 def finish(grad: Tensor, x: Tensor, scale: Tensor, dx: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,11 +141,14 @@ def finish(grad: Tensor, x: Tensor, scale: Tensor, dx: Tensor, dy: Tensor) -> tu
 
 
 @softmax_loss.register_fake
-def _(x: Tensor, y: Tensor, scale: Tensor, group_name: str, backend: str, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    count = x.shape[0] * (dist.get_world_size(_groups[group_name]) if group_name else 1)
+def _(
+    x: Tensor, y: Tensor, scale: Tensor, group_name: str, backend: str, chunk_bytes: int, count_ranks: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide, rows = accumulation_dtype(x.dtype), x.shape[0]
+    count = rows * exchange.world_size(group_name)
+    ranks = [x.new_empty(rows if count_ranks else 0, dtype=torch.int64) for _ in range(2)]
     columns = y.new_empty((count, y.shape[1]) if group_name else 0)
-    return x.new_empty((), dtype=wide), x.new_empty(x.shape[0], dtype=wide), x.new_empty(count, dtype=wide), columns
+    return x.new_empty((), dtype=wide), x.new_empty(rows, dtype=wide), x.new_empty(count, dtype=wide), columns, ranks[0], ranks[1]
 
 
 @softmax_loss_backward.register_fake
@@ -204,9 +160,8 @@ def _(
 
 @sigmoid_loss.register_fake
 def _(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, group_name: str, backend: str, chunk_bytes: int) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    count = x.shape[0] * (dist.get_world_size(_groups[group_name]) if group_name else 1)
-    return x.new_empty((), dtype=wide), y.new_empty((count, y.shape[1]) if group_name else 0)
+    columns = y.new_empty((x.shape[0] * exchange.world_size(group_name), y.shape[1]) if group_name else 0)
+    return x.new_empty((), dtype=accumulation_dtype(x.dtype)), columns
 
 
 @sigmoid_loss_backward.register_fake
@@ -217,13 +172,13 @@ def _(
 
 
 def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, scale, *ctx.options = inputs
-    _, row_lse, column_lse, columns = output
+    x, y, scale, *ctx.options, _ = inputs
+    _, row_lse, column_lse, columns, *_ = output
     ctx.save_for_backward(x, columns if ctx.options[0] else y, scale, row_lse, column_lse)
 
 
 def _softmax_gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    return *softmax_loss_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
+    return *softmax_loss_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 def _save_sigmoid(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -73,20 +73,31 @@ def softmax_forward_kernel(
     num_columns,
     width,
     tiles_per_split,
+    first,
+    own_row_ptr,
+    own_column_ptr,
+    row_above_ptr,
+    column_above_ptr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
     """Program (i, s): rows of block i against the columns of split s.
 
-    Writes their log-sum-exps to row_part [S, B], and those of each column over the block's rows to column_part [B / BM, G].
+    Writes their log-sum-exps to row_part [S, B], and those of each column over the block's rows to column_part [B / BM, G]. With RANKS
+    also how many logits are above the own pair's of their row, own_row [B], to row_above [S, B], and of their column, own_column [G], to
+    column_above [B / BM, G].
     """
     block, split = tl.program_id(0), tl.program_id(1)
     rows = block * BM + tl.arange(0, BM)
     scale = tl.load(scale_ptr).to(tl.float32)
     row_max = tl.full((BM,), float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros((BM,), dtype=tl.float32)
+    if RANKS:
+        own_row = tl.load(own_row_ptr + rows, mask=rows < num_rows, other=0.0)
+        row_above = tl.zeros((BM,), dtype=tl.int32)
     for index in range(tiles_per_split):
         column = (split * tiles_per_split + index) * BN
         columns = column + tl.arange(0, BN)
@@ -102,8 +113,17 @@ def softmax_forward_kernel(
         column_sum = tl.sum(tl.exp(logits - column_shift[None, :]), axis=0)
         column_offsets = block.to(tl.int64) * num_columns + columns
         tl.store(column_part_ptr + column_offsets, column_shift + tl.log(column_sum), mask=columns < num_columns)
+        if RANKS:
+            # Logits outside are minus infinity here, above nothing. A pair is never above itself, however a compiler rounds.
+            other = rows[:, None] + first != columns[None, :]
+            own_column = tl.load(own_column_ptr + columns, mask=columns < num_columns, other=0.0)
+            row_above += tl.sum((other & (logits > own_row[:, None])).to(tl.int32), axis=1)
+            column_above = tl.sum((other & (logits > own_column[None, :])).to(tl.int32), axis=0)
+            tl.store(column_above_ptr + column_offsets, column_above, mask=columns < num_columns)
     shift = tl.where(row_max == float("-inf"), 0.0, row_max)
     tl.store(row_part_ptr + split.to(tl.int64) * num_rows + rows, shift + tl.log(row_sum), mask=rows < num_rows)
+    if RANKS:
+        tl.store(row_above_ptr + split.to(tl.int64) * num_rows + rows, row_above, mask=rows < num_rows)
 
 
 @triton.jit
@@ -203,22 +223,34 @@ def sigmoid_gradient_kernel(
 
 
 @triton.jit
-def own_products_kernel(x_ptr, y_ptr, out_ptr, width, BD: tl.constexpr):
-    """The product of one row of x with the same row of y, in fp32. Apart from the tiles, where it would cost registers in every one."""
-    row = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BD,), dtype=tl.float32)
-    for start in range(0, width, BD):
-        offsets = start + tl.arange(0, BD)
-        x = tl.load(x_ptr + row * width + offsets, mask=offsets < width, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + row * width + offsets, mask=offsets < width, other=0.0).to(tl.float32)
-        total += x * y
-    tl.store(out_ptr + row, tl.sum(total, axis=0))
+def own_logits_kernel(
+    x_ptr,
+    y_ptr,
+    scale_ptr,
+    out_ptr,
+    num_rows,
+    width,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The logits of rows of x with the same rows of y, to out [B]: the tiles on the diagonal, so that they round as all others do."""
+    row = tl.program_id(0) * BM
+    rows = row + tl.arange(0, BM)
+    own = tl.zeros((BM,), dtype=tl.float32)
+    for index in range((BM + BN - 1) // BN):
+        column = row + index * BN
+        logits = _logits(x_ptr, y_ptr, row, column, num_rows, num_rows, width, BM, BN, BD, PRECISION)
+        own += tl.sum(tl.where(rows[:, None] == (column + tl.arange(0, BN))[None, :], logits, 0.0), axis=1)
+    tl.store(out_ptr + rows, own * tl.load(scale_ptr).to(tl.float32), mask=rows < num_rows)
 
 
-def _own_products(x: Tensor, y: Tensor, first: int) -> Tensor:
-    """[B]: <x[i], y[first + i]> in fp32."""
+def own_logits(x_BD: Tensor, y_BD: Tensor, scale: Tensor) -> Tensor:
+    """See `chunked.own_logits`. Apart from the forward passes, where it would cost registers in every tile."""
+    x, y, tile = x_BD.contiguous(), y_BD.contiguous(), tile_for("softmax_forward_ranks", x_BD.dtype)
     out = x.new_empty(x.shape[0], dtype=torch.float32)
-    own_products_kernel[(x.shape[0],)](x, y[first:], out, x.shape[1], BD=512, num_warps=4)
+    own_logits_kernel[(triton.cdiv(x.shape[0], tile.rows),)](x, y, scale, out, *x.shape, **_options(tile, x.dtype))
     return out
 
 
@@ -229,22 +261,37 @@ def _forward_shape(num_rows: int, num_columns: int, tile: Tile) -> tuple[int, in
     return triton.cdiv(num_rows, tile.rows), triton.cdiv(num_tiles, tiles_per_split), tiles_per_split
 
 
-def softmax_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, first: int, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
+def softmax_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, chunk_bytes: int) -> tuple[Tensor, Tensor]:
     """See `chunked.softmax_forward`."""
+    row_lse, column_lse, *_ = _softmax_forward(x_BD, y_GD, scale, None)
+    return row_lse, column_lse
+
+
+def ranked_softmax_forward(
+    x_BD: Tensor, y_GD: Tensor, scale: Tensor, first: int, own_row_B: Tensor, own_column_G: Tensor
+) -> tuple[Tensor, ...]:
+    """`softmax_forward`, and how many logits of each row [B] and column [G] are above its own pair's logit, as `own_logits` gives it."""
+    return _softmax_forward(x_BD, y_GD, scale, (first, own_row_B, own_column_G))
+
+
+def _softmax_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, ranks: tuple[int, Tensor, Tensor] | None) -> tuple[Tensor, ...]:
     x, y = x_BD.contiguous(), y_GD.contiguous()
-    (num_rows, width), num_columns, tile = x.shape, y.shape[0], tile_for("softmax_forward", x.dtype)
+    (num_rows, width), num_columns = x.shape, y.shape[0]
+    tile = tile_for("softmax_forward" if ranks is None else "softmax_forward_ranks", x.dtype)
     blocks, splits, tiles_per_split = _forward_shape(num_rows, num_columns, tile)
     row_part = x.new_empty(splits, num_rows, dtype=torch.float32)
     column_part = x.new_empty(blocks, num_columns, dtype=torch.float32)
+    above = () if ranks is None else (torch.empty_like(row_part, dtype=torch.int32), torch.empty_like(column_part, dtype=torch.int32))
     softmax_forward_kernel[(blocks, splits)](
-        x, y, scale, row_part, column_part, num_rows, num_columns, width, tiles_per_split, **_options(tile, x.dtype)
-    )
-    return torch.logsumexp(row_part, dim=0), torch.logsumexp(column_part, dim=0), scale * _own_products(x, y, first)
+        x, y, scale, row_part, column_part, num_rows, num_columns, width, tiles_per_split,
+        *((0, None, None, None, None) if ranks is None else (*ranks, *above)), **_options(tile, x.dtype), RANKS=ranks is not None,
+    )  # fmt: skip
+    return torch.logsumexp(row_part, dim=0), torch.logsumexp(column_part, dim=0), *(part.sum(dim=0) for part in above)
 
 
 def softmax_backward(
-    x_BD: Tensor, y_GD: Tensor, scale: Tensor, first: int, row_lse_B: Tensor, column_lse_G: Tensor, chunk_bytes: int
-) -> tuple[Tensor, Tensor]:
+    x_BD: Tensor, y_GD: Tensor, scale: Tensor, first: int, row_lse_B: Tensor, column_lse_G: Tensor, chunk_bytes: int, dx: Tensor, dy: Tensor
+) -> None:
     """See `chunked.softmax_backward`."""
     y = y_GD.contiguous()
 
@@ -255,10 +302,10 @@ def softmax_backward(
             x, y, scale, own_lse, column_lse_G, weights, x.shape[0], y.shape[0], y.shape[1], first + start, **_options(tile, x.dtype)
         )
 
-    return _waves(x_BD.contiguous(), y, gradient, tile_for("softmax_gradient", y.dtype))
+    _waves(x_BD.contiguous(), y, gradient, tile_for("softmax_gradient", y.dtype), dx, dy)
 
 
-def sigmoid_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, first: int, chunk_bytes: int) -> tuple[Tensor, Tensor]:
+def sigmoid_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, chunk_bytes: int) -> Tensor:
     """See `chunked.sigmoid_forward`."""
     x, y = x_BD.contiguous(), y_GD.contiguous()
     (num_rows, width), num_columns, tile = x.shape, y.shape[0], tile_for("sigmoid_forward", x.dtype)
@@ -267,12 +314,12 @@ def sigmoid_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, fir
     sigmoid_forward_kernel[(blocks, splits)](
         x, y, scale, bias, row_part, num_rows, num_columns, width, tiles_per_split, **_options(tile, x.dtype)
     )
-    return row_part.sum(dim=0), scale * _own_products(x, y, first) + bias
+    return row_part.sum(dim=0)
 
 
 def sigmoid_backward(
-    x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, first: int, chunk_bytes: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, first: int, chunk_bytes: int, dx: Tensor, dy: Tensor
+) -> Tensor:
     """See `chunked.sigmoid_backward`."""
     y = y_GD.contiguous()
     sums: list[Tensor] = []
@@ -285,8 +332,8 @@ def sigmoid_backward(
             x, y, scale, bias, weights, row_part, x.shape[0], y.shape[0], y.shape[1], first + start, **_options(tile, x.dtype)
         )
 
-    dx, dy = _waves(x_BD.contiguous(), y, gradient, tile_for("sigmoid_gradient", y.dtype))
-    return dx, dy, torch.stack([part.sum() for part in sums]).sum()
+    _waves(x_BD.contiguous(), y, gradient, tile_for("sigmoid_gradient", y.dtype), dx, dy)
+    return torch.stack([part.sum() for part in sums]).sum()
 
 
 def _options(tile: Tile, dtype: torch.dtype) -> dict[str, object]:
@@ -300,20 +347,17 @@ def _options(tile: Tile, dtype: torch.dtype) -> dict[str, object]:
     }
 
 
-def _waves(x: Tensor, y: Tensor, gradient: Callable[[Tensor, int, Tensor, Tile], None], tile: Tile) -> tuple[Tensor, Tensor]:
-    """Rows in waves that fit the workspace: weights W by `gradient`, then dx = W y and dy += W^T x in fp32, waves in a fixed order."""
+def _waves(x: Tensor, y: Tensor, gradient: Callable[[Tensor, int, Tensor, Tile], None], tile: Tile, dx_BD: Tensor, dy_GD: Tensor) -> None:
+    """Rows in waves that fit the workspace: weights W by `gradient`, then dx += W y and dy += W^T x in fp32, waves in a fixed order."""
     rows = max(1, WORKSPACE_BYTES // (y.shape[0] * x.element_size()))
     rows = min(x.shape[0], max(tile.rows, rows // tile.rows * tile.rows))
     workspace = x.new_empty(rows, y.shape[0])
-    dx = torch.empty_like(x, dtype=torch.float32)
-    dy = torch.zeros_like(y, dtype=torch.float32)
     for start in range(0, x.shape[0], rows):
         part = x[start : start + rows]
         weights = workspace[: part.shape[0]]
         gradient(part, start, weights, tile)
-        dx[start : start + rows] = _product(weights, y)
-        dy += _product(weights.T, part)
-    return dx, dy
+        dx_BD[start : start + rows] += _product(weights, y)
+        dy_GD += _product(weights.T, part)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmlg_kernels.chunked import DistillationInputs
-from mmlg_kernels.tiled import _forward_shape, _logits, _options, _own_products, _waves
+from mmlg_kernels.tiled import _forward_shape, _logits, _options, _waves
 from mmlg_kernels.tiles import Tile, tile_for
 
 
@@ -131,7 +131,7 @@ def distillation_gradient_kernel(
     tl.store(out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :], weights.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def distillation_forward(given: DistillationInputs, first: int, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def distillation_forward(given: DistillationInputs, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `chunked.distillation_forward`."""
     x, y, u, v = (features.contiguous() for features in (given.x, given.y, given.u, given.v))
     (num_rows, width), num_columns, tile = x.shape, y.shape[0], tile_for("distillation_forward", x.dtype)
@@ -142,13 +142,19 @@ def distillation_forward(given: DistillationInputs, first: int, chunk_bytes: int
         x, y, u, v, given.scale, given.teacher_scale, given.u_lse, given.v_lse, row_part, column_part, student_part, teacher_part,
         num_rows, num_columns, width, u.shape[1], tiles_per_split, **_options(tile, x.dtype),
     )  # fmt: skip
-    own = given.scale * _own_products(x, y, first)
-    return torch.logsumexp(row_part, dim=0), torch.logsumexp(column_part, dim=0), own, student_part.sum(), teacher_part.sum()
+    return torch.logsumexp(row_part, dim=0), torch.logsumexp(column_part, dim=0), student_part.sum(), teacher_part.sum()
 
 
 def distillation_backward(
-    given: DistillationInputs, first: int, row_lse_B: Tensor, column_lse_G: Tensor, weights: tuple[float, float], chunk_bytes: int
-) -> tuple[Tensor, Tensor]:
+    given: DistillationInputs,
+    first: int,
+    row_lse_B: Tensor,
+    column_lse_G: Tensor,
+    weights: tuple[float, float],
+    chunk_bytes: int,
+    dx: Tensor,
+    dy: Tensor,
+) -> None:
     """See `chunked.distillation_backward`."""
     x, y, u, v = (features.contiguous() for features in (given.x, given.y, given.u, given.v))
 
@@ -160,4 +166,4 @@ def distillation_backward(
             part.shape[0], y.shape[0], y.shape[1], u.shape[1], first + start, *weights, **_options(tile, x.dtype),
         )  # fmt: skip
 
-    return _waves(x, y, gradient, tile_for("distillation_gradient", x.dtype))
+    _waves(x, y, gradient, tile_for("distillation_gradient", x.dtype), dx, dy)

@@ -39,6 +39,7 @@ INTERPRETED = Tile(32, 32, 32, 4, 1)
 # Distillation's programs hold the similarities of two models.
 DEFAULTS = {
     "softmax_forward": {2: Tile(128, 64, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
+    "softmax_forward_ranks": {2: Tile(128, 64, 64, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
     "softmax_gradient": {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
     "sigmoid_forward": {2: Tile(128, 64, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)},
     "sigmoid_gradient": {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)},

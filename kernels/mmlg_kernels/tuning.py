@@ -47,16 +47,30 @@ def runs(pairs: int, width: int, teacher_width: int, dtype: torch.dtype, device:
 
     x, y, u, v = rows(width), rows(width), rows(teacher_width), rows(teacher_width)
     scale, bias = torch.tensor(50.0, device=device), torch.tensor(-10.0, device=device)
-    row_lse, column_lse, _ = tiled.softmax_forward(x, y, scale, 0, 0)
-    u_lse, v_lse, _ = tiled.softmax_forward(u, v, scale, 0, 0)
+    row_lse, column_lse = tiled.softmax_forward(x, y, scale, 0)
+    u_lse, v_lse = tiled.softmax_forward(u, v, scale, 0)
     given = DistillationInputs(x, y, scale, u, v, scale, u_lse, v_lse)
+
+    def backward(function: Callable[..., Any], *inputs: Any) -> Run:
+        def run() -> Sequence[Tensor]:
+            dx, dy = torch.zeros_like(x, dtype=torch.float32), torch.zeros_like(y, dtype=torch.float32)
+            function(*inputs, 0, dx, dy)
+            return dx, dy
+
+        return run
+
+    def ranked() -> Sequence[Tensor]:
+        own = tiled.own_logits(x, y, scale)  # by the same tile, so that it rounds alike
+        return tiled.ranked_softmax_forward(x, y, scale, 0, own, own)
+
     return {
-        "softmax_forward": functools.partial(tiled.softmax_forward, x, y, scale, 0, 0),
-        "softmax_gradient": functools.partial(tiled.softmax_backward, x, y, scale, 0, row_lse, column_lse, 0),
-        "sigmoid_forward": functools.partial(tiled.sigmoid_forward, x, y, scale, bias, 0, 0),
-        "sigmoid_gradient": functools.partial(tiled.sigmoid_backward, x, y, scale, bias, 0, 0),
-        "distillation_forward": functools.partial(tiled_distillation.distillation_forward, given, 0, 0),
-        "distillation_gradient": functools.partial(tiled_distillation.distillation_backward, given, 0, row_lse, column_lse, (1.0, 1.0), 0),
+        "softmax_forward": functools.partial(tiled.softmax_forward, x, y, scale, 0),
+        "softmax_forward_ranks": ranked,
+        "softmax_gradient": backward(tiled.softmax_backward, x, y, scale, 0, row_lse, column_lse),
+        "sigmoid_forward": lambda: [tiled.sigmoid_forward(x, y, scale, bias, 0)],
+        "sigmoid_gradient": backward(tiled.sigmoid_backward, x, y, scale, bias, 0),
+        "distillation_forward": functools.partial(tiled_distillation.distillation_forward, given, 0),
+        "distillation_gradient": backward(tiled_distillation.distillation_backward, given, 0, row_lse, column_lse, (1.0, 1.0)),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -38,9 +39,12 @@ def start_ranks(settings: recipe.Engine) -> torch.device:
 
 
 def stop_ranks() -> None:
-    """Leave the process group. A ZeRO-3 process that ends without this can abort at exit."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # DeepSpeed keeps the group, and so its threads, alive. One of gloo's may still have to let go of the last tensors, for which it
+        # needs the interpreter: where that has ended, it aborts the process.
+        time.sleep(0.1)
 
 
 class Engine:

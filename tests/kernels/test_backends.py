@@ -5,6 +5,7 @@ Triton runs in its interpreter, in fp32 and fp16 (the interpreter's bf16 product
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,14 +136,35 @@ def test_not_a_number_gives_a_nan_loss(backend: str, bad: float) -> None:
             assert not torch.isfinite(outputs(kind, x, y, 10.0, backend)[0])
 
 
+def _ranks(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    logits = x.double() @ y.double().T
+    own = logits.diagonal()
+    return 1 + (logits > own[:, None]).sum(1), 1 + (logits > own[None, :]).sum(0)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_ranks_of_pairs(backend: str, dtype: torch.dtype) -> None:
+    """Of rows that need several tiles; and where texts, or images, are the same, none of which is above another."""
+    x, y = (z.round(decimals=2) for z in features(75, 33, torch.float64))
+    x, y = (x * 64).round().to(dtype), (y * 64).round().to(dtype)  # integers: their products are exact in every order
+    for image, text in ((x, y), (x, y[torch.arange(75) // 3]), (x[torch.arange(75) % 10], y)):
+        loss, *found = contrastive_loss(image, text, torch.tensor(1 / 128), backend=backend, return_ranks=True, chunk_bytes=40 * 75 * 4)
+        assert torch.equal(loss, contrastive_loss(image, text, torch.tensor(1 / 128), backend=backend, chunk_bytes=40 * 75 * 4))
+        expected = _ranks(image, text)
+        assert all(int(ranks.max()) > 10 for ranks in expected)
+        for got, want in zip(found, expected, strict=True):
+            assert torch.equal(got, want)
+
+
 Mutation = Callable[..., object]
 
 
 def _dropped_column_term(module: object) -> Mutation:
     original = module.softmax_backward  # type: ignore[attr-defined]
 
-    def mutated(x: Tensor, y: Tensor, scale: Tensor, first: int, rows: Tensor, columns: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-        return original(x, y, scale, first, rows, torch.full_like(columns, 1e4), chunk)
+    def mutated(x: Tensor, y: Tensor, scale: Tensor, first: int, rows: Tensor, columns: Tensor, *rest: object) -> None:
+        original(x, y, scale, first, rows, torch.full_like(columns, 1e4), *rest)
 
     return mutated
 
@@ -150,9 +172,9 @@ def _dropped_column_term(module: object) -> Mutation:
 def _transposed_operand(module: object) -> Mutation:
     original = module.softmax_backward  # type: ignore[attr-defined]
 
-    def mutated(*arguments: object) -> tuple[Tensor, Tensor]:
-        dx, dy = original(*arguments)
-        return dy, dx
+    def mutated(*arguments: object) -> None:
+        *given, dx, dy = arguments
+        original(*given, dy, dx)
 
     return mutated
 
@@ -160,9 +182,11 @@ def _transposed_operand(module: object) -> Mutation:
 def _missing_own_pair(module: object) -> Mutation:
     original = module.softmax_backward  # type: ignore[attr-defined]
 
-    def mutated(x: Tensor, y: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-        dx, dy = original(x, y, *rest)
-        return dx + y, dy + x
+    def mutated(x: Tensor, y: Tensor, *rest: object) -> None:
+        *_, dx, dy = rest
+        original(x, y, *rest)
+        dx += y  # type: ignore[misc]
+        dy += x  # type: ignore[misc]
 
     return mutated
 
@@ -200,7 +224,7 @@ def test_no_graph_break_and_registered_operators(kind: str) -> None:
         assert a is None or torch.allclose(a, b, rtol=1e-6, atol=1e-8)
     arguments = (x.detach().requires_grad_(), y.detach().requires_grad_(), torch.tensor(5.0))
     if kind == "softmax":
-        torch.library.opcheck(pairs.softmax_loss, (*arguments, "", "chunked", 1000), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(pairs.softmax_loss, (*arguments, "", "chunked", 1000, False), test_utils=("test_schema", "test_faketensor"))
     else:
         bias = torch.tensor(-1.0)
         torch.library.opcheck(pairs.sigmoid_loss, (*arguments, bias, "", "chunked", 1000), test_utils=("test_schema", "test_faketensor"))
@@ -219,20 +243,27 @@ def test_sigmoid_equals_open_clip_and_mistakes_are_named() -> None:
 def _rank(rank: int, world_size: int, store: str, kind: str, backend: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    leaves, loss = _shared_model(kind, backend, slice(rank * 8 // world_size, (rank + 1) * 8 // world_size), dist.group.WORLD)
+    leaves, loss = _shared_model(kind, backend, slice(rank * 12 // world_size, (rank + 1) * 12 // world_size), dist.group.WORLD)
     results = [loss.detach(), *torch.autograd.grad(loss, leaves)]
     for tensor in results:
         dist.all_reduce(tensor)
         tensor.div_(world_size)
     if rank == 0:
         torch.save(results, out)
+    if kind == "softmax":
+        x, y = (z.chunk(world_size)[rank] for z in features(36, 6, torch.float32))
+        torch.save(
+            contrastive_loss(x, y, torch.tensor(7.0), group=dist.group.WORLD, backend=backend, return_ranks=True)[1:], f"{out}.{rank}"
+        )
+    group = weakref.ref(dist.group.WORLD)
     dist.destroy_process_group()
+    assert group() is None, "a group that lives on can abort its process"
 
 
 def _shared_model(kind: str, backend: str, rows: slice, group: object) -> tuple[list[Tensor], Tensor]:
     """A weight that both features go through, the scale and the bias; the loss of some rows."""
     dtype = torch.float32 if backend == "triton" else torch.float64
-    x, y = features(8, 6, dtype)
+    x, y = features(12, 6, dtype)
     weight = torch.linspace(-1, 1, 36, dtype=dtype).reshape(6, 6).requires_grad_()
     scale, bias = torch.tensor(7.0, dtype=dtype, requires_grad=True), torch.tensor(-2.0, dtype=dtype, requires_grad=True)
     if kind == "softmax":
@@ -244,7 +275,7 @@ def _shared_model(kind: str, backend: str, rows: slice, group: object) -> tuple[
 
 @pytest.mark.parametrize(
     ("kind", "world_size", "backend"),
-    [("softmax", 2, "triton"), ("sigmoid", 2, "chunked"), ("sigmoid", 4, "triton"), ("sigmoid", 2, "reference")],
+    [("softmax", 3, "triton"), ("softmax", 2, "chunked"), ("sigmoid", 2, "chunked"), ("sigmoid", 4, "triton"), ("sigmoid", 2, "reference")],
 )
 def test_ranks_equal_one_process_after_averaging(kind: str, world_size: int, backend: str, tmp_path: Path) -> None:
     mp.spawn(_rank, (world_size, str(tmp_path / "store"), kind, backend, str(tmp_path / "out.pt")), nprocs=world_size)
@@ -254,3 +285,7 @@ def test_ranks_equal_one_process_after_averaging(kind: str, world_size: int, bac
     for got, want in zip(found, [loss.detach(), *torch.autograd.grad(loss, leaves)], strict=True):
         assert want.norm() > 1e-3
         assert _error(got, want) < tolerance
+    if kind == "softmax":
+        parts = [torch.load(tmp_path / f"out.pt.{rank}", weights_only=True) for rank in range(world_size)]
+        for got, want in zip(zip(*parts, strict=True), _ranks(*features(36, 6, torch.float32)), strict=True):
+            assert torch.equal(torch.cat(got), want)
