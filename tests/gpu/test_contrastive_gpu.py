@@ -90,7 +90,7 @@ def test_ranks(dtype: torch.dtype, count: int) -> None:
     """Against fp64; ties and near-ties within the rounding of a product may fall either way, so a few may differ by a few places."""
     x, y = features(count, 512, dtype)
     loss, image_ranks, text_ranks = contrastive_loss(x, y, number(50.0), return_ranks=True)
-    assert torch.equal(loss, contrastive_loss(x, y, number(50.0)))
+    torch.testing.assert_close(loss, contrastive_loss(x, y, number(50.0)), rtol=1e-6, atol=0.0)  # its tile may differ
     logits = x.double() @ y.double().T
     own = logits.diagonal()
     for got, want in ((image_ranks, 1 + (logits > own[:, None]).sum(1)), (text_ranks, 1 + (logits > own[None, :]).sum(0))):
@@ -99,6 +99,19 @@ def test_ranks(dtype: torch.dtype, count: int) -> None:
         assert (got - want).abs().max() <= 2
         assert (want == 1).any()
         assert (want > 10).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_of_equal_rows(dtype: torch.dtype) -> None:
+    """Texts that several images share: none of the equal ones is above another, so the ranks are those of small integers' exact products."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randint(-8, 9, (1000, 256), generator=generator).to("cuda", dtype) for _ in range(2))
+    y = y[torch.arange(1000) // 3]
+    _, *found = contrastive_loss(x, y, number(1 / 128), return_ranks=True)
+    logits = x.double() @ y.double().T
+    own = logits.diagonal()
+    for got, want in zip(found, (1 + (logits > own[:, None]).sum(1), 1 + (logits > own[None, :]).sum(0)), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_a_scale_that_is_not_positive_gives_nan() -> None:
