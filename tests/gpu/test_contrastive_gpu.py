@@ -7,7 +7,7 @@ import torch
 from mmlg_kernels import contrastive_loss, sigmoid_loss
 from torch import Tensor
 
-from tests.gpu.common import TOLERANCE, captured, errors, features, number, relative_error
+from tests.gpu.common import DEVICE, TOLERANCE, captured, errors, features, number, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -103,9 +103,9 @@ def test_ranks(dtype: torch.dtype, count: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ranks_of_equal_rows(dtype: torch.dtype) -> None:
-    """Texts that several images share: none of the equal ones is above another, so the ranks are those of small integers' exact products."""
+    """Texts that several images share: none of the equal ones is above another. Products of small integers are exact."""
     generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randint(-8, 9, (1000, 256), generator=generator).to("cuda", dtype) for _ in range(2))
+    x, y = (torch.randint(-8, 9, (1000, 256), generator=generator).to(DEVICE, dtype) for _ in range(2))
     y = y[torch.arange(1000) // 3]
     _, *found = contrastive_loss(x, y, number(1 / 128), return_ranks=True)
     logits = x.double() @ y.double().T
