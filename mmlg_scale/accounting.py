@@ -183,6 +183,8 @@ def _sizes_in_sum(entries: Sequence[Entry]) -> list[Size]:
 def _totals(family: Mapping[str, Any], entries: Sequence[Entry], init: str, sizes: Sequence[Size]) -> dict[str, Any] | None:
     """What one way of making the whole family costs, ships and yields: sums (and means, for quality) over the sizes in the sum.
 
+    The ancestor's kept features are charged once to each way that compares with the ancestor.
+
     Returns:
         num_reached of num_sizes (every seed of a size must reach); flops, seconds: per-size charges plus what is spent once;
         flops_once; flops_with_ancestor; params_shipped: what must be stored to have every size; mean_metric_at_0 (None where there
@@ -196,7 +198,8 @@ def _totals(family: Mapping[str, Any], entries: Sequence[Entry], init: str, size
         return sum(mean(entry[key] for entry in group) for group in groups)
 
     ancestor, learngene = family["ancestor"], _learngene(family, init)
-    once = learngene["flops"] + learngene["teacher_flops"] if learngene else 0
+    kept = family.get("kept_features") if learngene or init == "distil" else None
+    once = (learngene["flops"] + learngene["teacher_flops"] if learngene else 0) + (kept["flops"] if kept else 0)
     flops, needs_ancestor = once + total("flops_to_target"), init != "scratch"
     shipped = learngene["params"] if learngene else ancestor["params"] if init == "even" else total("params")
     at_0 = [entry["metrics_at_0"][family["metric"]] for group in groups for entry in group if entry["metrics_at_0"]]
@@ -206,7 +209,7 @@ def _totals(family: Mapping[str, Any], entries: Sequence[Entry], init: str, size
         "flops_once": once,
         "flops": flops,
         "flops_with_ancestor": flops + ancestor["flops"] * needs_ancestor,
-        "seconds": total("seconds_to_target") + (learngene["seconds"] if learngene else 0),
+        "seconds": total("seconds_to_target") + (learngene["seconds"] if learngene else 0) + (kept["seconds"] if kept else 0),
         "params_shipped": shipped,
         "mean_metric_at_0": mean(at_0) if at_0 else None,
         "mean_metric_final": mean(mean(entry["metrics_final"][family["metric"]] for entry in group) for group in groups),

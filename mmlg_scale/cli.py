@@ -31,6 +31,8 @@ Step by step:
                                             train the ancestor
   mmlg extract RECIPE --data.path DIR --ancestor-model DIR --out DIR
                                             distil the learngene
+  mmlg features RECIPE --data.path DIR --ancestor-model DIR --out DIR
+                                            keep the ancestor's features, for recipes with engine.keep_features
   mmlg descend LEARNGENE --image-layers A --text-layers B --out DIR
                                             write a descendant as an ordinary open_clip model
   mmlg train RECIPE --init mmlg|tleg|sws|scratch|even|distil --image-layers A --text-layers B ...
@@ -254,6 +256,7 @@ def _progress(name: str) -> Callable[[Any], Any]:
 
 
 ANCESTOR_HELP = "The ancestor: an open_clip folder, or a file of weights (.safetensors, .pt) for the recipe's architecture."
+FEATURES_HELP = "What mmlg features wrote, for recipes with engine.keep_features."
 WIDTH_HELP = "Residual width of the {} tower, a multiple of its head dimension; the ancestor's where left out"
 
 
@@ -285,6 +288,7 @@ def _train(arguments: list[str]) -> int:
         "--modality", type=str, default="both", choices=["both", "image", "text"], help="One tower alone: mmlg only, not trained."
     )
     parser.add_argument("--target-of", type=str | None, default=None, help="A finished scratch run: training stops at its quality.")
+    parser.add_argument("--features", type=str | None, default=None, help=FEATURES_HELP)
     args, recipe = _parse_recipe(parser, arguments)
     from mmlg_scale.recipe import Size
     from mmlg_scale.training.run import train_ancestor, train_descendant
@@ -300,6 +304,7 @@ def _train(arguments: list[str]) -> int:
             ancestor=_path(args.ancestor_model),
             learngene=_path(args.learngene),
             target_of=_path(args.target_of),
+            kept_features=_path(args.features),
         )
     return 0
 
@@ -319,10 +324,26 @@ def _extract(arguments: list[str]) -> int:
         choices=["mmlg", "tleg", "sws"],
         help="Which settings of the recipe: extraction, or a baseline's.",
     )
+    parser.add_argument("--features", type=str | None, default=None, help=FEATURES_HELP)
     args, recipe = _parse_recipe(parser, arguments)
     from mmlg_scale.training.run import extract
 
-    extract(recipe, Path(args.ancestor_model), Path(args.out), method=args.method)
+    extract(recipe, Path(args.ancestor_model), Path(args.out), method=args.method, kept_features=_path(args.features))
+    return 0
+
+
+def _features(arguments: list[str]) -> int:
+    parser = _parser(
+        "features",
+        "Compute the ancestor's features of the training split once, for recipes with engine.keep_features. Started again, it goes on.",
+    )
+    parser.add_argument("--ancestor-model", type=str, required=True, help=ANCESTOR_HELP)
+    parser.add_argument("--out", type=str, required=True, help="Folder to write: 4 bytes a number, one row for each image and caption.")
+    args, recipe = _parse_recipe(parser, arguments)
+    from mmlg_scale.training.run import write_features
+
+    found = write_features(recipe, Path(args.ancestor_model), Path(args.out))
+    print(f"{args.out}: features of {found['num_images']} images and {found['num_captions']} captions")
     return 0
 
 
@@ -453,6 +474,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "data check": _data_check,
     "train": _train,
     "extract": _extract,
+    "features": _features,
     "descend": _descend,
     "eval": _eval,
     "family": _family,

@@ -82,11 +82,15 @@ def plan(settings: recipe.Recipe, out: Path, *, image_size: int) -> list[Step]:
         add("data", ["data", "scenes", "--out", str(data), *options], (), data / "dataset.json")
         first = ("data",)
     training("ancestor", ancestor, (), settings.ancestor.steps)
-    model = ("--ancestor-model", str(ancestor / "model"))
-    training("learngene", learngenes["mmlg"].parent, ("ancestor",), settings.extraction.training.steps, *model, command="extract")
+    model: tuple[str, ...] = ("--ancestor-model", str(ancestor / "model"))
+    source = "ancestor"
+    if settings.engine.keep_features:
+        training("features", out / "features", ("ancestor",), 0, *model, command="features")
+        model, source = (*model, "--features", str(out / "features")), "features"
+    training("learngene", learngenes["mmlg"].parent, (source,), settings.extraction.training.steps, *model, command="extract")
     for method, rival in settings.baselines.learngenes().items():
         folder, method_option = learngenes[method].parent, ("--method", method)
-        training(method, folder, ("ancestor",), rival.training.steps, *model, *method_option, command="extract")
+        training(method, folder, (source,), rival.training.steps, *model, *method_option, command="extract")
     for init in ("scratch", "mmlg", "distil", "even", *settings.baselines.learngenes()):
         chosen: recipe.Training | None = settings.adaptation.training if init in learngenes else getattr(settings.baselines, init)
         for size in sorted(settings.family.sizes, key=lambda size: -(size.image_layers + size.text_layers)):
@@ -94,7 +98,7 @@ def plan(settings: recipe.Recipe, out: Path, *, image_size: int) -> list[Step]:
             if chosen is None or (init != "mmlg" and not counted):
                 continue
             folder = out / "descendants" / f"{size.name}-{init}"
-            needs: tuple[str, ...] = () if init == "scratch" else ("ancestor",)
+            needs: tuple[str, ...] = () if init == "scratch" else ("ancestor",) if init == "even" else (source,)
             words = ["--init", init, "--modality", size.modality, *(model if needs else ())]
             words += [word for key, value in size.sizes().items() if value for word in (f"--{key.replace('_', '-')}", str(value))]
             if init in learngenes:
@@ -254,6 +258,7 @@ def assemble(settings: recipe.Recipe, out: Path) -> dict[str, Any]:
             **{key: ancestor[key] for key in ("params", "flops", "seconds", "metrics", "image_layers", "text_layers", "curve")},
             "num_bytes": 4 * ancestor["params"],
         },
+        "kept_features": learngene["kept_features"],
         "learngene": {key: learngene[key] for key in LEARNGENE_KEYS},
         "rival_learngenes": {
             method: {key: result(out / method)[key] for key in LEARNGENE_KEYS} for method in settings.baselines.learngenes()

@@ -274,6 +274,9 @@ class Engine:
     """Keep only the inputs of each transformer block and recompute it in the backward pass: less memory, a third more compute."""
     shard_ancestor: bool = False
     """Each rank keeps its share of the frozen ancestor and gathers a block when it runs: less memory, more communication, same numbers."""
+    keep_features: bool = False
+    """Compute the ancestor's features of every training image and caption once (`mmlg features`), and read them in every run instead of
+    running the ancestor: for data.augment none and losses without hidden states."""
     num_processes: int = 1
     """Ranks of each training step of `mmlg family`."""
     threads: int | None = 1
@@ -342,8 +345,21 @@ class Recipe:
                     f"is {getattr(size, key)}",
                     "Use 1 or more.",
                 )
+        if self.engine.keep_features:
+            self._check_kept_features()
         names = [size.name for size in self.family.sizes]
         _require(len(set(names)) == len(names), "family.sizes", "holds a size twice", "Remove the repeated one.")
+
+    def _check_kept_features(self) -> None:
+        key, augment = "engine.keep_features", self.data.augment
+        _require(augment == "none", key, f"keeps features of whole images, data.augment is {augment}", "Use none, or keep no features.")
+        losses = {"extraction.loss": self.extraction.loss}
+        losses |= {f"baselines.{name}.loss": found.loss for name, found in self.baselines.learngenes().items()}
+        losses |= {"adaptation.loss": self.adaptation.loss} if self.adaptation.training.steps else {}
+        losses |= {"baselines.distil_loss": self.baselines.distil_loss} if self.baselines.distil is not None else {}
+        for name, loss in losses.items():
+            problem = f"keeps final features, {name}.hidden is {loss.hidden} and compares hidden states"
+            _require(loss.hidden == 0, key, problem, f"Set {name}.hidden to 0, or keep no features.")
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain nested dictionaries."""

@@ -324,3 +324,13 @@ def test_another_methods_learngene_is_charged_its_own_extraction() -> None:
     assert found["totals_by_init"]["tleg"]["flops_once"] == 300
     assert found["totals_by_init"]["tleg"]["params_shipped"] == 5000
     assert found["cost_ratio_by_baseline"] == {"tleg": pytest.approx((300 + 0 + 40) / (200 + 20))}
+
+
+def test_kept_features_are_charged_once_to_each_way_that_compares_with_the_ancestor() -> None:
+    others = [_entry(init, layers, (0.5, 0.6, 0.6)) for init in ("even", "distil") for layers in (2, 4)]
+    plain, kept = (summarise(_family(*_two_sizes(), *others) | extra)["totals_by_init"] for extra in ({}, {"kept_features": KEPT}))
+    more = {init: (kept[init]["flops"] - plain[init]["flops"], kept[init]["seconds"] - plain[init]["seconds"]) for init in plain}
+    assert more == {"scratch": (0, 0), "mmlg": (30, 0.5), "even": (0, 0), "distil": (30, 0.5)}
+
+
+KEPT = {"flops": 30, "seconds": 0.5}

@@ -92,6 +92,7 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, capsys: pytest.CaptureFix
         ("--ancestor.steps=0", "ancestor.steps"),
         ("--ancestor.steps=many", "ancestor.steps"),
         ("--model.architecture=ViT-B-32", "exactly one of"),
+        ("--engine.keep_features=true", "extraction.loss.hidden is 1.0 and compares hidden states"),
     ],
 )
 def test_values_out_of_range_name_their_key(option: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,3 +144,37 @@ def test_descendants_are_open_clip_models(undisturbed: Path) -> None:
         assert tokenizer(["a big red circle"]).shape == (1, 16)
         result = json.loads((folder / "result.json").read_text())
         assert evaluate_folder(folder / "model", undisturbed / "data", "test") == pytest.approx(result["metrics"])
+
+
+def test_kept_features_change_no_number(tmp_path: Path) -> None:
+    """A family whose runs read the ancestor's features against one that runs the ancestor at every step."""
+    few = {"steps": 4, "batch_size": 32, "eval_every": 2}
+    loss = {"hidden": 0.0, "affinity": 1.0}
+    shared = {
+        **RECIPE,
+        "ancestor": few,
+        "extraction": {"min_layers": 1, "num_knots": 3, "training": {**few, "accumulation": 2}, "loss": loss},
+        "adaptation": {"training": few, "loss": loss},
+        "baselines": {"scratch": few, "even": None, "distil": few, "distil_loss": loss},
+        "family": {"sizes": [{"image_layers": 2, "text_layers": 2}], "stop_at_target": False},
+    }
+    found = {}
+    for kept in (True, False):
+        recipe = tmp_path / f"{kept}.yaml"
+        recipe.write_text(yaml.safe_dump({**shared, "engine": {"keep_features": kept}}))
+        finish(start(recipe, tmp_path / str(kept)))
+        found[kept] = tmp_path / str(kept)
+    for run in ("learngene", "descendants/i2-t2-mmlg", "descendants/i2-t2-distil"):
+        with_features, without = (json.loads((found[kept] / run / "result.json").read_text()) for kept in (True, False))
+        lines = [[json.loads(line) for line in (found[kept] / run / "metrics.jsonl").read_text().splitlines()] for kept in (True, False)]
+        losses = [[line["loss"] for line in each if "loss" in line] for each in lines]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert losses[0]
+        assert with_features["metrics"] == pytest.approx(without["metrics"], abs=0.05)
+        assert with_features["teacher_flops"] == 0 < without["teacher_flops"]
+        assert with_features["flops"] == without["flops"]
+    family = json.loads((found[True] / "family.json").read_text())
+    kept_flops = family["kept_features"]["flops"]
+    assert kept_flops == json.loads((found[True] / "features" / "result.json").read_text())["flops"] > 0
+    assert family["totals_by_init"]["mmlg"]["flops_once"] == family["learngene"]["flops"] + kept_flops
+    assert family["totals_by_init"]["distil"]["flops_once"] == kept_flops

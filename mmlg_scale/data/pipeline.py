@@ -64,11 +64,17 @@ class Batch:
 
     image_uint8_BCHW: Tensor
     text_BT: Tensor
-    indices_B: Tensor
+    samples_B2: Tensor
+    """Each pair's sample in the split, and which of its captions was drawn."""
+
+    @property
+    def indices_B(self) -> Tensor:
+        """The samples alone."""
+        return self.samples_B2[:, 0]
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader where a GPU is used."""
-        return Batch(self.image_uint8_BCHW.pin_memory(), self.text_BT.pin_memory(), self.indices_B.pin_memory())
+        return Batch(self.image_uint8_BCHW.pin_memory(), self.text_BT.pin_memory(), self.samples_B2)
 
 
 def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int) -> np.ndarray:
@@ -135,8 +141,8 @@ class _Pairs(Dataset[tuple[Batch, _Met]]):
         else:
             images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         self._tokenize(indices)
-        texts = torch.stack([self._text(epoch, index) for epoch, index in zip(epochs, indices, strict=True)])
-        return Batch(torch.from_numpy(images), texts, torch.tensor(indices)), met
+        texts, captions = zip(*(self._text(epoch, index) for epoch, index in zip(epochs, indices, strict=True)), strict=True)
+        return Batch(torch.from_numpy(images), torch.stack(texts), torch.tensor([indices, captions]).T), met
 
     def _readable(self, epoch: int, wanted: int, met: _Met) -> tuple[int, np.ndarray]:
         """The sample, or the first of its substitutes that can be read, with its image."""
@@ -176,15 +182,17 @@ class _Pairs(Dataset[tuple[Batch, _Met]]):
         for index, part in zip(new, tokens.split([len(captions[index]) for index in new]), strict=True):
             self._tokens[index] = part
 
-    def _text(self, epoch: int, index: int) -> Tensor:
+    def _text(self, epoch: int, index: int) -> tuple[Tensor, int]:
+        """The tokens of one of the sample's captions, and which."""
         tokens = self._tokens[index]
         assert tokens is not None
         if len(tokens) == 1:
-            return tokens[0]
+            return tokens[0], 0
         # A hash of (seed, epoch, index) instead of a generator: this runs for every sample of every batch.
         mixed = (self.seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB) & (2**64 - 1)
         mixed = ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) & (2**64 - 1)
-        return tokens[(mixed >> 33) % len(tokens)]
+        chosen = (mixed >> 33) % len(tokens)
+        return tokens[chosen], chosen
 
 
 class _Steps(Sampler[list[tuple[int, int]]]):
@@ -280,7 +288,7 @@ class TrainStream:
                 seed
             ),  # its draw for the workers, of which nothing here depends, leaves the global state alone
             multiprocessing_context="spawn" if num_workers else None,  # the engine has started threads, which a fork would break
-            worker_init_fn=_leave_at_once,
+            worker_init_fn=leave_at_once,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -301,7 +309,7 @@ class TrainStream:
             raise UserError(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from error
 
 
-def _leave_at_once(worker: int) -> None:
+def leave_at_once(worker: int) -> None:
     """Let a worker process end without tearing its interpreter down.
 
     The stream has no end, so a worker is always stopped with batches under way. The thread that sends them is then cut off inside torch's

@@ -47,6 +47,11 @@ def stop_ranks() -> None:
         time.sleep(0.1)
 
 
+def autocast_of(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which a model of a precision (fp32, bf16) computes."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
 class Engine:
     """A model under DeepSpeed.
 
@@ -108,9 +113,7 @@ class Engine:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which a model outside the engine (a teacher, an evaluation) computes as inside."""
-        if self.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+        return autocast_of(self.precision, self.device)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, averaged over ranks."""

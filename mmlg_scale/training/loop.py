@@ -87,7 +87,7 @@ def train(
             batch = next(stream)
         images_BCHW = preprocess(batch.image_uint8_BCHW.to(engine.device, non_blocking=True))
         text_BT = batch.text_BT.to(engine.device, non_blocking=True)
-        loss, terms = compute_gradients(stage, engine, images_BCHW, text_BT, step)
+        loss, terms = compute_gradients(stage, engine, images_BCHW, text_BT, step, batch.samples_B2)
         engine.step(rate_factor(step, training.steps, training.optimizer.warmup_fraction))
 
         student_flops, teacher_flops = (per_sample * training.batch_size for per_sample in stage.flops(step))

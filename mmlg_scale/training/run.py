@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import first_reached
 from mmlg_scale.data.pipeline import EvalSplit, TrainStream, load_eval_split
+from mmlg_scale.data.reader import ShardReader
+from mmlg_scale.data.sweep import Sweep
 from mmlg_scale.data.tokens import Tokenizer, load_tokenizer
 from mmlg_scale.errors import UserError
 from mmlg_scale.evaluation.evaluate import evaluate_pairs
@@ -27,11 +29,12 @@ from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
 from mmlg_scale.learngene.baselines import FROM_ANCESTOR, FROM_LEARNGENE, initialise
 from mmlg_scale.learngene.file import Learngene, load_learngene
 from mmlg_scale.learngene.structure import Structure
+from mmlg_scale.training import features
 from mmlg_scale.training.checkpoint import Checkpoints, claim_run_folder
-from mmlg_scale.training.engine import Engine, start_ranks, stop_ranks
+from mmlg_scale.training.engine import Engine, autocast_of, start_ranks, stop_ranks
 from mmlg_scale.training.loop import Curve, Progress, train
 from mmlg_scale.training.meters import Meters
-from mmlg_scale.training.stages import ClipStage, ExtractionStage, Stage, Teacher
+from mmlg_scale.training.stages import Ancestor, ClipStage, ExtractionStage, Stage, Teacher
 
 
 @dataclass
@@ -66,6 +69,10 @@ class Corpus:
             max_bad_fraction=settings.max_bad_fraction,
             record=record,
         )
+
+    def sweep(self) -> Sweep:
+        """The training split once, as it stands."""
+        return Sweep(ShardReader(self.root / "train"), self.tokenizer, *self._sizes())
 
     @functools.cached_property
     def classes(self) -> dict[str, list[str]] | None:
@@ -120,10 +127,36 @@ def train_ancestor(settings: recipe.Recipe, out: Path) -> dict[str, Any]:
     return Run(settings, out, {"role": "ancestor"}).execute(build, _export_clip, evaluate_first=weights is not None)
 
 
-def extract(settings: recipe.Recipe, ancestor: Path, out: Path, *, method: str = "mmlg") -> dict[str, Any]:
+def write_features(settings: recipe.Recipe, ancestor: Path, out: Path) -> dict[str, Any]:
+    """Write the features that the open_clip folder `ancestor` gives the training split to `out`; see `features`."""
+    corpus = open_corpus(settings)
+    config, state = towers.load_ancestor(ancestor, corpus.config)
+    of = features.identity(state, corpus.root / "train", settings.engine.precision)
+
+    def work(run: Run) -> dict[str, Any]:
+        found = features.compute_features(
+            Teacher(config, state, run.device),
+            corpus.sweep(),
+            out,
+            autocast=functools.partial(autocast_of, settings.engine.precision, run.device),
+            device=run.device,
+            num_workers=settings.data.num_workers,
+        )
+        if dist.get_rank() == 0:
+            write_json_atomic(out / "result.json", {**of, **found})
+        return {**of, **found}
+
+    return Run(settings, out, of, whole_recipe=False).perform(work)
+
+
+def extract(
+    settings: recipe.Recipe, ancestor: Path, out: Path, *, method: str = "mmlg", kept_features: Path | None = None
+) -> dict[str, Any]:
     """Distil the learngene out of the open_clip folder `ancestor`; writes OUT/learngene.safetensors and OUT/result.json.
 
-    `method` is mmlg, or tleg or sws where the recipe's baselines hold their settings.
+    Args:
+        method: mmlg, or tleg or sws where the recipe's baselines hold their settings.
+        kept_features: what `write_features` wrote, where the recipe keeps features.
     """
     extraction = settings.extraction if method == "mmlg" else settings.baselines.learngenes().get(method)
     if extraction is None:
@@ -132,7 +165,7 @@ def extract(settings: recipe.Recipe, ancestor: Path, out: Path, *, method: str =
     def build(run: Run) -> Stage:
         config, state = towers.load_ancestor(ancestor, run.corpus.config)
         auxiliary = AuxiliaryCLIP.from_ancestor(state, _structure(config, extraction), seed=settings.seed)
-        teacher = Teacher(config, state, run.device, shard=settings.engine.shard_ancestor)
+        teacher = run.teacher(config, state, kept_features)
         return ExtractionStage(extraction, auxiliary, teacher, run.device, seed=settings.seed)
 
     def finish(run: Run, stage: Stage, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -175,6 +208,7 @@ def train_descendant(
     ancestor: Path | None = None,
     learngene: Path | None = None,
     target_of: Path | None = None,
+    kept_features: Path | None = None,
 ) -> dict[str, Any]:
     """Write a descendant (or a baseline at its size), evaluate it as written, train it, export it to OUT/model.
 
@@ -184,6 +218,7 @@ def train_descendant(
         init: mmlg, tleg, sws, scratch, even or distil.
         target_of: a finished scratch run: where the recipe says so, training stops once it is at that run's quality in two
             consecutive evaluations.
+        kept_features: what `write_features` wrote, where the recipe keeps features and this run compares with the ancestor.
     """
     training, weights = _training_of(settings, init)
     for name, given, needed in (
@@ -202,7 +237,7 @@ def train_descendant(
         teacher = None
         if weights is not None and training.steps:
             assert ancestor is not None
-            teacher = Teacher(*towers.load_ancestor(ancestor, run.corpus.config), run.device, shard=settings.engine.shard_ancestor)
+            teacher = run.teacher(*towers.load_ancestor(ancestor, run.corpus.config), kept_features)
         kept = weights if teacher else None
         return ClipStage(init, own, state, training, run.device, teacher=teacher, weights=kept, seed=settings.seed)
 
@@ -290,10 +325,14 @@ Finish = Callable[["Run", Stage, Mapping[str, Tensor]], dict[str, Any]]
 class Run:
     """One run folder and what all roles do alike: claim it, build, train or resume, evaluate, export, write result.json."""
 
-    def __init__(self, settings: recipe.Recipe, out: Path, identity: Mapping[str, Any]) -> None:
-        self.settings, self.out = settings, out
-        self.identity = {**identity, "recipe": settings.to_dict()}
-        del self.identity["recipe"]["data"]["path"]  # a data set may be moved
+    def __init__(self, settings: recipe.Recipe, out: Path, identity: Mapping[str, Any], *, whole_recipe: bool = True) -> None:
+        self.settings, self.out, self.identity = settings, out, dict(identity)
+        if whole_recipe:
+            self.identity["recipe"] = settings.to_dict()
+            del self.identity["recipe"]["data"]["path"]  # a data set may be moved
+
+    kept: features.KeptFeatures | None = None
+    """The ancestor's features, where the run reads them."""
 
     def execute(
         self,
@@ -303,16 +342,32 @@ class Run:
         stop: Callable[[Curve], bool] = lambda curve: False,
         evaluate_first: bool = False,
     ) -> dict[str, Any]:
-        """Run to the end and return the result; a complete folder returns its result at once."""
+        """Train to the end and return the result; a complete folder returns its result at once."""
+        return self.perform(lambda run: run._train(build, finish, stop, evaluate_first))
+
+    def perform(self, work: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
+        """Do the folder's work, between the ranks' start and end, and return its result; that of a complete folder at once."""
         self.corpus = open_corpus(self.settings)
         self.device = start_ranks(self.settings.engine)
         try:
             result = self._claim()
-            if result is None:
-                result = self._train(build, finish, stop, evaluate_first)
-            return result
+            return result if result is not None else work(self)
         finally:
             stop_ranks()
+
+    def teacher(self, config: dict[str, Any], state: Mapping[str, Tensor], kept_features: Path | None) -> Ancestor:
+        """The ancestor that a loss compares with, or its kept features.
+
+        Raises:
+            UserError: the recipe keeps features, and there are none.
+        """
+        engine = self.settings.engine
+        if not engine.keep_features:
+            return Teacher(config, state, self.device, shard=engine.shard_ancestor)
+        if kept_features is None:
+            raise UserError("recipe key engine.keep_features needs --features. Give the folder that mmlg features wrote.")
+        self.kept = features.KeptFeatures(kept_features, config, features.identity(state, self.corpus.root / "train", engine.precision))
+        return self.kept
 
     def _claim(self) -> dict[str, Any] | None:
         """Rank 0 claims the folder and tells the others; a UserError is raised on every rank."""
@@ -383,6 +438,7 @@ class Run:
             "stopped_early": progress.stopped_early,
             "flops": progress.flops,
             "teacher_flops": progress.teacher_flops,
+            "kept_features": None if self.kept is None else self.kept.cost,
             "seconds": seconds,
             "metrics": metrics,
             "metrics_at_0": None,

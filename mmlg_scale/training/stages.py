@@ -47,8 +47,13 @@ class Stage(Protocol):
         """Patch dropout's choice, [num_rows, P'] positions for rows of the global batch from `first_row` on; None: all patches stay."""
         ...
 
-    def targets(self, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, patches_BP: Tensor | None) -> dict[str, Any] | None:
-        """The teacher's outputs for a part of the batch, without graph; None where there is no teacher."""
+    def targets(
+        self, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, patches_BP: Tensor | None, samples_B2: Tensor | None = None
+    ) -> dict[str, Any] | None:
+        """The teacher's outputs for a part of the batch, without graph; None where there is no teacher.
+
+        `samples_B2`: the pairs' places in the training split, (sample, caption), by which kept features are found.
+        """
         ...
 
     def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
@@ -139,6 +144,28 @@ def _with_maps(model: nn.Module, config: Mapping[str, Any], teacher_config: Mapp
     )
 
 
+class Ancestor(Protocol):
+    """What a student is compared with."""
+
+    config: dict[str, Any]
+    image_layers: int
+    text_layers: int
+    flops: int
+    """Of one sample's pass in every step."""
+
+    def __call__(
+        self,
+        image: Tensor,
+        text: Tensor,
+        autocast: Autocast,
+        depths: Sequence[float],
+        patches_BP: Tensor | None = None,
+        samples_B2: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Features, hidden states at relative depths, and what the logits need, without graph."""
+        ...
+
+
 class Teacher:
     """The frozen ancestor: a plain module outside the engine. With `shard` each rank keeps its share of every parameter."""
 
@@ -155,7 +182,13 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(
-        self, image: Tensor, text: Tensor, autocast: Autocast, depths: Sequence[float], patches_BP: Tensor | None = None
+        self,
+        image: Tensor,
+        text: Tensor,
+        autocast: Autocast,
+        depths: Sequence[float],
+        patches_BP: Tensor | None = None,
+        samples_B2: Tensor | None = None,
     ) -> dict[str, Any]:
         """Outputs on whole images; hidden states of the image tower only at `patches_BP` (and the class token), where it is given."""
         with autocast():
@@ -229,7 +262,7 @@ class ClipStage:
         training: recipe.Training,
         device: torch.device,
         *,
-        teacher: Teacher | None = None,
+        teacher: Ancestor | None = None,
         weights: recipe.DistillationLoss | None = None,
         seed: int = 0,
     ) -> None:
@@ -258,8 +291,10 @@ class ClipStage:
     def patches(self, step: int, first_row: int, num_rows: int) -> Tensor | None:
         return draw_patches(self.config, self.seed, step, first_row, num_rows)
 
-    def targets(self, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, patches_BP: Tensor | None) -> dict[str, Any] | None:
-        return None if self.teacher is None else self.teacher(image_BCHW, text_BT, autocast, self._hidden_depths, patches_BP)
+    def targets(
+        self, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, patches_BP: Tensor | None, samples_B2: Tensor | None = None
+    ) -> dict[str, Any] | None:
+        return None if self.teacher is None else self.teacher(image_BCHW, text_BT, autocast, self._hidden_depths, patches_BP, samples_B2)
 
     def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
         if targets is None or self.weights is None:
@@ -287,7 +322,7 @@ class ExtractionStage:
         self,
         settings: recipe.Extraction,
         auxiliary: AuxiliaryCLIP,
-        teacher: Teacher,
+        teacher: Ancestor,
         device: torch.device,
         *,
         seed: int,
@@ -360,8 +395,10 @@ class ExtractionStage:
     def patches(self, step: int, first_row: int, num_rows: int) -> Tensor | None:
         return draw_patches(self.teacher.config, self.seed, step, first_row, num_rows)
 
-    def targets(self, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, patches_BP: Tensor | None) -> dict[str, Any] | None:
-        return self.teacher(image_BCHW, text_BT, autocast, self._hidden_depths, patches_BP)
+    def targets(
+        self, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, patches_BP: Tensor | None, samples_B2: Tensor | None = None
+    ) -> dict[str, Any] | None:
+        return self.teacher(image_BCHW, text_BT, autocast, self._hidden_depths, patches_BP, samples_B2)
 
     def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
         assert targets is not None

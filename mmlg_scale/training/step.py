@@ -24,13 +24,16 @@ Outputs = dict[str, Any]
 _PER_BATCH = ("logit_scale", "logit_bias")  # every other output has a row for each sample
 
 
-def compute_gradients(stage: Stage, engine: Engine, image_BCHW: Tensor, text_BT: Tensor, step: int) -> tuple[Tensor, Terms]:
+def compute_gradients(
+    stage: Stage, engine: Engine, image_BCHW: Tensor, text_BT: Tensor, step: int, samples_B2: Tensor | None = None
+) -> tuple[Tensor, Terms]:
     """Leave the step's gradients in `engine`; return the mean loss of the step's students and its terms, detached.
 
     The result does not depend on `training.accumulation`: every sum over the batch is taken over the whole of it.
 
     Args:
         image_BCHW, text_BT: this rank's share of the batch; ranks hold consecutive rows.
+        samples_B2: its pairs' places in the training split, (sample, caption); only kept features of the ancestor need them.
 
     Raises:
         UserError: the share cannot be cut into the recipe's number of micro-batches.
@@ -42,11 +45,9 @@ def compute_gradients(stage: Stage, engine: Engine, image_BCHW: Tensor, text_BT:
     if patches_BP is not None:
         patches_BP = patches_BP.to(image_BCHW.device, non_blocking=True)
     cut = num_rows // parts
-    micro_batches = [
-        (image, text, None if patches_BP is None else patches_BP[index * cut : (index + 1) * cut])
-        for index, (image, text) in enumerate(zip(image_BCHW.split(cut), text_BT.split(cut), strict=True))
-    ]
-    targets = _targets(stage, engine, micro_batches)
+    patches = [None] * parts if patches_BP is None else patches_BP.split(cut)
+    micro_batches = list(zip(image_BCHW.split(cut), text_BT.split(cut), patches, strict=True))
+    targets = _targets(stage, engine, micro_batches, [None] * parts if samples_B2 is None else samples_B2.split(cut))
     students = stage.students(step)
     results = []
     with engine.accumulate() if len(students) * parts > 1 else nullcontext():
@@ -60,8 +61,8 @@ def compute_gradients(stage: Stage, engine: Engine, image_BCHW: Tensor, text_BT:
 MicroBatch = tuple[Tensor, Tensor, Tensor | None]
 
 
-def _targets(stage: Stage, engine: Engine, micro_batches: Sequence[MicroBatch]) -> Outputs | None:
-    parts = [stage.targets(engine.autocast, *micro_batch) for micro_batch in micro_batches]
+def _targets(stage: Stage, engine: Engine, micro_batches: Sequence[MicroBatch], samples: Sequence[Tensor | None]) -> Outputs | None:
+    parts = [stage.targets(engine.autocast, *micro_batch, which) for micro_batch, which in zip(micro_batches, samples, strict=True)]
     found = [part for part in parts if part is not None]
     return _join(found) if found else None
 

@@ -24,7 +24,7 @@ def batches(root: Path, count: int, **options: object) -> list[Batch]:
 
 
 def assert_same(left: Batch, right: Batch) -> None:
-    assert torch.equal(left.indices_B, right.indices_B)
+    assert torch.equal(left.samples_B2, right.samples_B2)
     assert torch.equal(left.image_uint8_BCHW, right.image_uint8_BCHW)
     assert torch.equal(left.text_BT, right.text_BT)
 

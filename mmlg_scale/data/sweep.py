@@ -1,0 +1,54 @@
+"""Every sample of a split once, in its order, with all its captions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmlg_scale.data.reader import DamagedSample, ShardReader
+from mmlg_scale.data.tokens import Tokenizer
+
+
+class Samples(NamedTuple):
+    """Some consecutive samples. A damaged one is a black image with no caption, and not `whole`."""
+
+    image_uint8_NCHW: Tensor
+    text_MT: Tensor
+    """All captions of all of them."""
+    num_captions_N: Tensor
+    whole_N: Tensor
+
+
+class Sweep(Dataset[Samples]):
+    """A split in items of `item_size` samples, as a training stream without augmentation reads them."""
+
+    def __init__(self, reader: ShardReader, tokenizer: Tokenizer, image_size: int, context_length: int, item_size: int = 256) -> None:
+        self.reader, self.tokenizer = reader, tokenizer
+        self.image_size, self.context_length, self.item_size = image_size, context_length, item_size
+
+    def __len__(self) -> int:
+        return (len(self.reader) + self.item_size - 1) // self.item_size
+
+    def __getitem__(self, item: int) -> Samples:
+        first = item * self.item_size
+        images, captions, counts, whole = [], [], [], []
+        for index in range(first, min(first + self.item_size, len(self.reader))):
+            try:
+                image, texts = self.reader.image(index, self.image_size, draft=True), self.reader.about(index)["captions"]
+            except DamagedSample:
+                image, texts = np.zeros((self.image_size, self.image_size, 3), np.uint8), []
+            images.append(image)
+            captions += texts
+            counts.append(len(texts))
+            whole.append(bool(texts))
+        text_MT = self.tokenizer(captions, self.context_length) if captions else torch.zeros(0, self.context_length, dtype=torch.long)
+        return Samples(
+            torch.from_numpy(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))),
+            text_MT,
+            torch.tensor(counts),
+            torch.tensor(whole),
+        )

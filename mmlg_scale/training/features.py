@@ -1,0 +1,188 @@
+"""The ancestor's features of the training set on disk: computed once, read by every run that compares with them.
+
+    FOLDER/
+      blocks/block-000000.safetensors   while it is computed: finished parts, which a restarted pass does not repeat
+      image.npy  [N, E]                 fp32; not a number where a sample could not be read
+      text.npy   [M, E]                 of all captions of all samples
+      captions.npy [N + 1]              where each sample's captions begin in text.npy
+      result.json                       written last: what the features are of, how many, what they cost
+
+Only final features are kept: hidden states are a thousand times larger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.progress import track
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mmlg_scale import towers
+from mmlg_scale.accounting import forward_flops
+from mmlg_scale.data.pipeline import leave_at_once
+from mmlg_scale.data.sweep import Samples, Sweep
+from mmlg_scale.errors import UserError
+from mmlg_scale.files import require_space, write_bytes_atomic
+from mmlg_scale.training.stages import Autocast, Teacher
+
+Identity = Mapping[str, Any]
+
+
+def identity(state: Mapping[str, Tensor], split: Path, precision: str) -> dict[str, Any]:
+    """What features are of: the ancestor's weights, the split, the precision."""
+    weights = hashlib.sha256()
+    for name in sorted(state):
+        weights.update(name.encode())
+        weights.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    manifest = hashlib.sha256((split / "manifest.json").read_bytes()).hexdigest()
+    return {"role": "features", "ancestor_sha256": weights.hexdigest(), "data_sha256": manifest, "precision": precision}
+
+
+def compute_features(
+    teacher: Teacher,
+    sweep: Sweep,
+    out: Path,
+    *,
+    autocast: Autocast,
+    device: torch.device,
+    num_workers: int = 0,
+    items_per_block: int = 64,
+) -> dict[str, Any]:
+    """Write the features of `sweep`'s samples to `out`, each rank a part of them; return numbers and cost. Collective.
+
+    Finished blocks of an earlier start are kept.
+
+    Raises:
+        UserError: too little disk.
+    """
+    blocks = [range(start, min(start + items_per_block, len(sweep))) for start in range(0, len(sweep), items_per_block)]
+    paths = [out / "blocks" / f"block-{number:06d}.safetensors" for number in range(len(blocks))]
+    missing = [number for number in range(dist.get_rank(), len(blocks), dist.get_world_size()) if not paths[number].exists()]
+    # Parts and their sum are there at once for a moment; every sample has a caption.
+    require_space(out, 2 * 2 * 4 * len(sweep.reader) * int(teacher.config["embed_dim"]), "the ancestor's features")
+    items = [item for number in missing for item in blocks[number]]
+    loader: DataLoader[Samples] = DataLoader(
+        sweep,
+        batch_size=None,
+        sampler=items,
+        num_workers=num_workers,
+        multiprocessing_context="spawn" if num_workers else None,
+        worker_init_fn=leave_at_once,
+    )
+    preprocess, started, found = towers.Preprocess(), time.perf_counter(), list[dict[str, Tensor]]()
+    place = iter(missing)
+    for position, samples in enumerate(track(loader, "features", total=len(items), disable=dist.get_rank() != 0)):
+        found.append(_features(teacher, samples, preprocess, autocast, device))
+        if position + 1 == len(items) or items[position + 1] % items_per_block == 0:
+            block = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+            block["seconds"] = torch.tensor([time.perf_counter() - started], dtype=torch.float64)
+            write_bytes_atomic(paths[next(place)], save(block))
+            found, started = [], time.perf_counter()
+    dist.barrier()
+    counts = _join(paths, out) if dist.get_rank() == 0 else {}
+    dist.barrier()
+    flops = forward_flops(teacher.config)
+    total = counts.get("num_images", 0) * flops["image"] + counts.get("num_captions", 0) * flops["text"]
+    scalars = {name: float(value) for name, value in towers.logits_outputs(teacher.model.clip).items()}
+    return {**counts, "flops": total, "logits": scalars}
+
+
+@torch.no_grad()
+def _features(
+    teacher: Teacher, samples: Samples, preprocess: Callable[[Tensor], Tensor], autocast: Autocast, device: torch.device
+) -> dict[str, Tensor]:
+    images = preprocess(samples.image_uint8_NCHW.to(device))
+    with autocast():
+        image_NE = teacher.model(images)["image_features"].float().cpu()
+        parts = samples.text_MT.to(device).split(len(images))
+        texts = [teacher.model(text=part)["text_features"].float().cpu() for part in parts if len(part)]
+    image_NE[~samples.whole_N] = torch.nan
+    return {"image": image_NE, "text": torch.cat([image_NE[:0], *texts]), "num_captions": samples.num_captions_N}
+
+
+def _join(paths: Sequence[Path], out: Path) -> dict[str, Any]:
+    """One file of each kind out of all blocks, which are then removed; their numbers and the seconds that they took."""
+    ranks = dist.get_world_size()
+    captions, seconds, width = [], 0.0, 0
+    for path in paths:
+        block = load_file(path)
+        captions.append(block["num_captions"].numpy())
+        seconds, width = seconds + float(block["seconds"]) / ranks, block["image"].shape[1]
+    starts = np.concatenate([[0], np.cumsum(np.concatenate(captions))])
+    np.save(out / "captions.npy", starts)
+    rows = {"image": len(starts) - 1, "text": int(starts[-1])}
+    for name, count in rows.items():
+        whole = np.lib.format.open_memmap(out / f"{name}.npy", mode="w+", dtype=np.float32, shape=(count, width))
+        first = 0
+        for path in paths:
+            part = load_file(path)[name].numpy()
+            whole[first : first + len(part)] = part
+            first += len(part)
+        whole.flush()
+    shutil.rmtree(out / "blocks")
+    return {"num_images": rows["image"], "num_captions": rows["text"], "seconds": seconds}
+
+
+class KeptFeatures:
+    """Stands in for a `Teacher` where only final features are compared.
+
+    Raises:
+        UserError: the folder holds no finished features, or those of another ancestor, split or precision.
+    """
+
+    flops = 0
+    """Of a step: they were computed once, see `cost`."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], expected: Identity) -> None:
+        self.folder, self.config = folder, config
+        self.image_layers, self.text_layers = (towers.num_layers(config, tower) for tower in ("image", "text"))
+        if not (folder / "result.json").is_file():
+            raise UserError(
+                f"{folder} holds no finished features of an ancestor. Write them with mmlg features; it goes on where it stopped."
+            )
+        result = json.loads((folder / "result.json").read_text())
+        differing = [key for key in expected if result.get(key) != expected[key]]
+        if differing:
+            raise UserError(
+                f"{folder} holds the features of another ancestor or data set (differs in: {', '.join(differing)}). "
+                "Write them anew with mmlg features --out in another folder."
+            )
+        self.cost = {key: result[key] for key in ("flops", "seconds")}
+        self._logits = {name: torch.tensor([value]) for name, value in result["logits"].items()}
+        self._image, self._text = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("image", "text"))
+        self._starts = np.load(folder / "captions.npy", allow_pickle=False)
+
+    def __call__(
+        self,
+        image: Tensor,
+        text: Tensor,
+        autocast: Autocast,
+        depths: Sequence[float],
+        patches_BP: Tensor | None = None,
+        samples_B2: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """What the teacher computes on these images and texts, looked up by their places in the data set: (sample, caption)."""
+        assert samples_B2 is not None
+        assert not depths
+        samples, captions = samples_B2.cpu().numpy().T
+        found = {"image": self._image[samples], "text": self._text[self._starts[samples] + captions]}
+        bad = np.isnan(found["image"]).any(axis=1)
+        if bad.any():
+            raise UserError(
+                f"{self.folder} has no features of sample {samples[bad][0]}, which could not be read then. "
+                "Remove the folder and write them anew with mmlg features."
+            )
+        device = image.device
+        features = {f"{name}_features": torch.from_numpy(rows).to(device, non_blocking=True) for name, rows in found.items()}
+        return features | {name: value.to(device) for name, value in self._logits.items()}

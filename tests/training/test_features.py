@@ -1,0 +1,170 @@
+"""The ancestor's kept features against the ancestor itself: looked up, stopped halfway, on two ranks, of damaged samples."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from mmlg_scale import recipe, towers
+from mmlg_scale.accounting import forward_flops
+from mmlg_scale.data.pipeline import TrainStream
+from mmlg_scale.data.reader import ShardReader
+from mmlg_scale.data.scenes import write_scenes
+from mmlg_scale.data.sweep import Sweep
+from mmlg_scale.data.tokens import load_tokenizer
+from mmlg_scale.errors import UserError
+from mmlg_scale.files import write_json_atomic
+from mmlg_scale.training import features
+from mmlg_scale.training.features import KeptFeatures, compute_features, identity
+from mmlg_scale.training.run import Run
+from mmlg_scale.training.stages import Teacher
+from tests.data.damage import image_zeroed
+
+TRAIN = 70
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("features") / "scenes"
+    write_scenes(root, num_train=TRAIN, num_val=4, num_test=4, seed=0, image_size=32)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def ancestor(data: Path, seed: int = 1) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    config = towers.model_config(
+        {
+            "embed_dim": 16,
+            "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 16, "head_width": 8, "layers": 2},
+            "text_cfg": {"context_length": 16, "vocab_size": load_tokenizer(data).vocab_size, "width": 16, "heads": 2, "layers": 2},
+        }
+    )
+    return config, towers.build_clip(config, seed=seed).state_dict()
+
+
+def write(data: Path, out: Path) -> dict[str, Any]:
+    """Items of 8 samples, blocks of 2 items: nine items, the last of 6 samples, in five blocks."""
+    config, state = ancestor(data)
+    sweep = Sweep(ShardReader(data / "train"), load_tokenizer(data), 32, 16, item_size=8)
+    found = compute_features(Teacher(config, state, CPU), sweep, out, autocast=nullcontext, device=CPU, items_per_block=2)
+    if dist.get_rank() == 0:
+        write_json_atomic(out / "result.json", {**identity(state, data / "train", "fp32"), **found})
+    return found
+
+
+def kept(data: Path, folder: Path, **other: Any) -> KeptFeatures:
+    config, state = ancestor(data, other.pop("seed", 1))
+    return KeptFeatures(folder, config, identity(state, data / "train", other.pop("precision", "fp32")))
+
+
+@pytest.fixture
+def folder(data: Path, tmp_path: Path) -> Path:
+    write(data, tmp_path / "kept")
+    return tmp_path / "kept"
+
+
+def test_every_batch_finds_what_the_ancestor_computes(data: Path, folder: Path) -> None:
+    teacher, looked_up = Teacher(*ancestor(data), CPU), kept(data, folder)
+    preprocess, captions = towers.Preprocess(), set()
+    stream = TrainStream(data / "train", load_tokenizer(data), image_size=32, context_length=16, global_batch_size=24, seed=3)
+    for batch in islice(stream, 9):  # 216 pairs: three epochs of 70, with other captions in each
+        inputs = (preprocess(batch.image_uint8_BCHW), batch.text_BT, nullcontext, ())
+        found, expected = looked_up(*inputs, None, batch.samples_B2), teacher(*inputs)
+        for name in ("image_features", "text_features", "logit_scale"):
+            torch.testing.assert_close(found[name].reshape(expected[name].shape), expected[name], rtol=1e-4, atol=1e-6)
+        captions |= set(batch.samples_B2[:, 1].tolist())
+    assert captions == {0, 1, 2}
+
+
+def test_numbers_and_cost(data: Path, tmp_path: Path) -> None:
+    found, flops = write(data, tmp_path / "kept"), forward_flops(ancestor(data)[0])
+    assert (found["num_images"], found["num_captions"]) == (TRAIN, 3 * TRAIN)
+    assert found["flops"] == TRAIN * flops["image"] + 3 * TRAIN * flops["text"]
+    assert found["seconds"] > 0
+    assert not (tmp_path / "kept" / "blocks").exists()
+
+
+def test_stopped_halfway_it_goes_on_and_gives_the_same_bytes(
+    data: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = features._features, 0
+
+    def counted(*arguments: Any) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(features, "_features", counted)
+    with pytest.raises(KeyboardInterrupt):
+        write(data, tmp_path / "stopped")
+    with pytest.raises(UserError, match="no finished features"):
+        kept(data, tmp_path / "stopped")
+    write(data, tmp_path / "stopped")
+    assert calls == 6 + 5  # two blocks of two items stood
+    for name in ("image", "text", "captions"):
+        assert (tmp_path / "stopped" / f"{name}.npy").read_bytes() == (folder / f"{name}.npy").read_bytes()
+
+
+def _rank(rank: int, data: str, out: str, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    write(Path(data), Path(out))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_write_the_same(data: Path, folder: Path, tmp_path: Path) -> None:
+    mp.spawn(_rank, (str(data), str(tmp_path / "two"), str(tmp_path / "store")), nprocs=2)
+    for name in ("image", "text", "captions"):
+        one, two = (np.load(where / f"{name}.npy") for where in (folder, tmp_path / "two"))
+        np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-7)
+
+
+def test_a_sample_that_could_not_be_read_is_named(data: Path, folder: Path) -> None:
+    image = np.lib.format.open_memmap(folder / "image.npy", mode="r+")
+    image[11] = np.nan
+    image.flush()
+    looked_up, blank = kept(data, folder), torch.zeros(2, 3, 32, 32)
+    assert looked_up(blank, blank, nullcontext, (), None, torch.tensor([[10, 0], [12, 2]]))["image_features"].isfinite().all()
+    with pytest.raises(UserError, match="no features of sample 11"):
+        looked_up(blank, blank, nullcontext, (), None, torch.tensor([[10, 0], [11, 2]]))
+
+
+def test_damaged_samples_are_left_out(data: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "scenes"
+    shutil.copytree(data, broken)
+    image_zeroed(broken / "train", 0, 11)
+    write(broken, tmp_path / "kept")
+    whole = np.load(tmp_path / "kept" / "image.npy")
+    assert np.flatnonzero(np.isnan(whole).any(axis=1)).tolist() == [11]
+    assert np.diff(np.load(tmp_path / "kept" / "captions.npy")).tolist() == [3] * 11 + [0] + [3] * (TRAIN - 12)
+
+
+@pytest.mark.parametrize(("other", "key"), [({"seed": 2}, "ancestor_sha256"), ({"precision": "bf16"}, "precision")])
+def test_features_of_something_else_are_refused(data: Path, folder: Path, other: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError, match=rf"another ancestor or data set \(differs in: {key}\)"):
+        kept(data, folder, **other)
+
+
+def test_a_recipe_that_keeps_features_needs_them(data: Path, tmp_path: Path) -> None:
+    run = Run(recipe.Recipe(engine=recipe.Engine(keep_features=True)), tmp_path, {})
+    with pytest.raises(UserError, match="needs --features"):
+        run.teacher(*ancestor(data), None)
