@@ -73,6 +73,8 @@ def all_checks(out: Path) -> list[Check]:
 
 def run_checks(checks: Sequence[Check], out: Path, total_s: float) -> list[Outcome]:
     """Each command in a process group of its own, its output in `out/NAME.log`; what the total leaves no time for is not started."""
+    # A job started in the background ignores it, and so would what it starts: a check over its limit could then not write its report.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     deadline, outcomes = time.monotonic() + total_s, []
     for check in checks:
         left = deadline - time.monotonic()

@@ -1,9 +1,12 @@
 """`make gpu-check` goes on when a check fails or hangs, and says what became of each."""
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from benchmarks.gpu_check import Check, run_checks, write_results
 
@@ -41,7 +44,10 @@ time.sleep(600)
     assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
-def test_the_total_holds_and_a_report_is_written_when_asked_to_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
+def test_the_total_holds_and_a_report_is_written_when_asked_to_end(handler: object, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, handler)  # type: ignore[arg-type]
     tests = "import time\ntry:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    print('report written')\n"
     outcomes = run_checks([Check("slow", python(tests), 600), Check("late", python("pass"), 600)], tmp_path, 3)
+    signal.signal(signal.SIGINT, before)
     assert [(o.status, o.last_lines) for o in outcomes] == [("over its limit", ["report written"]), ("not started", [])]
