@@ -8,8 +8,8 @@
 All variants in turn on random unit rows at scale 100; forward, backward and both; `measure` says how times and memory are taken. Each
 variant's error against fp64 is measured in the same run. On a GPU features are bf16 and open_clip's losses run under bf16 autocast, as
 training runs them. The floor is 8 B^2 D floating-point operations (2 forward, 6 backward with one recomputation) at the rate of torch's
-square matrix product in the same run; the rate at inner dimension D is in the JSON. Depends on torch and mmlg_kernels; open_clip and
-matplotlib are used where they are installed.
+square matrix product in the same run; the rate at inner dimension D is in the JSON. Depends on torch and mmlg_kernels; open_clip,
+matplotlib and, on a GPU, the published losses of `benchmarks.rivals` are used where they are installed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from mmlg_kernels import contrastive_loss, sigmoid_loss
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import measure, rivals
 
 Loss = Callable[..., Tensor]
-KINDS = ("softmax", "sigmoid")
+SCALES = {"softmax": 100.0, "sigmoid": 10.0}
+"""Of the similarities, by kind of loss."""
 
 
 def one_matrix(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
@@ -81,6 +82,8 @@ def variants(kind: str, device: str, compiled: bool) -> dict[str, Loss]:
     if compiled:
         # For each size alone: shapes that change would give the rival slower kernels.
         found["as open_clip, compiled"] = torch.compile(mixed(copy), dynamic=False)
+    if device == "cuda":
+        found |= rivals.installed(kind, SCALES[kind])
     found["one matrix, stored"] = plain
     return found
 
@@ -93,16 +96,26 @@ def inputs(kind: str, count: int, width: int, dtype: torch.dtype, device: str) -
     """Random unit rows, the scale, and SigLIP's bias, which begins at -10 (Zhai et al. 2023, section 3.2)."""
     generator = torch.Generator(device).manual_seed(0)
     rows = [F.normalize(torch.randn(count, width, generator=generator, device=device), dim=-1).to(dtype) for _ in range(2)]
-    numbers = [100.0] if kind == "softmax" else [10.0, -10.0]
+    numbers = [SCALES[kind]] if kind == "softmax" else [SCALES[kind], -10.0]
     return [*(x.requires_grad_() for x in rows), *(torch.tensor(x, device=device, requires_grad=True) for x in numbers)]
 
 
-def error(kind: str, loss: Loss, dtype: torch.dtype, device: str) -> float:
-    """Largest relative L2 error of loss and gradients against fp64 at 1,000 x 512."""
+def error(kind: str, loss: Loss, dtype: torch.dtype, device: str) -> float | None:
+    """Largest relative L2 error of loss and gradients against fp64 at 1,000 x 512; None for a loss that fails."""
     given = inputs(kind, 1000, 512, dtype, device)
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
-    found, expected = loss(*given), (one_matrix if kind == "softmax" else one_matrix_sigmoid)(*exact)
-    return measure.relative_error((found, *torch.autograd.grad(found, given)), (expected, *torch.autograd.grad(expected, exact)))
+    try:
+        value = loss(*given)
+        found = (value, *torch.autograd.grad(value, given))
+    except Exception as fault:  # of a rival that does not run here; its rows will say so too
+        print(f"a loss failed: {type(fault).__name__}: {fault}")
+        return None
+    expected = (one_matrix if kind == "softmax" else one_matrix_sigmoid)(*exact)
+    return measure.relative_error(found, (expected, *torch.autograd.grad(expected, exact)))
+
+
+def _said(error: float | None) -> str:
+    return "–" if error is None else f"{error:.1e}"
 
 
 def rows_of(
@@ -129,7 +142,7 @@ def rows_of(
 
 def main() -> int:
     parser = measure.arguments(__doc__)
-    parser.add_argument("--kind", choices=KINDS, default="softmax")
+    parser.add_argument("--kind", choices=list(SCALES), default="softmax")
     parser.add_argument("--pairs", type=int, nargs="+", default=None)
     parser.add_argument("--width", type=int, nargs="+", default=None)
     parser.add_argument("--compile", action="store_true", help="what open_clip computes through torch.compile too (a minute on a CPU)")
@@ -157,7 +170,7 @@ def main() -> int:
         for count in pairs:
             rows = rows_of(args.kind, count, width, dtype, args.device, repeats, compiled, rate)
             report.add([row | {"drawn": width == widths[0]} for row in rows])
-    columns = {"× floor": lambda row: f"{row['times_floor']:.2f}", "error against fp64": lambda row: f"{errors[row['variant']]:.1e}"}
+    columns = {"× floor": lambda row: f"{row['times_floor']:.2f}", "error against fp64": lambda row: _said(errors[row["variant"]])}
     print(f"matrix product: {rate:.3g} TFLOP/s")
     return report.finish(columns, "pairs")
 
