@@ -1,6 +1,7 @@
 """Triton backend: tiles of similarities in registers, forward and backward, for the CLIP and the SigLIP loss.
 
-Forward: one pass over the tiles gives the log-sum-exps of rows and of columns (each program's share of them, combined in a fixed order).
+Forward: one pass over the tiles gives the log-sum-exps of rows and of columns (each program's share of them, combined in a fixed order),
+and, asked for, how many logits of each are above its own pair's.
 Backward: for as many rows as a workspace holds, a kernel computes the tiles again and writes the loss's gradient by the logits, in the
 features' own precision; two ordinary matrix products turn it into both feature gradients. No atomics: the same inputs give the same bits.
 
