@@ -342,8 +342,7 @@ def _features(arguments: list[str]) -> int:
     args, recipe = _parse_recipe(parser, arguments)
     from mmlg_scale.training.run import write_features
 
-    found = write_features(recipe, Path(args.ancestor_model), Path(args.out))
-    print(f"{args.out}: features of {found['num_images']} images and {found['num_captions']} captions")
+    write_features(recipe, Path(args.ancestor_model), Path(args.out))
     return 0
 
 

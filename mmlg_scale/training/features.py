@@ -90,10 +90,10 @@ def compute_features(
             write_bytes_atomic(paths[next(place)], save(block))
             found, started = [], time.perf_counter()
     dist.barrier()
-    counts = _join(paths, out) if dist.get_rank() == 0 else {}
-    dist.barrier()
-    flops = forward_flops(teacher.config)
-    total = counts.get("num_images", 0) * flops["image"] + counts.get("num_captions", 0) * flops["text"]
+    joined = [_join(paths, out) if dist.get_rank() == 0 else {}]
+    dist.broadcast_object_list(joined)
+    counts, flops = joined[0], forward_flops(teacher.config)
+    total = counts["num_images"] * flops["image"] + counts["num_captions"] * flops["text"]
     scalars = {name: float(value) for name, value in towers.logits_outputs(teacher.model.clip).items()}
     return {**counts, "flops": total, "logits": scalars}
 
@@ -113,7 +113,7 @@ def _features(
 
 def _join(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     """One file of each kind out of all blocks, which are then removed; their numbers and the seconds that they took."""
-    ranks = dist.get_world_size()
+    ranks = min(dist.get_world_size(), len(paths))  # that had work
     captions, seconds, width = [], 0.0, 0
     for path in paths:
         block = load_file(path)

@@ -144,6 +144,7 @@ def write_features(settings: recipe.Recipe, ancestor: Path, out: Path) -> dict[s
         )
         if dist.get_rank() == 0:
             write_json_atomic(out / "result.json", {**of, **found})
+            print(f"{out}: features of {found['num_images']} images and {found['num_captions']} captions")
         return {**of, **found}
 
     return Run(settings, out, of, whole_recipe=False).perform(work)

@@ -127,7 +127,7 @@ def test_stopped_halfway_it_goes_on_and_gives_the_same_bytes(
 def _rank(rank: int, data: str, out: str, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    write(Path(data), Path(out))
+    assert write(Path(data), Path(out))["num_images"] == TRAIN  # on every rank
     dist.destroy_process_group()
 
 
