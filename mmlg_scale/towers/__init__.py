@@ -3,9 +3,9 @@
 Only open_clip's plain VisionTransformer and TextTransformer are carried; every other configuration is refused in one line.
 """
 
+from mmlg_scale.towers.bundle import Bundle, ModelSpec, export, export_tower, load_ancestor, load_clip, load_tower
 from mmlg_scale.towers.config import (
     architecture_names,
-    bpe_tokenizer,
     context_length,
     head_dim,
     image_size,
@@ -18,13 +18,12 @@ from mmlg_scale.towers.config import (
     with_logit_bias,
     with_sizes,
 )
-from mmlg_scale.towers.files import BLOCK_PREFIX, export, export_tower, join_state, load_ancestor, load_clip, load_tower, split_state
 from mmlg_scale.towers.library import CLIP, open_clip
+from mmlg_scale.towers.preprocess import Preprocess
 from mmlg_scale.towers.run import (
     INITIAL_LOGIT_SCALE,
     MAX_LOGIT_SCALE,
     Block,
-    Preprocess,
     block_template,
     build_clip,
     build_meta,
@@ -37,6 +36,16 @@ from mmlg_scale.towers.run import (
     run_image_tower,
     run_text_tower,
 )
+from mmlg_scale.towers.state import BLOCK_PREFIX, join_state, split_state
+from mmlg_scale.towers.tokenizer import (
+    BytePairTokenizer,
+    FileTokenizer,
+    Tokenizer,
+    clean,
+    same_tokenizer,
+    tokenizer_from_files,
+    told,
+)
 from mmlg_scale.towers.weights import load_weights
 
 __all__ = [
@@ -45,12 +54,17 @@ __all__ = [
     "INITIAL_LOGIT_SCALE",
     "MAX_LOGIT_SCALE",
     "Block",
+    "Bundle",
+    "BytePairTokenizer",
+    "FileTokenizer",
+    "ModelSpec",
     "Preprocess",
+    "Tokenizer",
     "architecture_names",
     "block_template",
-    "bpe_tokenizer",
     "build_clip",
     "build_meta",
+    "clean",
     "context_length",
     "empty_stem",
     "encode_image_with_hidden",
@@ -75,7 +89,10 @@ __all__ = [
     "patch_dropout",
     "run_image_tower",
     "run_text_tower",
+    "same_tokenizer",
     "split_state",
+    "tokenizer_from_files",
+    "told",
     "width",
     "with_logit_bias",
     "with_sizes",

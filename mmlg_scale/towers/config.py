@@ -42,11 +42,6 @@ def architecture_names() -> list[str]:
     return list(open_clip.list_models())
 
 
-def bpe_tokenizer() -> Any:
-    """open_clip's byte-pair tokenizer (49,408 tokens)."""
-    return open_clip.SimpleTokenizer()
-
-
 def model_config(name_or_dict: str | Mapping[str, Any] | None) -> dict[str, Any]:
     """A validated copy of an open_clip configuration given by name or inline.
 

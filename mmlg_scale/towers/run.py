@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from mmlg_scale.towers.library import (
     CLIPVisionCfg,
     ResidualAttentionBlock,
     VisionTransformer,
-    open_clip,
     text_global_pool,
 )
 
@@ -66,23 +64,6 @@ def logits_outputs(clip: CLIP) -> dict[str, Any]:
     if clip.logit_bias is not None:
         outputs["logit_bias"] = clip.logit_bias * 1.0  # an output of its own: micro-batches carry its gradient
     return outputs
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """uint8 images [B, 3, H, W] -> normalised float images on the same device."""
-
-    mean: tuple[float, ...] = open_clip.OPENAI_DATASET_MEAN
-    std: tuple[float, ...] = open_clip.OPENAI_DATASET_STD
-
-    def __call__(self, image_uint8_BCHW: Tensor) -> Tensor:
-        scale = torch.tensor(self.std, device=image_uint8_BCHW.device).view(3, 1, 1) * 255
-        shift = torch.tensor(self.mean, device=image_uint8_BCHW.device).view(3, 1, 1) * 255
-        return (image_uint8_BCHW.float() - shift) / scale
-
-    def to_config(self) -> dict[str, Any]:
-        """open_clip's preprocess_cfg: resize of the shorter side, centre crop."""
-        return {"mean": list(self.mean), "std": list(self.std), "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
 def keep_patches(tokens_BTd: Tensor, patches_BP: Tensor) -> Tensor:

@@ -1,0 +1,42 @@
+"""Named streams of random numbers. Every random choice is a function of (seed, stream, position), and no two streams share one.
+
+numpy's SeedSequence pads short keys with zeros, so that the keys (seed, a) and (seed, a, 0) are the same: a number that names the stream
+ends every key but the first's, and no key has more parts than the four that SeedSequence keeps apart without hashing them together.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Stream(IntEnum):
+    """What a stream is drawn for. The numbers are part of every recipe's results: never renumber, add at the end."""
+
+    EPOCH_ORDER = 0
+    """(epoch): the order of samples."""
+    PATCHES = 1
+    """(step): which patches stay; see `training.stages.draw_patches`."""
+    CROP = 2
+    """(epoch, sample): the box of a random resized crop."""
+    SUBSTITUTE = 3
+    """(epoch, sample, attempt): what is read in place of a sample that cannot be."""
+    SIZES = 4
+    """(step, student): the sizes that extraction trains."""
+
+
+def key(seed: int, stream: Stream, *position: int) -> list[int]:
+    """The entropy of one place of a stream.
+
+    Epoch orders keep the key (seed, epoch) that they always had, so that data sets are read in the order of earlier versions.
+    """
+    if stream is Stream.EPOCH_ORDER:
+        (epoch,) = position
+        return [seed, epoch]
+    return [seed, *position, 0x6D6D6C67, int(stream)]  # the constant keeps positions of different lengths apart
+
+
+def generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:
+    """A generator for one place of a stream."""
+    return np.random.default_rng(key(seed, stream, *position))
