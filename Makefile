@@ -29,7 +29,7 @@ demo: $(STAMP)
 
 digits: $(STAMP)
 	test -f runs/digits-data/dataset.json || $(BIN)/python examples/digits/make_images.py --out runs/digits-images
-	$(BIN)/mmlg data pack runs/digits-images --out runs/digits-data --templates "a scan of the handwritten digit {}." "the number {}." "a {}, written by hand."
+	$(BIN)/mmlg data pack runs/digits-images --out runs/digits-data --tokenizer words --templates "a scan of the handwritten digit {}." "the number {}." "a {}, written by hand."
 	$(BIN)/mmlg family digits --data.path runs/digits-data --out runs/digits $(ARGS)
 
 lint: $(STAMP)

@@ -1,156 +1,282 @@
-"""The family: data -> ancestor -> learngene -> descendants and baselines -> family.json and report.html, as a resumable plan.
+"""The family: data -> ancestor -> learngene -> descendants and baselines -> family.json and report.html, as a resumable graph.
 
-A plan is a list of plain steps (id, argv, resources, needs, marker). A step is an `mmlg` command that resumes itself; it is complete when
-its marker file stands. Running the plan again therefore repeats nothing that is complete, and a launcher that knows nothing of CLIP
-can run it.
+The graph is plain steps (id, argv, resources, needs, marker) that a launcher runs, which knows nothing of CLIP. A step is an `mmlg` command
+that resumes itself. It is complete when its folder holds a result of the identity that the recipe asks for now (see `training.folder`), so
+that a changed recipe runs again what depends on the change, and nothing else.
 """
 
 from __future__ import annotations
 
-import fcntl
+import dataclasses
 import json
 import os
 import platform
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from mmlg_launchers import Job, Launcher, LocalLauncher, Resources
+from mmlg_launchers import Launcher, LocalLauncher, Resources, Step, StepFailed, run_graph
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import summarise
+from mmlg_scale.data.corpus import PairSet, open_pairs
+from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
 from mmlg_scale.evaluation.evaluate import folder_features
-from mmlg_scale.files import write_json_atomic, write_text_atomic
+from mmlg_scale.files import require_space, write_json_atomic, write_text_atomic
+from mmlg_scale.learngene.structure import Structure
+from mmlg_scale.metric_names import check_metric
+from mmlg_scale.recipe_file import to_content
 from mmlg_scale.report import console_table, retrieval_samples, write_report
-from mmlg_scale.training.checkpoint import claim_run_folder
+from mmlg_scale.runtime import Runtime
+from mmlg_scale.training.folder import IDENTITY_FILE, RESULT_FILE, differences, has_work, hold, result_of, set_aside
+from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole, Role, features_identity, recipe_config
 
 LEARNGENE_KEYS = ("params", "bytes", "block_params", "stem_params", "flops", "teacher_flops", "seconds", "metrics", "curve")
+SUPERSEDED = "superseded"
 
 
 @dataclass(frozen=True)
-class Step:
-    """One command of a plan."""
+class Member:
+    """A step of the family, and what its folder is to hold."""
 
-    id: str
-    argv: tuple[str, ...]
-    resources: Resources
-    needs: tuple[str, ...]
-    marker: Path
-    """The step is complete when this file stands."""
-    total: int | None = None
-    """Training steps, for the progress bar."""
-
-    @property
-    def folder(self) -> Path:
-        """Where the step writes."""
-        return self.marker.parent
+    step: Step
+    identity: Callable[[PairSet], dict[str, Any]] | None
+    """Known once what the step needs is complete; None for the data set, which knows its own arguments."""
+    role: Role | None = None
 
 
-def plan(settings: recipe.Recipe, out: Path, *, image_size: int) -> list[Step]:
-    """The steps of a family run in `out`, in the order in which free places are given to them.
+class Plan:
+    """The members of a family run in `out`, in the order in which free places are given to them.
 
-    The long chain (ancestor, extraction) stands before what can run beside it, and longer baselines before shorter ones.
+    Without a data path the scenes are written first. Longer baselines come before shorter ones.
     """
-    file = str(out / "recipe.yaml")
-    data = Path(settings.data.path) if settings.data.path is not None else out / "data"
-    ancestor, learngenes = out / "ancestor", {"mmlg": out / "learngene" / "learngene.safetensors"}
-    learngenes |= {method: out / method / "learngene.safetensors" for method in settings.baselines.learngenes()}
-    resources = Resources(num_processes=settings.engine.num_processes)
-    steps: list[Step] = []
 
-    def add(identifier: str, command: list[str], needs: tuple[str, ...], marker: Path, total: int | None = None) -> None:
+    def __init__(self, settings: recipe.Recipe, runtime: Runtime, out: Path, *, image_size: int) -> None:
+        self.runtime, self.out = runtime, out
+        self.data = Path(settings.data.path) if settings.data.path is not None else out / "data"
+        self.settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, path=str(self.data)))
+        self.ancestor = out / "ancestor"
+        self.members: list[Member] = []
+        self._first: tuple[str, ...] = ()
+        if settings.data.path is None:
+            options = [f"--image-size={image_size}", *(f"--{key}={value}" for key, value in vars(settings.data.scenes).items())]
+            self._add("data", ["data", "scenes", "--out", str(self.data), *options], (), self.data / "dataset.json", None, None)
+            self._first = ("data",)
+        self._train("ancestor", self.ancestor, (), settings.ancestor.steps, AncestorRole(self.settings))
+        self._source, self._features = "ancestor", None
+        if settings.engine.keep_features:
+            self._source, self._features = "features", out / "features"
+            words = ["features", *self._common(self._features), *self._model_options(features=False)]
+            marker = self._features / RESULT_FILE
+            of = lambda pairs: features_identity(self.settings, pairs, self.ancestor / "model")  # noqa: E731
+            self._add("features", words, (*self._first, "ancestor"), marker, of, None, total=0)
+        for method in ("mmlg", *settings.baselines.learngenes()):
+            self._extract(method)
+        for init in ("scratch", "mmlg", "distil", "even", *settings.baselines.learngenes()):
+            for size in sorted(settings.family.sizes, key=lambda size: -(size.image_layers + size.text_layers)):
+                self._descend(init, size)
+
+    def learngene(self, method: str) -> Path:
+        """The folder of an extraction."""
+        return self.out / ("learngene" if method == "mmlg" else method)
+
+    def descendant(self, size: recipe.Size, init: str) -> Path:
+        """The folder of a descendant or a baseline."""
+        return self.out / "descendants" / f"{size.name}-{init}"
+
+    def _common(self, folder: Path) -> list[str]:
+        return [str(self.out / "recipe.yaml"), "--data.path", str(self.data), "--out", str(folder)]
+
+    def _model_options(self, *, features: bool = True) -> list[str]:
+        cached = ["--features", str(self._features)] if features and self._features is not None else []
+        return ["--ancestor-model", str(self.ancestor / "model"), *cached]
+
+    def _add(
+        self,
+        identifier: str,
+        command: list[str],
+        needs: tuple[str, ...],
+        marker: Path,
+        identity: Callable[[PairSet], dict[str, Any]] | None,
+        role: Role | None,
+        total: int | None = None,
+    ) -> None:
+        resources = Resources(num_processes=self.runtime.num_processes if total is not None else 1)
         argv = (sys.executable, "-m", "mmlg_scale", *command)
-        steps.append(Step(identifier, argv, resources if total is not None else Resources(), needs, marker, total))
+        self.members.append(Member(Step(identifier, argv, resources, needs, marker, total), identity, role))
 
-    def training(identifier: str, folder: Path, needs: tuple[str, ...], total: int, *options: str, command: str = "train") -> None:
-        words = [command, file, "--data.path", str(data), "--out", str(folder), *options]
-        add(identifier, words, (*first, *needs), folder / "result.json", total)
+    def _train(self, identifier: str, folder: Path, needs: tuple[str, ...], total: int, role: Role, *options: str) -> None:
+        command = "extract" if isinstance(role, ExtractionRole) else "train"
+        words = [command, *self._common(folder), *options]
+        self._add(identifier, words, (*self._first, *needs), folder / RESULT_FILE, role.identity, role, total)
 
-    first: tuple[str, ...] = ()
-    if settings.data.path is None:
-        scenes = settings.data.scenes
-        options = [f"--image-size={image_size}", *(f"--{key}={value}" for key, value in vars(scenes).items())]
-        add("data", ["data", "scenes", "--out", str(data), *options], (), data / "dataset.json")
-        first = ("data",)
-    training("ancestor", ancestor, (), settings.ancestor.steps)
-    model: tuple[str, ...] = ("--ancestor-model", str(ancestor / "model"))
-    source = "ancestor"
-    if settings.engine.keep_features:
-        training("features", out / "features", ("ancestor",), 0, *model, command="features")
-        model, source = (*model, "--features", str(out / "features")), "features"
-    training("learngene", learngenes["mmlg"].parent, (source,), settings.extraction.training.steps, *model, command="extract")
-    for method, rival in settings.baselines.learngenes().items():
-        folder, method_option = learngenes[method].parent, ("--method", method)
-        training(method, folder, (source,), rival.training.steps, *model, *method_option, command="extract")
-    for init in ("scratch", "mmlg", "distil", "even", *settings.baselines.learngenes()):
-        chosen: recipe.Training | None = settings.adaptation.training if init in learngenes else getattr(settings.baselines, init)
-        for size in sorted(settings.family.sizes, key=lambda size: -(size.image_layers + size.text_layers)):
-            counted = size.in_sum and size.modality == "both"
-            if chosen is None or (init != "mmlg" and not counted):
-                continue
-            folder = out / "descendants" / f"{size.name}-{init}"
-            needs: tuple[str, ...] = () if init == "scratch" else ("ancestor",) if init == "even" else (source,)
-            words = ["--init", init, "--modality", size.modality, *(model if needs else ())]
-            words += [word for key, value in size.sizes().items() if value for word in (f"--{key.replace('_', '-')}", str(value))]
-            if init in learngenes:
-                words += ["--learngene", str(learngenes[init])]
-                needs = ("learngene" if init == "mmlg" else init,)
-            if init != "scratch" and counted and settings.baselines.scratch is not None:
-                words += ["--target-of", str(out / "descendants" / f"{size.name}-scratch")]
-                needs = (*needs, f"{size.name}-scratch")
-            training(folder.name, folder, needs, chosen.steps, *words)
-    return steps
+    def _extract(self, method: str) -> None:
+        folder = self.learngene(method)
+        role = ExtractionRole(self.settings, self.ancestor / "model", method, self._features)
+        words = [*self._model_options(), "--method", method]
+        self._train(folder.name, folder, (self._source,), role.extraction.training.steps, role, *words)
+
+    def _descend(self, init: str, size: recipe.Size) -> None:
+        settings, counted = self.settings, size.in_sum and size.modality == "both"
+        from_learngene = init in recipe.METHODS
+        training = settings.adaptation.training if from_learngene else getattr(settings.baselines, init)
+        if training is None or (init != "mmlg" and not counted):
+            return
+        has_target = init != "scratch" and counted and settings.baselines.scratch is not None
+        role = DescendantRole(
+            settings,
+            init,
+            size,
+            ancestor=None if init == "scratch" else self.ancestor / "model",
+            learngene=self.learngene(init) / "learngene.safetensors" if from_learngene else None,
+            target_of=self.descendant(size, "scratch") if has_target else None,
+            features=self._features,
+        )
+        words = ["--init", init, "--modality", size.modality, *(self._model_options() if role.ancestor else ())]
+        words += [word for key, value in size.sizes().items() if value for word in (f"--{key.replace('_', '-')}", str(value))]
+        needs: tuple[str, ...] = ()
+        if role.learngene is not None:
+            words += ["--learngene", str(role.learngene)]
+            needs = (self.learngene(init).name,)
+        elif init != "scratch":
+            needs = ("ancestor",) if init == "even" else (self._source,)
+        if role.target_of is not None:
+            words += ["--target-of", str(role.target_of)]
+            needs = (*needs, role.target_of.name)
+        folder = self.descendant(size, init)
+        self._train(folder.name, folder, needs, role.training.steps, role, *words)
 
 
-def run_plan(steps: list[Step], launcher: Launcher, *, parallel: int, console: Console) -> None:
-    """Run every incomplete step once those it needs are complete, at most `parallel` side by side.
+def run_family(settings: recipe.Recipe, runtime: Runtime, out: Path, *, launcher: Launcher | None = None) -> dict[str, Any]:
+    """Run what is not complete in `out` and write family.json and report.html; returns the family.
 
     Raises:
-        UserError: a step failed; names its log and quotes its last line. The other running steps are stopped and will resume.
+        UserError: the recipe does not fit the data or the architecture; `out` holds a family of another ancestor or data set (names the keys
+            that differ); a step failed.
     """
-    waiting = [step for step in steps if not step.marker.exists()]
-    done = {step.id for step in steps} - {step.id for step in waiting}
-    running: dict[Step, tuple[Job, TaskID]] = {}
-    columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        overall = bars.add_task("steps of the plan", total=len(steps), completed=len(done))
+    out = out.absolute()
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(stderr=True, width=130)  # a log file has no width of its own
+    config = _check(settings, runtime, out)
+    plan = Plan(settings, runtime, out, image_size=towers.image_size(config))
+    with hold(out):
+        _claim(settings, out)
+        write_text_atomic(out / "recipe.yaml", yaml.safe_dump(to_content(settings, runtime), sort_keys=False))
+        by_id = {member.step.id: member for member in plan.members}
         try:
-            while waiting or running:
-                for step in [s for s in waiting if set(s.needs) <= done][: parallel - len(running)]:
-                    waiting.remove(step)
-                    job = launcher.submit(list(step.argv), step.resources, step.folder.parent / f"{step.folder.name}.launch")
-                    running[step] = (job, bars.add_task(step.id, total=step.total))
-                time.sleep(0.2)
-                for step, (job, bar) in list(running.items()):
-                    bars.update(bar, completed=_trained_steps(step))
-                    if not job.state().is_final:
-                        continue
-                    del running[step]
-                    bars.remove_task(bar)
-                    if job.exit_code != 0 or not step.marker.exists():
-                        raise UserError(_failure(step, job))
-                    done.add(step.id)
-                    bars.advance(overall)
-                    console.print(f"[{len(done)}/{len(steps)}] {step.id}: complete", highlight=False)
-        finally:
-            for job, _ in running.values():
-                job.cancel()
+            run_graph(
+                [member.step for member in plan.members],
+                launcher or _local_launcher(),
+                parallel=_parallel(runtime),
+                console=console,
+                is_complete=lambda step: _is_complete(by_id[step.id], plan, console),
+                progress=_trained_steps,
+            )
+        except StepFailed as error:
+            raise UserError(f"{error} Start the same command to resume.") from error
+        family = assemble(plan)
+        write_json_atomic(out / "family.json", family)
+        _draw_samples(plan)
+        report = write_report(out)
+    console.print(console_table(family))
+    console.print(f"report: {report}", highlight=False)
+    return family
 
 
-def _failure(step: Step, job: Job) -> str:
-    logs = job.log_paths()
-    lines = [line for log in logs if log.is_file() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = lines[-1].removeprefix("mmlg: error: ") if lines else "it printed nothing"
-    return f"step {step.id} failed (exit code {job.exit_code}): {said} Log: {logs[0] if logs else '-'}. Start the same command to go on."
+def _check(settings: recipe.Recipe, runtime: Runtime, out: Path) -> dict[str, Any]:
+    """Refuse whatever can be known to fail later; returns the ancestor's configuration."""
+    pairs = open_pairs(settings.data.path) if settings.data.path is not None else None
+    check_metric(settings.evaluation.metric, has_classes=pairs is None or pairs.classes is not None)
+    config = recipe_config(settings)
+    if config is None:
+        if settings.model.weights is None:
+            raise UserError("recipe key model: has no architecture and no weights. Name an open_clip configuration, or give weights.")
+        config = towers.load_clip(Path(settings.model.weights)).spec.config
+    for index, size in enumerate(settings.family.sizes):
+        try:
+            towers.with_sizes(config, **size.sizes())
+        except UserError as error:
+            raise UserError(f"recipe key family.sizes[{index}]: {error}") from error
+    for name, extraction in {"extraction": settings.extraction, **settings.baselines.learngenes()}.items():
+        try:
+            Structure(config, **{key: getattr(extraction, key) for key in Structure.SETTINGS})
+        except UserError as error:
+            raise UserError(str(error).replace("recipe key extraction", f"recipe key {_section(name)}")) from error
+    _check_batches(settings, runtime)
+    if pairs is not None:
+        for member in Plan(settings, runtime, out, image_size=towers.image_size(config)).members:
+            if member.role is not None:
+                member.role.check(pairs)
+    params = sum(tensor.numel() for tensor in towers.build_meta(config).state_dict().values())
+    # Weights of every model, and two checkpoints (a parameter, its fp32 copy and two moments) of the ancestor.
+    require_space(out, params * (4 * (1 + len(settings.family.sizes)) + 32), "the family")
+    return config
+
+
+def _section(name: str) -> str:
+    return name if name == "extraction" else f"baselines.{name}"
+
+
+def _check_batches(settings: recipe.Recipe, runtime: Runtime) -> None:
+    trainings = {"ancestor": settings.ancestor, "extraction.training": settings.extraction.training}
+    trainings["adaptation.training"] = settings.adaptation.training
+    trainings |= {f"baselines.{name}": getattr(settings.baselines, name) for name in ("scratch", "even", "distil")}
+    trainings |= {f"baselines.{name}.training": found.training for name, found in settings.baselines.learngenes().items()}
+    for key, training in trainings.items():
+        share = runtime.num_processes * training.accumulation if training is not None else 1
+        if training is not None and training.batch_size % share:
+            raise UserError(
+                f"recipe key {key}.batch_size: {training.batch_size} is not a multiple of runtime.num_processes {runtime.num_processes} "
+                f"times accumulation {training.accumulation}. Change one of them."
+            )
+
+
+def _claim(settings: recipe.Recipe, out: Path) -> None:
+    """Make `out`, which is held, the family of this ancestor and data set, or recognise it."""
+    whole = settings.to_dict()
+    used = settings.used_by("ancestor")
+    inputs = {}
+    if settings.data.path is not None:
+        inputs["data_set"] = open_pairs(settings.data.path).digest()
+    else:
+        used["data"]["scenes"] = whole["data"]["scenes"]
+    if settings.model.weights is not None:
+        inputs["ancestor"] = file_digest(Path(settings.model.weights), "recipe key model.weights")
+    identity = {"role": "family", "recipe": used, "inputs": inputs}
+    differing = differences(out, identity)
+    if differing is None:
+        foreign = [path.name for path in out.iterdir() if path.name != ".lock" and not path.name.endswith(".tmp")]
+        if foreign:
+            raise UserError(f"{out} exists and holds no family of mmlg, but {foreign[0]}. Give another --out, or an empty folder.")
+    elif differing and any(has_work(folder) for folder in (*out.iterdir(), *(out / "descendants").glob("*")) if folder.is_dir()):
+        raise UserError(
+            f"{out} holds a family of another ancestor or data set: {'; '.join(differing)}. Give another --out, or remove that folder."
+        )
+    write_json_atomic(out / IDENTITY_FILE, identity)
+
+
+def _is_complete(member: Member, plan: Plan, console: Console) -> bool:
+    """Whether a step, all that it needs being complete, need not run; a run that the recipe no longer asks for is moved aside."""
+    folder, step = member.step.folder, member.step
+    if member.identity is None:
+        return step.marker.exists()
+    differing = differences(folder, member.identity(open_pairs(str(plan.data)))) if folder.exists() else None
+    if not differing:
+        return differing is not None and result_of(folder) is not None
+    if step.id == "ancestor" and has_work(folder):
+        raise UserError(f"{folder} holds another ancestor: {'; '.join(differing)}. Give another --out, or remove {plan.out}.")
+    if has_work(folder):
+        with hold(folder):  # nobody trains in it
+            kept = set_aside(folder, plan.out / SUPERSEDED)
+        console.print(f"{step.id}: {'; '.join(differing)}. It runs again; the earlier run is in {kept}.", highlight=False)
+    return False
 
 
 def _trained_steps(step: Step) -> int:
@@ -170,43 +296,6 @@ def _trained_steps(step: Step) -> int:
     return 0
 
 
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock: two family runs in one folder would write over each other."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another mmlg family runs in {folder}. Wait for it, or give another --out.") from error
-        yield
-
-
-def run_family(settings: recipe.Recipe, out: Path, *, launcher: Launcher | None = None) -> dict[str, Any]:
-    """Run the whole plan in `out` and write family.json and report.html; returns the family.
-
-    Raises:
-        UserError: `out` holds another recipe's run; a step failed.
-    """
-    out = out.absolute()
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        console = Console(stderr=True, width=130)  # a log file has no width of its own
-    config = towers.model_config(settings.model.config if settings.model.config is not None else settings.model.architecture)
-    with _only_one(out):
-        claim_run_folder(out, {"role": "family", "recipe": settings.to_dict()})
-        write_text_atomic(out / "recipe.yaml", yaml.safe_dump(settings.to_dict(), sort_keys=False))
-        steps = plan(settings, out, image_size=towers.image_size(config))
-        run_plan(steps, launcher or _local_launcher(), parallel=_parallel(settings), console=console)
-        family = assemble(settings, out)
-        write_json_atomic(out / "family.json", family)
-        _draw_samples(settings, out)
-        report = write_report(out)
-    console.print(console_table(family))
-    console.print(f"report: {report}", highlight=False)
-    return family
-
-
 def _local_launcher() -> LocalLauncher:
     """On the CPU, steps are forks of a process that has the heavy imports behind it; a GPU's driver does not survive a fork."""
     if torch.cuda.is_available():
@@ -215,62 +304,73 @@ def _local_launcher() -> LocalLauncher:
     return LocalLauncher(preload=("mmlg_scale.training.run", "deepspeed"))
 
 
-def _parallel(settings: recipe.Recipe) -> int:
-    if settings.family.parallel is not None:
-        return max(1, settings.family.parallel)
+def _parallel(runtime: Runtime) -> int:
+    if runtime.parallel is not None:
+        return runtime.parallel
     if torch.cuda.is_available():
-        return max(1, torch.cuda.device_count() // settings.engine.num_processes)
+        return max(1, torch.cuda.device_count() // runtime.num_processes)
     cores = len(os.sched_getaffinity(0))
-    return max(1, cores // (settings.engine.num_processes * (settings.engine.threads or cores)))
+    return max(1, cores // (runtime.num_processes * (runtime.threads or cores)))
 
 
-def assemble(settings: recipe.Recipe, out: Path) -> dict[str, Any]:
-    """family.json's content from the steps' results."""
-
-    def result(folder: Path) -> dict[str, Any]:
-        return json.loads((folder / "result.json").read_text())
-
-    ancestor, learngene = result(out / "ancestor"), result(out / "learngene")
-    entries = []
-    for folder in sorted((out / "descendants").iterdir()):
-        if not (folder / "result.json").is_file():
-            continue
-        run = result(folder)
-        entries.append(
-            {
-                "name": folder.name,
-                **{key: run[key] for key in ("image_layers", "text_layers", "image_width", "text_width", "params", "init", "seed")},
-                "modality": run["size"]["modality"],
-                "in_sum": run["size"]["in_sum"],
-                "metrics_at_0": run["metrics_at_0"],
-                "metrics_final": run["metrics"],
-                "metric": settings.evaluation.metric,
-                "steps": run["steps"],
-                "flops": run["flops"] + run["teacher_flops"],
-                "seconds": run["seconds"],
-                "curve": run["curve"],
-            }
-        )
+def assemble(plan: Plan) -> dict[str, Any]:
+    """family.json's content from the steps' results: of the recipe's members, whatever else is in the folder."""
+    settings = plan.settings
+    ancestor, learngene = _result(plan.ancestor), _result(plan.learngene("mmlg"))
+    cost = {key: ancestor[key] for key in ("flops", "seconds")}
+    if settings.model.weights is not None:
+        cost = _cost_of_weights(Path(settings.model.weights))
     family = {
         "format_version": 1,
         "metric": settings.evaluation.metric,
         "ancestor": {
-            **{key: ancestor[key] for key in ("params", "flops", "seconds", "metrics", "image_layers", "text_layers", "curve")},
+            **{key: ancestor[key] for key in ("params", "metrics", "image_layers", "text_layers", "curve")},
+            **cost,
             "num_bytes": 4 * ancestor["params"],
         },
         "kept_features": learngene["kept_features"],
         "learngene": {key: learngene[key] for key in LEARNGENE_KEYS},
         "rival_learngenes": {
-            method: {key: result(out / method)[key] for key in LEARNGENE_KEYS} for method in settings.baselines.learngenes()
+            method: {key: _result(plan.learngene(method))[key] for key in LEARNGENE_KEYS} for method in settings.baselines.learngenes()
         },
-        "descendants": entries,
-        "environment": environment(settings),
-        "recipe": settings.to_dict(),
+        "descendants": [_entry(member.step.folder, member.role) for member in plan.members if isinstance(member.role, DescendantRole)],
+        "environment": environment(plan.runtime),
+        "recipe": to_content(settings, plan.runtime),
     }
     return summarise(family)
 
 
-def environment(settings: recipe.Recipe) -> dict[str, Any]:
+def _result(folder: Path) -> dict[str, Any]:
+    found = result_of(folder)
+    assert found is not None, folder
+    return found
+
+
+def _cost_of_weights(weights: Path) -> dict[str, Any]:
+    """What training the weights cost: known where they are the model of a finished run of ours, else unknown."""
+    run = weights.parent if weights.is_dir() else weights
+    result = result_of(run) if (run / RESULT_FILE).is_file() else None
+    return {key: result.get(key) if result is not None else None for key in ("flops", "seconds")}
+
+
+def _entry(folder: Path, role: DescendantRole) -> dict[str, Any]:
+    run = _result(folder)
+    return {
+        "name": folder.name,
+        **{key: run[key] for key in ("image_layers", "text_layers", "image_width", "text_width", "params", "init", "seed")},
+        "modality": role.size.modality,
+        "in_sum": role.size.in_sum,
+        "metrics_at_0": run["metrics_at_0"],
+        "metrics_final": run["metrics"],
+        "metric": role.settings.evaluation.metric,
+        "steps": run["steps"],
+        "flops": run["flops"] + run["teacher_flops"],
+        "seconds": run["seconds"],
+        "curve": run["curve"],
+    }
+
+
+def environment(runtime: Runtime) -> dict[str, Any]:
     """What the figures were measured on: processor, cores, versions. No host name."""
     from importlib.metadata import version
 
@@ -278,19 +378,18 @@ def environment(settings: recipe.Recipe) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
-        "threads_per_rank": settings.engine.threads,
+        "threads_per_rank": runtime.threads,
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
     }
 
 
-def _draw_samples(settings: recipe.Recipe, out: Path) -> None:
+def _draw_samples(plan: Plan) -> None:
     """retrieval_samples.json: what the middle descendant finds in the test split."""
-    sizes = sorted((s for s in settings.family.sizes if s.modality == "both"), key=lambda s: s.image_layers + s.text_layers)
+    sizes = sorted((s for s in plan.settings.family.sizes if s.modality == "both"), key=lambda s: s.image_layers + s.text_layers)
     if not sizes:
         return
-    folder = out / "descendants" / f"{sizes[len(sizes) // 2].name}-mmlg" / "model"
-    data = Path(settings.data.path) if settings.data.path is not None else out / "data"
-    image_ND, text_MD, split = folder_features(folder, data, "test")
+    folder = plan.descendant(sizes[len(sizes) // 2], "mmlg") / "model"
+    image_ND, text_MD, split = folder_features(folder, plan.data, "test")
     samples = retrieval_samples(image_ND, text_MD, split.text_to_image_M, split.captions, split.image_png)
-    write_json_atomic(out / "retrieval_samples.json", samples)
+    write_json_atomic(plan.out / "retrieval_samples.json", samples)

@@ -12,7 +12,7 @@ from mmlg_scale import recipe, towers
 from mmlg_scale.cli import COMMANDS, main
 from mmlg_scale.family import plan
 from mmlg_scale.training.checkpoint import claim_run_folder
-from tests.training.tiny import CONFIG
+from tests.training.tiny import ANY_SIZE, CONFIG
 
 
 def run(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -124,7 +124,9 @@ def test_depth_zero_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
     config = towers.model_config(CONFIG)
     model = AuxiliaryCLIP.from_ancestor(towers.build_clip(config, seed=0).state_dict(), Structure(config, num_knots=2), seed=0)
     file = tmp_path / "learngene.safetensors"
-    Learngene.from_auxiliary(model.structure, model.state_dict(), tokenizer_files={}, extraction={}).save(file)
+    Learngene.from_auxiliary(
+        model.structure, model.state_dict(), spec=towers.ModelSpec(model.structure.config), extraction={}, trained=ANY_SIZE
+    ).save(file)
     out = tmp_path / "out"
     said = refused("descend", str(file), "--image-layers", "0", "--text-layers", "2", "--out", str(out), capsys=capsys)
     assert "image layers: 0 is no depth" in said

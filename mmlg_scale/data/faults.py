@@ -29,6 +29,7 @@ from mmlg_scale.data.manifest import Progress
 from mmlg_scale.data.reader import MISSING, READ, DamagedSample, Fault, ShardReader
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_json_atomic
+from mmlg_scale.ranks import several_ranks
 
 MAX_BAD_FRACTION = 0.01
 Check = Literal["decode", "structure"]
@@ -50,24 +51,23 @@ class EpochReport:
     num_intact: int
     skipped: dict[str, int]
     listed_in: Path | None
+    num_truncated: int = 0
+    """Captions, met for the first time in this epoch, that are cut to the model's context length; this rank's."""
 
     def __str__(self) -> str:
         where = f", listed in {self.listed_in}" if self.listed_in is not None else ""
-        return f"epoch {self.epoch}: {sum(self.skipped.values())} samples skipped ({_causes(self.skipped)}){where}"
+        told = [f"{sum(self.skipped.values())} samples skipped ({_causes(self.skipped)}){where}"] if self.skipped else []
+        told += [f"{self.num_truncated} captions cut to the context length"] if self.num_truncated else []
+        return f"epoch {self.epoch}: {'; '.join(told)}"
 
 
 def _causes(counts: dict[str, int]) -> str:
     return ", ".join(f"{cause} {count}" for cause, count in sorted(counts.items()))
 
 
-def is_first_rank() -> bool:
-    """Whether this process is the one that tells the user what all ranks know."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-
-
 def print_report(report: EpochReport) -> None:
     """One line on the console, where something was skipped."""
-    if report.skipped:
+    if report.skipped or report.num_truncated:
         print(report, flush=True)
 
 
@@ -99,7 +99,7 @@ def scan(
     files = [folder / shard["file"] for shard in json.loads(manifest)["shards"]]
     starts = _starts(reader.shard_sizes)
     known = {} if fresh else _load_cache(folder, identity)
-    shared = shared and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    shared = shared and several_ranks()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
 
     def state_of(shard: int) -> tuple[int, ShardState]:
@@ -224,6 +224,7 @@ class FaultLog:
         self.known, self.num_samples, self.share, self.what = list(known), num_samples, share, what
         self.max_bad_fraction, self.file, self.on_epoch = max_bad_fraction, file, on_epoch
         self._met: dict[int, list[Fault]] = {}
+        self.num_truncated = 0
 
     def add(self, epoch: int, step: int, faults: Iterable[Fault]) -> None:
         """Count samples of `epoch` that turned out damaged when `step` read them.
@@ -244,7 +245,8 @@ class FaultLog:
         """Report the epoch; every rank reports what it met itself."""
         met = self._met.pop(epoch, [])
         counts = dict(Counter(fault.cause for fault in (*self.known, *met)))
-        self.on_epoch(EpochReport(epoch, self.num_samples - len(self.known), counts, self.file))
+        self.on_epoch(EpochReport(epoch, self.num_samples - len(self.known), counts, self.file, self.num_truncated))
+        self.num_truncated = 0
 
 
 def append_faults(file: Path | None, faults: Sequence[Fault], *, epoch: int, step: int) -> None:

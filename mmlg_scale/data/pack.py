@@ -24,7 +24,7 @@ from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_json_atomic
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-TOKENIZERS = ("words", "bpe")
+TOKENIZERS = ("words", "bpe", "none")
 SAMPLES_PER_SHARD = 2000
 
 

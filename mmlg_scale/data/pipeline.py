@@ -22,7 +22,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,14 +40,15 @@ from mmlg_scale.data.faults import (
     FaultLog,
     append_faults,
     check_limit,
-    is_first_rank,
     print_report,
     scan,
 )
 from mmlg_scale.data.reader import DamagedSample, Fault, ShardReader
-from mmlg_scale.data.tokens import Tokenizer
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_json_atomic
+from mmlg_scale.ranks import is_first_rank, on_first_rank, several_ranks
+from mmlg_scale.streams import Stream, generator
+from mmlg_scale.towers import ModelSpec
 
 SHUFFLE_WINDOW = 16
 """Shards whose samples are mixed."""
@@ -79,11 +80,11 @@ class Batch:
 
 def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int) -> np.ndarray:
     """The samples of one epoch in reading order: shards shuffled, then samples inside each window of shards."""
-    generator = np.random.default_rng([seed, epoch])
+    draw = generator(seed, Stream.EPOCH_ORDER, epoch)
     starts = np.concatenate([[0], np.cumsum(shard_sizes)])
-    shards = generator.permutation(len(shard_sizes))
+    shards = draw.permutation(len(shard_sizes))
     windows = [shards[i : i + SHUFFLE_WINDOW] for i in range(0, len(shards), SHUFFLE_WINDOW)]
-    return np.concatenate([generator.permutation(np.concatenate([np.arange(starts[s], starts[s + 1]) for s in w])) for w in windows])
+    return np.concatenate([draw.permutation(np.concatenate([np.arange(starts[s], starts[s + 1]) for s in w])) for w in windows])
 
 
 class _Order:
@@ -99,8 +100,14 @@ class _Order:
         return epoch, int(self._epoch(epoch)[offset])
 
 
-_Met = list[tuple[int, Fault]]
-"""(epoch, fault) of what failed while a batch was read."""
+@dataclass
+class _Met:
+    """What a worker tells of a batch besides the batch."""
+
+    faults: list[tuple[int, Fault]] = field(default_factory=list)
+    """(epoch, fault) of what failed while it was read."""
+    num_truncated: int = 0
+    """Captions of samples met for the first time that are cut to the context length."""
 
 
 class _Pairs(Dataset[tuple[Batch, _Met]]):
@@ -110,16 +117,15 @@ class _Pairs(Dataset[tuple[Batch, _Met]]):
         self,
         reader: ShardReader,
         intact: np.ndarray,
-        tokenizer: Tokenizer,
-        image_size: int,
-        context_length: int,
+        spec: ModelSpec,
         seed: int,
         augment: str,
         cache: bool,
     ) -> None:
-        self.reader, self.intact, self.tokenizer, self.seed, self.augment = reader, intact, tokenizer, seed, augment
-        self.image_size, self.context_length = image_size, context_length
-        fits = len(reader) * image_size * image_size * 3 <= CACHE_BYTES
+        self.reader, self.intact, self.seed, self.augment = reader, intact, seed, augment
+        self.tokenizer, self.preprocess = spec.tokenizer, spec.preprocess
+        self.image_size, self.context_length = spec.image_size, spec.context_length
+        fits = len(reader) * self.image_size * self.image_size * 3 <= CACHE_BYTES
         self._keep = cache and fits and augment != "resized_crop"
         # Made at the first image, so that it is made inside a worker process and does not travel there.
         self._cached: np.ndarray | None = None
@@ -128,7 +134,7 @@ class _Pairs(Dataset[tuple[Batch, _Met]]):
         self._tokens: list[Tensor | None] = [None] * len(reader)
 
     def __getitem__(self, places: Sequence[tuple[int, int]]) -> tuple[Batch, _Met]:
-        met: _Met = []
+        met = _Met()
         epochs = [epoch for epoch, _ in places]
         indices = [index for _, index in places]
         if self._cached is not None and self._known[indices].all():
@@ -140,7 +146,7 @@ class _Pairs(Dataset[tuple[Batch, _Met]]):
             images = crop_batch(images, crop_boxes(self.seed, np.array(epochs), np.array(indices), self.image_size))
         else:
             images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        self._tokenize(indices)
+        met.num_truncated = self._tokenize(indices)
         texts, captions = zip(*(self._text(epoch, index) for epoch, index in zip(epochs, indices, strict=True)), strict=True)
         return Batch(torch.from_numpy(images), torch.stack(texts), torch.tensor([indices, captions]).T), met
 
@@ -153,34 +159,39 @@ class _Pairs(Dataset[tuple[Batch, _Met]]):
                     self._captions[index] = self.reader.about(index)["captions"]
                 return index, self._image(epoch, index)
             except DamagedSample as damage:
-                met.append((epoch, damage.fault(index)))
-                generator = np.random.default_rng([self.seed, epoch, wanted, attempt, 2])
-                index = int(self.intact[generator.integers(len(self.intact))])
-        last = met[-1][1]
+                met.faults.append((epoch, damage.fault(index)))
+                draw = generator(self.seed, Stream.SUBSTITUTE, epoch, wanted, attempt)
+                index = int(self.intact[draw.integers(len(self.intact))])
+        last = met.faults[-1][1]
         raise UserError(f"{ATTEMPTS} samples in a row cannot be read, the last being {last}. Check the storage.")
 
     def _image(self, epoch: int, index: int) -> np.ndarray:
         """uint8 [H, W, 3], before `crop`, which takes a batch at once."""
         if self.augment == "resized_crop":
-            return self.reader.crop(index, self.image_size, np.random.default_rng([self.seed, epoch, index, 1]))
+            return self.reader.crop(index, self.image_size, generator(self.seed, Stream.CROP, epoch, index), preprocess=self.preprocess)
         if not self._keep:
-            return self.reader.image(index, self.image_size, draft=True)
+            return self.reader.image(index, self.image_size, preprocess=self.preprocess, draft=True)
         if self._cached is None:
             self._cached = np.empty((len(self.reader), self.image_size, self.image_size, 3), np.uint8)
         if not self._known[index]:
-            self._cached[index] = self.reader.image(index, self.image_size, draft=True)
+            self._cached[index] = self.reader.image(index, self.image_size, preprocess=self.preprocess, draft=True)
             self._known[index] = True
         return self._cached[index]
 
-    def _tokenize(self, indices: Sequence[int]) -> None:
-        """Tokenise the captions of samples that are met for the first time, all in one call: a call each costs five times as much."""
+    def _tokenize(self, indices: Sequence[int]) -> int:
+        """Tokenise the captions of samples that are met for the first time, all in one call: a call each costs five times as much.
+
+        Returns how many of them are cut to the context length.
+        """
         captions, self._captions = self._captions, {}
         new = [index for index in dict.fromkeys(indices) if self._tokens[index] is None]
         if not new:
-            return
-        tokens = self.tokenizer([text for index in new for text in captions[index]], self.context_length)
+            return 0
+        texts = [text for index in new for text in captions[index]]
+        tokens = self.tokenizer(texts, self.context_length)
         for index, part in zip(new, tokens.split([len(captions[index]) for index in new]), strict=True):
             self._tokens[index] = part
+        return self.tokenizer.num_truncated(texts, self.context_length)
 
     def _text(self, epoch: int, index: int) -> tuple[Tensor, int]:
         """The tokens of one of the sample's captions, and which."""
@@ -211,20 +222,39 @@ class _Steps(Sampler[list[tuple[int, int]]]):
             step += 1
 
 
-class TrainStream:
-    """The endless stream of one rank's batches from `start_step` on. Where ranks run as one process group, all make it together.
+@dataclass(frozen=True)
+class StreamSettings:
+    """How a training split is read.
 
-    Args:
-        folder: a split.
+    Attributes:
         global_batch_size: pairs per step over all ranks.
         num_workers: processes that decode; 0 decodes here. The batches are the same.
         augment: `none`; `crop` (a random square of 80 to 100 % of the side of the centre square); `resized_crop` (open_clip's: 90 to 100 %
             of the whole image's area at a random aspect ratio).
         cache_decoded: keep decoded images where they fit into memory.
         check: whether damaged images are found before the first step (`decode`) or when they are read (`structure`).
-        max_bad_fraction: share of the samples of an epoch above which damage stops the run.
+        max_bad_fraction: fraction of the samples of an epoch above which damage stops the run.
+    """
+
+    global_batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+    augment: str = "none"
+    cache_decoded: bool = True
+    check: Check = "decode"
+    max_bad_fraction: float = MAX_BAD_FRACTION
+
+
+class TrainStream:
+    """The endless stream of one rank's batches from `start_step` on. Where ranks run as one process group, all make it together.
+
+    Args:
+        folder: a split.
+        spec: the model that reads it: its tokenizer, context length, image size and preprocessing.
         record: folder of the run: keeps the set of damaged samples over a resume, and the list of faults.
-        on_epoch: told at the end of each epoch what was skipped; by default the console is, where something was.
+        on_epoch: told at the end of each epoch what was skipped and cut; by default the console is, where something was.
 
     Raises:
         UserError: the batch is not a multiple of the ranks, fewer samples are intact than a batch has, more than the limit are damaged, or
@@ -234,69 +264,57 @@ class TrainStream:
     def __init__(
         self,
         folder: Path,
-        tokenizer: Tokenizer,
+        spec: ModelSpec,
+        settings: StreamSettings,
         *,
-        image_size: int,
-        context_length: int,
-        global_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int,
-        num_workers: int = 0,
-        augment: str = "none",
         start_step: int = 0,
-        cache_decoded: bool = True,
-        check: Check = "decode",
-        max_bad_fraction: float = MAX_BAD_FRACTION,
         record: Path | None = None,
         on_epoch: Callable[[EpochReport], None] = print_report,
     ) -> None:
-        if augment not in AUGMENTATIONS:
-            raise UserError(f"augment {augment!r} is unknown. Use one of: {', '.join(AUGMENTATIONS)}.")
-        if not 0 <= max_bad_fraction <= 1:
-            raise UserError(f"data.max_bad_fraction is {max_bad_fraction}. Use a share from 0 to 1.")
+        batch_size, world_size, rank = settings.global_batch_size, settings.world_size, settings.rank
+        if settings.augment not in AUGMENTATIONS:
+            raise UserError(f"augment {settings.augment!r} is unknown. Use one of: {', '.join(AUGMENTATIONS)}.")
+        if not 0 <= settings.max_bad_fraction <= 1:
+            raise UserError(f"data.max_bad_fraction is {settings.max_bad_fraction}. Use a fraction from 0 to 1.")
         reader = ShardReader(folder)
-        if global_batch_size % world_size:
-            raise UserError(f"batch_size {global_batch_size} is not a multiple of the {world_size} ranks. Change either.")
+        if batch_size % world_size:
+            raise UserError(f"batch_size {batch_size} is not a multiple of the {world_size} ranks. Change either.")
         list_file = None if record is None else record / f"data-faults-rank{rank}.jsonl"
-        known = _known_faults(folder, reader, check, max_bad_fraction, record, list_file, max(1, num_workers), world_size)
-        order = _Order(_intact(reader, known), seed)
+        known = _known_faults(folder, reader, settings, record, list_file)
+        order = _Order(_intact(reader, known), settings.seed)
         self.num_intact = len(order.intact)
-        if self.num_intact < global_batch_size:
-            raise UserError(
-                f"{folder} holds {self.num_intact} samples, batch_size is {global_batch_size}. Use a smaller batch, or more data."
-            )
-        self._start, self._batch_size = start_step, global_batch_size
+        if self.num_intact < batch_size:
+            raise UserError(f"{folder} holds {self.num_intact} samples, batch_size is {batch_size}. Use a smaller batch, or more data.")
+        self._start, self._batch_size = start_step, batch_size
         self._log = FaultLog(
             known,
             len(reader),
             share=1 / world_size,
-            max_bad_fraction=max_bad_fraction,
+            max_bad_fraction=settings.max_bad_fraction,
             file=list_file,
             on_epoch=on_epoch if rank == 0 else _only_new(on_epoch, known),
             what=str(folder),
         )
-        steps = _Steps(order, global_batch_size, rank, world_size, start_step)
-        pairs = _Pairs(reader, order.intact, tokenizer, image_size, context_length, seed, augment, cache_decoded)
         self._loader: DataLoader[tuple[Batch, _Met]] = DataLoader(
-            pairs,
+            _Pairs(reader, order.intact, spec, settings.seed, settings.augment, settings.cache_decoded),
             batch_size=None,
-            sampler=steps,
-            num_workers=num_workers,
+            sampler=_Steps(order, batch_size, rank, world_size, start_step),
+            num_workers=settings.num_workers,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(
-                seed
-            ),  # its draw for the workers, of which nothing here depends, leaves the global state alone
-            multiprocessing_context="spawn" if num_workers else None,  # the engine has started threads, which a fork would break
+            # Its draw for the workers, on which nothing here depends, leaves the global state alone.
+            generator=torch.Generator().manual_seed(settings.seed),
+            # The engine has started threads, which a fork would break.
+            multiprocessing_context="spawn" if settings.num_workers else None,
             worker_init_fn=leave_at_once,
         )
 
     def __iter__(self) -> Iterator[Batch]:
         step = self._start
         for batch, met in self._loaded():
-            for epoch in sorted({epoch for epoch, _ in met}):
-                self._log.add(epoch, step, [fault for of, fault in met if of == epoch])
+            for epoch in sorted({epoch for epoch, _ in met.faults}):
+                self._log.add(epoch, step, [fault for of, fault in met.faults if of == epoch])
             epoch, position = divmod(step * self._batch_size, self.num_intact)
+            self._log.num_truncated += met.num_truncated
             if position + self._batch_size >= self.num_intact:
                 self._log.end_epoch(epoch)
             yield batch
@@ -324,36 +342,25 @@ def _only_new(on_epoch: Callable[[EpochReport], None], known: Sequence[Fault]) -
 
     def report(found: EpochReport) -> None:
         own = dict(Counter(found.skipped) - shared)
-        on_epoch(EpochReport(found.epoch, found.num_intact, own, found.listed_in))
+        on_epoch(replace(found, skipped=own))
 
     return report
 
 
-def _known_faults(
-    folder: Path,
-    reader: ShardReader,
-    check: Check,
-    max_bad_fraction: float,
-    record: Path | None,
-    list_file: Path | None,
-    threads: int,
-    world_size: int,
-) -> list[Fault]:
+def _known_faults(folder: Path, reader: ShardReader, settings: StreamSettings, record: Path | None, list_file: Path | None) -> list[Fault]:
     """The damaged samples that this run leaves out: as its record says, or else as a scan finds them, the same on every rank."""
-    shared = world_size > 1 and dist.is_available() and dist.is_initialized() and dist.get_world_size() == world_size
+    shared = several_ranks() and dist.get_world_size() == settings.world_size
     first = is_first_rank()
     identity = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     file = None if record is None else record / "data-skipped.json"
-    recorded: list[list[Fault] | None] = [_load_record(file, identity) if first else None]
-    if shared:
-        dist.broadcast_object_list(recorded, src=0)
-    if recorded[0] is not None:
-        return recorded[0]
-    faults = scan(folder, reader, check=check, threads=threads, shared=shared)
+    recorded = on_first_rank(lambda: _load_record(file, identity)) if shared else _load_record(file, identity)
+    if recorded is not None:
+        return recorded
+    faults = scan(folder, reader, check=settings.check, threads=max(1, settings.num_workers), shared=shared)
     if first and list_file is not None:
         list_file.unlink(missing_ok=True)  # of an earlier start, which came no further
         append_faults(list_file, faults, epoch=0, step=0)
-    check_limit(faults, len(reader), max_bad_fraction, list_file, str(folder))
+    check_limit(faults, len(reader), settings.max_bad_fraction, list_file, str(folder))
     if first and file is not None:
         write_json_atomic(file, {"manifest_sha256": identity, "faults": [vars(fault) for fault in faults]})
     return faults
@@ -388,6 +395,7 @@ class EvalSplit:
         text_to_image_M: the image of each caption.
         labels_N: class of each image, where the set has classes.
         skipped: the damaged samples, which are left out.
+        num_truncated: captions that are cut to the context length.
     """
 
     images_uint8_NCHW: Tensor
@@ -396,6 +404,7 @@ class EvalSplit:
     labels_N: Tensor | None
     captions: list[str]
     skipped: list[Fault] = field(default_factory=list)
+    num_truncated: int = 0
 
     def image_png(self, index: int) -> bytes:
         """Image `index` as a PNG file."""
@@ -406,13 +415,14 @@ class EvalSplit:
 
 def load_eval_split(
     folder: Path,
-    tokenizer: Tokenizer,
-    image_size: int,
-    context_length: int,
+    spec: ModelSpec,
     *,
     max_bad_fraction: float = MAX_BAD_FRACTION,
 ) -> EvalSplit:
-    """Read a whole split into memory. Damaged samples are left out and named on the console: metrics are then over the others.
+    """Read a whole split into memory, as a model of this spec sees it.
+
+    Damaged samples are left out and named on the console: metrics are then over the others. Captions that are cut to the context length are
+    counted there.
 
     Raises:
         UserError: more than `max_bad_fraction` of the samples are damaged; with the first of them.
@@ -424,7 +434,7 @@ def load_eval_split(
             reader.check_headers(index)
             reader.check_text(index)
             found = reader.about(index)
-            images.append(reader.image(index, image_size))
+            images.append(reader.image(index, spec.image_size, preprocess=spec.preprocess))
             about.append(found)
         except DamagedSample as damage:
             faults.append(damage.fault(index))
@@ -438,11 +448,15 @@ def load_eval_split(
     captions = [text for item in about for text in item["captions"]]
     owners = [position for position, item in enumerate(about) for _ in item["captions"]]
     labels = [item["label"] for item in about]
+    num_truncated = spec.tokenizer.num_truncated(captions, spec.context_length)
+    if num_truncated and is_first_rank():
+        print(f"{folder}: {num_truncated} of {len(captions)} captions are cut to {spec.context_length} tokens", flush=True)
     return EvalSplit(
         torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
-        tokenizer(captions, context_length),
+        spec.tokenizer(captions, spec.context_length),
         torch.tensor(owners),
         None if any(label is None for label in labels) else torch.tensor(labels),
         captions,
         faults,
+        num_truncated,
     )

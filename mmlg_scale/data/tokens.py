@@ -51,16 +51,10 @@ def write_tokenizer(root: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(content, encoding="utf-8")
 
 
-def load_tokenizer(root: Path | None) -> Tokenizer:
-    """The word tokenizer of a data set, or open_clip's where the set has none (or `root` is None).
-
-    Raises:
-        UserError: ROOT/tokenizer is damaged.
-    """
-    if root is None or not (root / "tokenizer").is_dir():
-        return BytePairTokenizer()
+def load_tokenizer(root: Path) -> Tokenizer | None:
+    """TEMP"""
     folder = root / "tokenizer"
-    try:
-        return FileTokenizer({path.name: path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())})
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise UserError(f"{folder} holds no readable tokenizer: {error}. Pack the data set again.") from error
+    if not folder.is_dir():
+        content = json.loads((root / "dataset.json").read_text())
+        return BytePairTokenizer() if content["args"].get("tokenizer") == "bpe" else None
+    return FileTokenizer({path.name: path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())})

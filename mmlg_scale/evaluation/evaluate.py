@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmlg_scale import towers
-from mmlg_scale.data.pipeline import EvalSplit, load_eval_split
-from mmlg_scale.data.tokens import load_tokenizer
+from mmlg_scale.data.corpus import Corpus, open_pairs
+from mmlg_scale.data.pipeline import EvalSplit
 from mmlg_scale.evaluation.retrieval import recall_at_k
 from mmlg_scale.evaluation.zeroshot import class_embeddings, zero_shot_metrics
 
@@ -72,50 +71,43 @@ def evaluate_pairs(
     return metrics
 
 
-class _Folder:
-    """An open_clip folder and a split, ready to encode."""
+class _Loaded:
+    """An open_clip folder and a split read for it, ready to encode: its own tokenizer, its own preprocessing."""
 
     def __init__(self, model: Path, data: Path, split: str) -> None:
-        config, state = towers.load_clip(model)
+        bundle = towers.load_clip(model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.clip = towers.build_clip(config, seed=0)
-        self.clip.load_state_dict(state)
+        self.clip = towers.build_clip(bundle.spec.config, seed=0)
+        self.clip.load_state_dict(bundle.state)
         self.clip.to(self.device).eval()
-        self.preprocess = towers.Preprocess()
-        self.tokenizer, self.context_length = load_tokenizer(data), towers.context_length(config)
-        self.split = load_eval_split(data / split, self.tokenizer, towers.image_size(config), self.context_length)
-        classes = data / "classes.json"
-        self.classes = json.loads(classes.read_text()) if classes.is_file() else None
-
-    def tokenize(self, texts: list[str]) -> Tensor:
-        return self.tokenizer(texts, self.context_length)
+        self.preprocess = bundle.spec.preprocess
+        self.corpus = Corpus(open_pairs(data), bundle.spec)
+        self.split = self.corpus.eval_split(split)
 
 
 @torch.no_grad()
 def evaluate_folder(model: Path, data: Path, split: str) -> dict[str, float]:
-    """All metrics of an open_clip folder on a split of a data set.
+    """All metrics of an open_clip folder on a split of a data set, by the model's own tokenizer and preprocessing.
 
     Raises:
-        UserError: the folder is no model that is carried, or the split is missing.
+        UserError: the folder is no model that is supported, or the split is missing.
     """
-    folder = _Folder(model, data, split)
-    clip = folder.clip
+    loaded = _Loaded(model, data, split)
     return evaluate_pairs(
-        clip.encode_image,
-        clip.encode_text,
-        folder.split,
-        folder.preprocess,
-        folder.device,
-        classes=folder.classes,
-        tokenize=folder.tokenize,
+        loaded.clip.encode_image,
+        loaded.clip.encode_text,
+        loaded.split,
+        loaded.preprocess,
+        loaded.device,
+        classes=loaded.corpus.classes,
+        tokenize=loaded.corpus.tokenize,
     )
 
 
 @torch.no_grad()
 def folder_features(model: Path, data: Path, split: str) -> tuple[Tensor, Tensor, EvalSplit]:
     """Features of a split, [N, D] of its images and [M, D] of its captions, and the split itself."""
-    folder = _Folder(model, data, split)
-    image_ND = encode_in_chunks(
-        lambda images: folder.clip.encode_image(folder.preprocess(images)), folder.split.images_uint8_NCHW, folder.device
-    )
-    return image_ND, encode_in_chunks(folder.clip.encode_text, folder.split.texts_MT, folder.device), folder.split
+    loaded = _Loaded(model, data, split)
+    images = loaded.split.images_uint8_NCHW
+    image_ND = encode_in_chunks(lambda chunk: loaded.clip.encode_image(loaded.preprocess(chunk)), images, loaded.device)
+    return image_ND, encode_in_chunks(loaded.clip.encode_text, loaded.split.texts_MT, loaded.device), loaded.split

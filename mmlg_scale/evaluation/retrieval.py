@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmlg_scale.errors import UserError
+from mmlg_scale.metric_names import KS
 
 
 def retrieval_ranks(image_ND: Tensor, text_MD: Tensor, text_to_image_M: Tensor, *, chunk_size: int = 1024) -> tuple[Tensor, Tensor]:
@@ -35,9 +36,9 @@ def retrieval_ranks(image_ND: Tensor, text_MD: Tensor, text_to_image_M: Tensor, 
 
 
 def recall_at_k(
-    image_ND: Tensor, text_MD: Tensor, text_to_image_M: Tensor, *, ks: Sequence[int] = (1, 5, 10), chunk_size: int = 1024
+    image_ND: Tensor, text_MD: Tensor, text_to_image_M: Tensor, *, ks: Sequence[int] = KS, chunk_size: int = 1024
 ) -> dict[str, float]:
-    """`image_retrieval_recall@k` and `text_retrieval_recall@k` for each k, and `mean_recall@1`, the mean of both at 1.
+    """`image_retrieval_recall@k`, `text_retrieval_recall@k` and their mean `mean_recall@k` for each k.
 
     Args:
         image_ND: one row per image; need not be normalised.
@@ -53,5 +54,5 @@ def recall_at_k(
     image_ranks, text_ranks = retrieval_ranks(image_ND, text_MD, text_to_image_M, chunk_size=chunk_size)
     metrics = {f"image_retrieval_recall@{k}": (image_ranks <= k).double().mean().item() for k in ks}
     metrics |= {f"text_retrieval_recall@{k}": (text_ranks <= k).double().mean().item() for k in ks}
-    metrics["mean_recall@1"] = ((image_ranks <= 1).double().mean().item() + (text_ranks <= 1).double().mean().item()) / 2
-    return metrics
+    both = {f"mean_recall@{k}": (metrics[f"image_retrieval_recall@{k}"] + metrics[f"text_retrieval_recall@{k}"]) / 2 for k in ks}
+    return metrics | both

@@ -24,33 +24,36 @@ class Descendant:
 
     Attributes:
         state: open_clip CLIP state dict; of a single tower, that tower's part of it.
-        config: open_clip configuration with the requested sizes.
+        spec: the learngene's, at the requested sizes.
     """
 
     state: dict[str, Tensor]
-    config: dict[str, Any]
+    spec: towers.ModelSpec
     modality: str
-    tokenizer_files: dict[str, str]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """open_clip configuration with the requested sizes."""
+        return self.spec.config
 
     def export(self, out: str | Path, *, overwrite: bool = False) -> None:
         """Write an open_clip model folder, or a single tower's folder. Raises UserError where OUT holds something else."""
-        out = Path(out)
+        model = towers.Bundle(self.spec, self.state)
         if self.modality == "both":
-            towers.export(self.state, self.config, out, tokenizer_files=self.tokenizer_files, overwrite=overwrite)
+            towers.export(model, Path(out), overwrite=overwrite)
         else:
-            files = self.tokenizer_files
-            towers.export_tower(self.state, self.config, self.modality, out, tokenizer_files=files, overwrite=overwrite)
+            towers.export_tower(model, self.modality, Path(out), overwrite=overwrite)
 
 
 @torch.no_grad()
 def compose_descendant(
     structure: Structure,
     tensors: Mapping[str, Tensor],
+    spec: towers.ModelSpec,
     *,
     layers: Mapping[str, int | None],
     widths: Mapping[str, int | None],
     modality: str,
-    tokenizer_files: Mapping[str, str],
 ) -> Descendant:
     """See `Learngene.descend`; `layers` and `widths` per tower."""
     if modality not in MODALITIES:
@@ -58,9 +61,10 @@ def compose_descendant(
     wanted = [tower for tower in TOWERS if modality in ("both", tower)]
     for tower in wanted:
         if layers[tower] is None:
-            raise UserError(f"{tower} layers: say how deep the {tower} tower shall be.")
+            raise UserError(f"{tower} layers: say how deep the {tower} tower is to be.")
     sizes = {f"{tower}_{kind}": of[tower] for tower in wanted for kind, of in (("layers", layers), ("width", widths))}
-    config = structure.sized(**sizes)
+    spec = spec.sized(**sizes)
+    config = spec.config
     depths_and_widths = {tower: (towers.num_layers(config, tower), towers.width(config, tower)) for tower in wanted}
     blocks: dict[str, list[dict[str, Tensor]]] = {"image": [], "text": []}
     blocks |= compose_layers(structure, tensors.__getitem__, depths_and_widths)
@@ -70,4 +74,4 @@ def compose_descendant(
         stem = {name: tensor for name, tensor in stem.items() if not name.startswith("logit_")}
     # Layers are fresh tensors; stems are copied, so that whoever changes a descendant in place leaves the learngene alone.
     stem = {name: tensor.clone() for name, tensor in stem.items()}
-    return Descendant(towers.join_state(stem, blocks), config, modality, dict(tokenizer_files))
+    return Descendant(towers.join_state(stem, blocks), spec, modality)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,14 @@ from mmlg_scale.learngene.auxiliary import learngene_tensors
 from mmlg_scale.learngene.descend import Descendant, compose_descendant
 from mmlg_scale.learngene.structure import STEM, TOWERS, Structure
 
-FORMAT, VERSION = "mmlg-learngene", 2
+FORMAT, VERSION = "mmlg-learngene", 3
 CHANGED = "The file was changed; extract it again."
+Trained = Mapping[str, Mapping[str, Sequence[int]]]
+"""Per tower the least and most `layers` and `width` that extraction trained."""
+
+
+class RangeWarning(UserWarning):
+    """A size outside what the learngene was trained for."""
 
 
 @dataclass(frozen=True)
@@ -30,27 +37,35 @@ class Learngene:
 
     Attributes:
         tensors: named and shaped as `Structure.shapes` says.
-        structure: the ancestor's configuration, and how layers are made of blocks.
-        tokenizer_files: name -> content, for sets whose tokenizer travels with the model.
+        structure: how layers are made of blocks.
+        spec: the ancestor's configuration, preprocessing and tokenizer, which its descendants have too.
         extraction: the recipe section that made it, for the record.
+        trained: the depths and widths that it was trained for.
     """
 
     tensors: dict[str, Tensor]
     structure: Structure
-    tokenizer_files: dict[str, str]
+    spec: towers.ModelSpec
     extraction: dict[str, Any]
+    trained: Trained
 
     @classmethod
     def from_auxiliary(
-        cls, structure: Structure, state: Mapping[str, Tensor], *, tokenizer_files: Mapping[str, str], extraction: Mapping[str, Any]
+        cls,
+        structure: Structure,
+        state: Mapping[str, Tensor],
+        *,
+        spec: towers.ModelSpec,
+        extraction: Mapping[str, Any],
+        trained: Trained,
     ) -> Learngene:
         """From the state dict of a trained AuxiliaryCLIP."""
-        return cls(learngene_tensors(state), structure, dict(tokenizer_files), dict(extraction))
+        return cls(learngene_tensors(state), structure, spec, dict(extraction), trained)
 
     @property
     def config(self) -> dict[str, Any]:
         """The ancestor's open_clip configuration."""
-        return self.structure.config
+        return self.spec.config
 
     @property
     def num_params(self) -> int:
@@ -78,29 +93,45 @@ class Learngene:
     ) -> Descendant:
         """Write a plain CLIP, or one tower of it, of any depth and of any residual width up to the ancestor's: closed form, no data.
 
-        A width is a multiple of the tower's head dimension; None is the ancestor's.
+        A width is a multiple of the tower's head dimension; None is the ancestor's. Sizes that the learngene was not trained for are
+        written too, with a RangeWarning.
 
         Raises:
             UserError: a depth is missing or below 1, a width does not fit, or the modality is unknown.
         """
-        return compose_descendant(
-            self.structure,
-            self.tensors,
-            layers=dict(zip(TOWERS, (image_layers, text_layers), strict=True)),
-            widths=dict(zip(TOWERS, (image_width, text_width), strict=True)),
-            modality=modality,
-            tokenizer_files=self.tokenizer_files,
+        layers, widths = (
+            dict(zip(TOWERS, (image_layers, text_layers), strict=True)),
+            dict(zip(TOWERS, (image_width, text_width), strict=True)),
         )
+        descendant = compose_descendant(self.structure, self.tensors, self.spec, layers=layers, widths=widths, modality=modality)
+        for note in self.untrained_sizes(descendant):
+            warnings.warn(note, RangeWarning, stacklevel=2)
+        return descendant
+
+    def untrained_sizes(self, descendant: Descendant) -> list[str]:
+        """What of a descendant's size lies outside the depths and widths that the learngene was trained for, in words."""
+        found = []
+        for tower in TOWERS if descendant.modality == "both" else (descendant.modality,):
+            config = descendant.spec.config
+            for kind, value in (("layers", towers.num_layers(config, tower)), ("width", towers.width(config, tower))):
+                least, most = self.trained[tower][kind]
+                if not least <= value <= most:
+                    span = f"{least} to {most}" if least < most else f"{most} only"
+                    found.append(
+                        f"{tower} {kind} {value}: this learngene was trained for {span}; "
+                        + ("expect a model near chance." if value < least and kind == "layers" else "expect a weaker model; check it.")
+                    )
+        return found
 
     def to_bytes(self) -> bytes:
         """The file's content: the same learngene always gives the same bytes."""
         header = {
             "format": FORMAT,
             "version": VERSION,
-            "model_config": self.config,
+            **self.spec.to_header(),
             "structure": self.structure.to_header(),
-            "tokenizer_files": self.tokenizer_files,
             "extraction": self.extraction,
+            "trained": self.trained,
         }
         tensors = {name: self.tensors[name].detach().cpu().contiguous() for name in sorted(self.tensors)}
         # One entry alone: safetensors writes several in an order of its own.
@@ -127,9 +158,22 @@ def load_learngene(path: str | Path) -> Learngene:
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file: {error}. Give the file that mmlg extract wrote.") from error
     header = _header(metadata, path)
-    structure = Structure(towers.model_config(header["model_config"]), **header["structure"])
+    try:
+        spec = towers.ModelSpec.from_header(header, str(path))
+        structure = Structure(spec.config, **header["structure"])
+        trained = {tower: {kind: _pair(header["trained"][tower][kind]) for kind in ("layers", "width")} for tower in TOWERS}
+        extraction = dict(header["extraction"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its header is damaged ({error!r}). {CHANGED}") from error
     _check(structure, tensors, path)
-    return Learngene(tensors, structure, header["tokenizer_files"], header["extraction"])
+    return Learngene(tensors, structure, spec, extraction, trained)
+
+
+def _pair(value: Any) -> list[int]:
+    least, most = value
+    if not (isinstance(least, int) and isinstance(most, int)):
+        raise ValueError(f"{value!r} is no range")
+    return [least, most]
 
 
 def _digest(header: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mmlg_scale import towers
 from mmlg_scale.errors import UserError
@@ -34,6 +34,9 @@ class Structure:
     Raises:
         UserError: settings that do not go together; names the recipe key.
     """
+
+    SETTINGS: ClassVar[tuple[str, ...]] = ("num_multimodal", "num_unimodal", "num_knots", "basis", "convention", "width_map")
+    """The fields that a recipe's extraction section has too."""
 
     config: dict[str, Any]
     num_multimodal: int = 1

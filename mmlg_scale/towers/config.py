@@ -147,14 +147,14 @@ def _defaults(fields: type) -> dict[str, Any]:
 def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """(key, value in `one`, value in `other`) of the first field in which two architectures differ; None where they agree.
 
-    Fields left out count with open_clip's defaults. What changes no weight and no function (a tokenizer's name, dropout in training) is
-    not compared.
+    Fields left out count with open_clip's defaults, but for a vocab_size that `other` leaves out, which is any. What changes no weight and no
+    function (a tokenizer's name, dropout in training) is not compared.
     """
     pairs: list[tuple[str, Any, Any]] = [("embed_dim", one["embed_dim"], other["embed_dim"])]
     pairs.append(("quick_gelu", one.get("quick_gelu", False), other.get("quick_gelu", False)))
     for key, fields in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
         first, second = {**_defaults(fields), **one[key]}, {**_defaults(fields), **other[key]}
-        ignored = ("patch_dropout", "hf_tokenizer_name", "tokenizer_kwargs")
+        ignored = {"patch_dropout", "hf_tokenizer_name", "tokenizer_kwargs"} | ({"vocab_size"} - set(other[key]))
         pairs += [(f"{key}.{name}", first.get(name), second.get(name)) for name in first if name not in ignored]
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
 

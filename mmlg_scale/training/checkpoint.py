@@ -1,10 +1,4 @@
-"""Checkpoints and the run folder.
-
-    RUN/
-      run.json                    whose run this is: written first, compared at every start
-      metrics.jsonl, tensorboard/ the curves
-      checkpoints/step-00000100/  DeepSpeed's files, one folder a checkpoint; at most `keep_last` stay
-      result.json                 written last: with it the run is complete
+"""Checkpoints of a run: RUN/checkpoints/step-00000100/, DeepSpeed's files, at most `keep_last` of them.
 
 A checkpoint is written under a temporary name and published by a rename once every rank has finished, so a kill at any instant leaves
 whole checkpoints only. A temporary folder left by a kill is removed at the next save.
@@ -23,6 +17,7 @@ import torch.distributed as dist
 
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import require_space, write_json_atomic
+from mmlg_scale.ranks import on_first_rank
 from mmlg_scale.training.engine import Engine
 
 PARTIAL = "partial-"
@@ -42,15 +37,7 @@ class Checkpoints:
 
     def require_space(self, engine: Engine) -> None:
         """Raise UserError, on every rank, where the disk has no room for another checkpoint. Collective."""
-        shortage: list[str | None] = [None]
-        if dist.get_rank() == 0:
-            try:
-                require_space(self.folder, engine.checkpoint_bytes, "a checkpoint")
-            except UserError as error:
-                shortage = [str(error)]
-        dist.broadcast_object_list(shortage, src=0)
-        if shortage[0] is not None:
-            raise UserError(shortage[0])
+        on_first_rank(lambda: require_space(self.folder, engine.checkpoint_bytes, "a checkpoint"))
 
     def save(self, engine: Engine, step: int, state: Mapping[str, Any]) -> None:
         """Write and publish the checkpoint of `step`, then drop the oldest beyond `keep_last`. Collective.
@@ -93,31 +80,6 @@ class Checkpoints:
         return engine.load(newest)
 
     def remove(self) -> None:
-        """Drop all checkpoints: the run is complete and its result stands apart."""
+        """Drop all checkpoints: the run is complete and has its result."""
         if dist.get_rank() == 0 and self.folder.exists():
             shutil.rmtree(self.folder)
-
-
-def claim_run_folder(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Make `folder` the run described by `identity`, or recognise it.
-
-    Returns:
-        The content of result.json where the run is complete, else None.
-
-    Raises:
-        UserError: the folder holds another run, or files that are no run's.
-    """
-    marker = folder / "run.json"
-    if marker.is_file():
-        found = json.loads(marker.read_text())
-        if found != identity:
-            keys = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
-            raise UserError(
-                f"{folder} holds another recipe's run (differs in: {', '.join(keys)}). Give another --out, or remove that folder."
-            )
-        result = folder / "result.json"
-        return json.loads(result.read_text()) if result.is_file() else None
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and holds no run of mmlg. Give another --out, or remove it.")
-    write_json_atomic(marker, dict(identity))
-    return None

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from mmlg_scale import recipe
 from mmlg_scale.errors import UserError
+from mmlg_scale.runtime import Runtime
 
 
-def start_ranks(settings: recipe.Engine) -> torch.device:
+def start_ranks(runtime: Runtime) -> torch.device:
     """Join the process group (of one rank where torchrun started none), set the thread count, and return this rank's device."""
     use_cuda = torch.cuda.is_available()
     if not use_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed probes for accelerators and warns
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
@@ -58,8 +59,9 @@ class Engine:
     Args:
         model: owns every trained parameter; its forward is the only place where they are used (ZeRO-3 gathers them there).
         parameter_groups: torch optimiser groups; each may carry `lr` (its peak rate) and `weight_decay`.
-        settings: ZeRO stage and precision.
+        runtime: ZeRO stage, activation checkpointing.
         batch_size: global; must be a multiple of the world size.
+        precision: fp32 or bf16.
         optimizer: rates, decays, clipping. `name` "adamw" is what recipes use; "sgd" is for exactness tests, because AdamW amplifies
             rounding noise in small gradients.
     """
@@ -69,9 +71,10 @@ class Engine:
         model: nn.Module,
         parameter_groups: list[dict[str, Any]],
         *,
-        settings: recipe.Engine,
+        runtime: Runtime,
         batch_size: int,
         optimizer: recipe.Optimizer,
+        precision: str = "fp32",
         name: str = "adamw",
     ) -> None:
         import deepspeed
@@ -82,8 +85,8 @@ class Engine:
         # DeepSpeed would compile a shared-memory all-reduce for CPU ranks: a minute at the first run, and a stale lock that hangs
         # every later run if that one is killed. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.precision = settings.precision
-        self._zero_stage, self._checkpoint_blocks = settings.zero_stage, settings.activation_checkpointing
+        self.precision = precision
+        self._zero_stage, self._checkpoint_blocks = runtime.zero_stage, runtime.activation_checkpointing
         self.device = next(model.parameters()).device
         if name == "sgd":
             torch_optimizer: torch.optim.Optimizer = torch.optim.SGD(parameter_groups, lr=optimizer.learning_rate)
@@ -99,14 +102,14 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=torch_optimizer,
-            config=deepspeed_config(settings, batch_size=batch_size, world_size=world_size, clipping=optimizer.gradient_clipping),
+            config=deepspeed_config(runtime, precision, batch_size=batch_size, world_size=world_size, clipping=optimizer.gradient_clipping),
             dist_init_required=False,
         )
         self.model: nn.Module = self._engine.module
         self._peak_rates = [group["lr"] for group in self._engine.optimizer.param_groups]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward, under autocast in bf16, with its blocks checkpointed where the recipe says so."""
+        """The model's forward, under autocast in bf16, with its blocks checkpointed where the runtime says so."""
         if self._checkpoint_blocks:
             kwargs["checkpoint"] = True
         return self._engine(*args, **kwargs)
@@ -173,7 +176,7 @@ class Engine:
         self._engine.destroy()
 
 
-def deepspeed_config(settings: recipe.Engine, *, batch_size: int, world_size: int, clipping: float) -> dict[str, Any]:
+def deepspeed_config(runtime: Runtime, precision: str, *, batch_size: int, world_size: int, clipping: float) -> dict[str, Any]:
     """The DeepSpeed configuration; everything that DeepSpeed would otherwise choose silently is stated."""
     config: dict[str, Any] = {
         "train_batch_size": batch_size,
@@ -181,14 +184,15 @@ def deepspeed_config(settings: recipe.Engine, *, batch_size: int, world_size: in
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clipping,  # DeepSpeed clips at 1.0 when this is left out
         "zero_optimization": {
-            "stage": settings.zero_stage,
+            "stage": runtime.zero_stage,
+            "stage3_param_persistence_threshold": runtime.persistence_threshold,
             "memory_efficient_linear": False,  # it would replace torch.nn.functional.linear in the whole process
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    if settings.precision == "bf16":
+    if precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         config["communication_data_type"] = "fp32"
     return config

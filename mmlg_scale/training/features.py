@@ -12,11 +12,9 @@ Only final features are kept: hidden states are a thousand times larger.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +30,13 @@ from mmlg_scale import towers
 from mmlg_scale.accounting import forward_flops
 from mmlg_scale.data.pipeline import leave_at_once
 from mmlg_scale.data.sweep import Samples, Sweep
-from mmlg_scale.errors import UserError
 from mmlg_scale.files import require_space, write_bytes_atomic
-from mmlg_scale.training.stages import Autocast, Teacher
-
-Identity = Mapping[str, Any]
-
-
-def identity(state: Mapping[str, Tensor], split: Path, precision: str) -> dict[str, Any]:
-    """What features are of: the ancestor's weights, the split, the precision."""
-    weights = hashlib.sha256()
-    for name in sorted(state):
-        weights.update(name.encode())
-        weights.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    manifest = hashlib.sha256((split / "manifest.json").read_bytes()).hexdigest()
-    return {"role": "features", "ancestor_sha256": weights.hexdigest(), "data_sha256": manifest, "precision": precision}
+from mmlg_scale.ranks import on_first_rank
+from mmlg_scale.training.teacher import Autocast, LiveTeacher
 
 
 def compute_features(
-    teacher: Teacher,
+    teacher: LiveTeacher,
     sweep: Sweep,
     out: Path,
     *,
@@ -70,7 +56,7 @@ def compute_features(
     paths = [out / "blocks" / f"block-{number:06d}.safetensors" for number in range(len(blocks))]
     missing = [number for number in range(dist.get_rank(), len(blocks), dist.get_world_size()) if not paths[number].exists()]
     # Parts and their sum are there at once for a moment; every sample has a caption.
-    require_space(out, 2 * 2 * 4 * len(sweep.reader) * int(teacher.config["embed_dim"]), "the ancestor's features")
+    require_space(out, 2 * 2 * 4 * len(sweep.reader) * int(teacher.spec.config["embed_dim"]), "the ancestor's features")
     items = [item for number in missing for item in blocks[number]]
     loader: DataLoader[Samples] = DataLoader(
         sweep,
@@ -80,7 +66,7 @@ def compute_features(
         multiprocessing_context="spawn" if num_workers else None,
         worker_init_fn=leave_at_once,
     )
-    preprocess, started, found = towers.Preprocess(), time.perf_counter(), list[dict[str, Tensor]]()
+    preprocess, started, found = teacher.spec.preprocess, time.perf_counter(), list[dict[str, Tensor]]()
     place = iter(missing)
     for position, samples in enumerate(track(loader, "features", total=len(items), disable=dist.get_rank() != 0)):
         found.append(_features(teacher, samples, preprocess, autocast, device))
@@ -90,9 +76,7 @@ def compute_features(
             write_bytes_atomic(paths[next(place)], save(block))
             found, started = [], time.perf_counter()
     dist.barrier()
-    joined = [_join(paths, out) if dist.get_rank() == 0 else {}]
-    dist.broadcast_object_list(joined)
-    counts, flops = joined[0], forward_flops(teacher.config)
+    counts, flops = on_first_rank(lambda: _join(paths, out)), forward_flops(teacher.spec.config)
     total = counts["num_images"] * flops["image"] + counts["num_captions"] * flops["text"]
     scalars = {name: float(value) for name, value in towers.logits_outputs(teacher.model.clip).items()}
     return {**counts, "flops": total, "logits": scalars}
@@ -100,7 +84,7 @@ def compute_features(
 
 @torch.no_grad()
 def _features(
-    teacher: Teacher, samples: Samples, preprocess: Callable[[Tensor], Tensor], autocast: Autocast, device: torch.device
+    teacher: LiveTeacher, samples: Samples, preprocess: Callable[[Tensor], Tensor], autocast: Autocast, device: torch.device
 ) -> dict[str, Tensor]:
     images = preprocess(samples.image_uint8_NCHW.to(device))
     with autocast():
@@ -132,57 +116,3 @@ def _join(paths: Sequence[Path], out: Path) -> dict[str, Any]:
         whole.flush()
     shutil.rmtree(out / "blocks")
     return {"num_images": rows["image"], "num_captions": rows["text"], "seconds": seconds}
-
-
-class KeptFeatures:
-    """Stands in for a `Teacher` where only final features are compared.
-
-    Raises:
-        UserError: the folder holds no finished features, or those of another ancestor, split or precision.
-    """
-
-    flops = 0
-    """Of a step: they were computed once, see `cost`."""
-
-    def __init__(self, folder: Path, config: dict[str, Any], expected: Identity) -> None:
-        self.folder, self.config = folder, config
-        self.image_layers, self.text_layers = (towers.num_layers(config, tower) for tower in ("image", "text"))
-        if not (folder / "result.json").is_file():
-            raise UserError(
-                f"{folder} holds no finished features of an ancestor. Write them with mmlg features; it goes on where it stopped."
-            )
-        result = json.loads((folder / "result.json").read_text())
-        differing = [key for key in expected if result.get(key) != expected[key]]
-        if differing:
-            raise UserError(
-                f"{folder} holds the features of another ancestor or data set (differs in: {', '.join(differing)}). "
-                "Write them anew with mmlg features --out in another folder."
-            )
-        self.cost = {key: result[key] for key in ("flops", "seconds")}
-        self._logits = {name: torch.tensor([value]) for name, value in result["logits"].items()}
-        self._image, self._text = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("image", "text"))
-        self._starts = np.load(folder / "captions.npy", allow_pickle=False)
-
-    def __call__(
-        self,
-        image: Tensor,
-        text: Tensor,
-        autocast: Autocast,
-        depths: Sequence[float],
-        patches_BP: Tensor | None = None,
-        samples_B2: Tensor | None = None,
-    ) -> dict[str, Any]:
-        """What the teacher computes on these images and texts, looked up by their places in the data set: (sample, caption)."""
-        assert samples_B2 is not None
-        assert not depths
-        samples, captions = samples_B2.cpu().numpy().T
-        found = {"image": self._image[samples], "text": self._text[self._starts[samples] + captions]}
-        bad = np.isnan(found["image"]).any(axis=1)
-        if bad.any():
-            raise UserError(
-                f"{self.folder} has no features of sample {samples[bad][0]}, which could not be read then. "
-                "Remove the folder and write them anew with mmlg features."
-            )
-        device = image.device
-        features = {f"{name}_features": torch.from_numpy(rows).to(device, non_blocking=True) for name, rows in found.items()}
-        return features | {name: value.to(device) for name, value in self._logits.items()}

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmlg_scale import towers
 from mmlg_scale.data.pipeline import Batch
 from mmlg_scale.errors import UserError
 from mmlg_scale.training.checkpoint import Checkpoints
 from mmlg_scale.training.engine import Engine
+from mmlg_scale.training.inputs import Inputs
 from mmlg_scale.training.meters import Meters
 from mmlg_scale.training.stages import Stage
 from mmlg_scale.training.step import compute_gradients
@@ -36,7 +36,7 @@ class Progress:
 
 
 def rate_factor(step: int, training_steps: int, warmup_fraction: float) -> float:
-    """Linear warm-up, then cosine to zero (Loshchilov & Hutter 2017, equation 5 with one cycle), as a share of the peak rate.
+    """Linear warm-up, then cosine to zero (Loshchilov & Hutter 2017, equation 5 with one cycle), as a fraction of the peak rate.
 
     `step` counts from 0; the first step already has a positive rate and the last one is just above zero.
     """
@@ -52,10 +52,10 @@ def train(
     *,
     batches: Callable[[int], Iterable[Batch]],
     evaluate: Callable[[], dict[str, float]],
-    preprocess: towers.Preprocess,
     checkpoints: Checkpoints,
     meters: Meters,
     evaluate_first: bool = False,
+    checkpoint_every: int | None = None,
     stop: Callable[[Curve], bool] = lambda curve: False,
 ) -> Progress:
     """Train `stage` to the end of its schedule, from its newest checkpoint where there is one.
@@ -64,6 +64,7 @@ def train(
         batches: given a step, the endless stream of this rank's batches from that step on.
         evaluate: metrics of the present weights on the validation split.
         evaluate_first: whether the curve begins at step 0.
+        checkpoint_every: steps between checkpoints; None: one after each evaluation.
         stop: asked after each evaluation; True ends the run.
 
     Raises:
@@ -85,9 +86,9 @@ def train(
         step = progress.step
         with meters.loader_wait():
             batch = next(stream)
-        images_BCHW = preprocess(batch.image_uint8_BCHW.to(engine.device, non_blocking=True))
-        text_BT = batch.text_BT.to(engine.device, non_blocking=True)
-        loss, terms = compute_gradients(stage, engine, images_BCHW, text_BT, step, batch.samples_B2)
+        inputs = Inputs(batch.image_uint8_BCHW, batch.text_BT, samples=batch.samples_B2).to(engine.device)
+        inputs = replace(inputs, image=stage.spec.preprocess(inputs.image))
+        loss, terms = compute_gradients(stage, engine, inputs, step)
         engine.step(rate_factor(step, training.steps, training.optimizer.warmup_fraction))
 
         student_flops, teacher_flops = (per_sample * training.batch_size for per_sample in stage.flops(step))
@@ -100,10 +101,13 @@ def train(
         figures["learning_rate"] = engine.learning_rate
         meters.step(progress.step, figures, num_samples=training.batch_size, flops=student_flops + teacher_flops)
 
-        if progress.step % training.eval_every == 0 or progress.step == training.steps:
+        due = progress.step % training.eval_every == 0 or progress.step == training.steps
+        if due:
             _check_finite(loss, progress.step)
             _evaluate(progress, stage, meters, evaluate)
             progress.stopped_early = stop(progress.curve)
+        if due if checkpoint_every is None else progress.step % checkpoint_every == 0 or progress.step == training.steps:
+            _check_finite(loss, progress.step)
             progress.meters = meters.state_dict()
             with meters.pause():
                 checkpoints.save(engine, progress.step, {"progress": vars(progress)})

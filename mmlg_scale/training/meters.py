@@ -1,26 +1,23 @@
-"""Figures of a run: console line or bar, metrics.jsonl, TensorBoard.
+"""Figures of a run, for the console (a line or a bar) and the trackers.
 
 Figures stay on the device until a line is due: reading one costs a synchronisation.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from torch.utils.tensorboard import SummaryWriter
 
-from mmlg_scale.files import write_text_atomic
+from mmlg_scale.training.trackers import Tracker
 
 # Dense bf16 peak of data-centre GPUs in FLOP/s, from their data sheets; the first key that the device's name contains counts.
 GPU_PEAKS = {
@@ -63,9 +60,9 @@ class Meters:
     to the last step of the schedule, so that what comes before and after (evaluation on the test split, export) is no training time.
 
     Args:
-        folder: metrics.jsonl and tensorboard/ are written there.
+        trackers: where figures go besides the console.
         total_steps: length of the schedule.
-        log_every: steps between lines of metrics.jsonl.
+        log_every: steps between figures.
         line_every: seconds between console lines where the console is no terminal.
         peak_flops: FLOP/s of one device; measured where it is not given. MFU is against the peak of all ranks together.
         console: where the bar or the lines go; standard error where it is not given.
@@ -74,7 +71,7 @@ class Meters:
 
     def __init__(
         self,
-        folder: Path,
+        trackers: Sequence[Tracker],
         total_steps: int,
         *,
         name: str,
@@ -86,7 +83,7 @@ class Meters:
         console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.folder, self.total_steps, self.name, self.enabled = folder, total_steps, name, enabled
+        self.trackers, self.total_steps, self.name, self.enabled = trackers, total_steps, name, enabled
         self.log_every, self.line_every = log_every, line_every
         self._device, self._clock = device, clock
         self._console = console if console is not None else Console(stderr=True)
@@ -100,7 +97,6 @@ class Meters:
         if enabled:
             num_devices = dist.get_world_size() if dist.is_initialized() else 1
             self._peak = num_devices * (peak_flops if peak_flops is not None else measure_peak_flops(device))
-        self._writer: SummaryWriter | None = None
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
         self._bar = Progress(*columns, console=self._console, disable=not (enabled and self._console.is_terminal))
         self._bar.start()
@@ -118,19 +114,13 @@ class Meters:
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`; call before `resume_from`."""
+        """Continue from `state_dict`; call before `resume_from`."""
         self._before = state["seconds"]
 
     def resume_from(self, step: int) -> None:
-        """Start the clock at `step` (0: a fresh run), and drop what an earlier process wrote beyond it, so that nothing stands twice."""
-        if self.enabled:
-            path = self.folder / "metrics.jsonl"
-            if path.exists():
-                # A fresh run repeats its evaluation at step 0 too.
-                kept = [line for line in path.read_text().splitlines() if 0 < step >= _step_of(line)]
-                write_text_atomic(path, "".join(f"{line}\n" for line in kept))
-            # TensorBoard hides what event files of earlier processes hold from purge_step on.
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1 if step else 0)
+        """Start the clock at `step` (0: a fresh run), and drop what an earlier process wrote beyond it, so that nothing is there twice."""
+        for tracker in self.trackers:
+            tracker.resume_from(step)
         self._bar.update(self._task, completed=step)
         self._started, self._paused = self._clock(), 0.0
         self._stopped = self._started if step >= self.total_steps else None
@@ -179,15 +169,16 @@ class Meters:
         self._bar.update(self._task, completed=step)
         if not self.is_due(step):
             return
-        line = {"step": step, **{name: _number(value) for name, value in figures.items()}, **self._rates(step)}
-        self._write(step, line)
+        line = {name: _number(value) for name, value in figures.items()} | self._rates(step)
+        for tracker in self.trackers:
+            tracker.scalars(step, line, "training")
         self._say(step, line)
         self._reset_window()
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of an evaluation."""
-        if self.enabled:
-            self._write(step, {"step": step, "evaluation": dict(metrics)})
+        """Pass on the metrics of an evaluation."""
+        for tracker in self.trackers:
+            tracker.scalars(step, metrics, "evaluation")
 
     def _rates(self, step: int) -> dict[str, Any]:
         seconds = self.seconds  # waits for the device, so that the window's work is done
@@ -215,14 +206,6 @@ class Meters:
             torch.cuda.synchronize(self._device)
         return self._clock()
 
-    def _write(self, step: int, line: Mapping[str, Any]) -> None:
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(_clean(line), allow_nan=False) + "\n")
-        assert self._writer is not None, "resume_from comes before the first step"
-        for name, value in (line.get("evaluation") or line).items():
-            if isinstance(value, (int, float)):
-                self._writer.add_scalar(f"{'evaluation' if 'evaluation' in line else 'training'}/{name}", value, step)
-
     def _say(self, step: int, line: Mapping[str, Any]) -> None:
         figures = (
             f"loss {line['loss']:.3f}  lr {line['learning_rate']:.1e}  {line['samples_per_second']:,.0f} samples/s  "
@@ -237,24 +220,9 @@ class Meters:
     def close(self) -> None:
         """Flush and end the bar."""
         self._bar.stop()
-        if self._writer is not None:
-            self._writer.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def _number(value: Any) -> float:
     return float(value.item() if isinstance(value, torch.Tensor) else value)
-
-
-def _clean(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, Mapping):
-        return {key: _clean(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; infinity for a line that a kill cut short, which is never kept."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf

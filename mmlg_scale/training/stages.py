@@ -8,32 +8,42 @@ loss, and says what a step costs. How a batch is cut for the forward passes is n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import forward_flops
+from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
+from mmlg_scale.learngene.descend import Descendant
+from mmlg_scale.learngene.file import Learngene
 from mmlg_scale.objectives import contrastive, distillation
+from mmlg_scale.streams import Stream, generator, key
+from mmlg_scale.training.inputs import Inputs
+from mmlg_scale.training.teacher import Autocast, PlainCLIP, Teacher, tap_layers
 
-Autocast = Callable[[], AbstractContextManager[Any]]
 Terms = dict[str, Tensor]
+TOWERS = ("image", "text")
 
 
 class Stage(Protocol):
-    """What the loop needs."""
+    """What the loop, and a run around it, need."""
 
     name: str
+    spec: towers.ModelSpec
     training: recipe.Training
     model: nn.Module
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """What the students are compared with, where they are."""
+        ...
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """torch optimiser groups with their peak rates."""
@@ -47,13 +57,8 @@ class Stage(Protocol):
         """Patch dropout's choice, [num_rows, P'] positions for rows of the global batch from `first_row` on; None: all patches stay."""
         ...
 
-    def targets(
-        self, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, patches_BP: Tensor | None, samples_B2: Tensor | None = None
-    ) -> dict[str, Any] | None:
-        """The teacher's outputs for a part of the batch, without graph; None where there is no teacher.
-
-        `samples_B2`: the pairs' places in the training split, (sample, caption), by which kept features are found.
-        """
+    def targets(self, autocast: Autocast, inputs: Inputs) -> dict[str, Any] | None:
+        """The teacher's outputs for a part of the batch, without graph; None where there is no teacher."""
         ...
 
     def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
@@ -68,39 +73,9 @@ class Stage(Protocol):
         """The sizes to evaluate, as keyword arguments of the model's forward, by name; one without arguments where there is one only."""
         ...
 
-
-def tap_layers(depths: Sequence[float], num_layers: int) -> tuple[int, ...]:
-    """The layer nearest to each relative depth, counted from 1 (halves round up, and layer 0 is never compared)."""
-    return tuple(max(1, int(depth * num_layers + 0.5)) for depth in depths)
-
-
-class PlainCLIP(nn.Module):
-    """An open_clip CLIP with the forward that stages share."""
-
-    def __init__(self, clip: towers.CLIP) -> None:
-        super().__init__()
-        self.clip = clip
-
-    def forward(
-        self,
-        image: Tensor | None = None,
-        text: Tensor | None = None,
-        *,
-        tap_image: Sequence[int] = (),
-        tap_text: Sequence[int] = (),
-        patches: Tensor | None = None,
-        checkpoint: bool = False,
-    ) -> dict[str, Any]:
-        outputs = towers.logits_outputs(self.clip)
-        if image is not None:
-            outputs["image_features"], outputs["image_hidden"] = towers.encode_image_with_hidden(
-                self.clip, image, tap_image, patches=patches, checkpoint=checkpoint
-            )
-        if text is not None:
-            outputs["text_features"], outputs["text_hidden"] = towers.encode_text_with_hidden(
-                self.clip, text, tap_text, checkpoint=checkpoint
-            )
-        return outputs
+    def export(self, state: Mapping[str, Tensor], out: Path) -> dict[str, Any]:
+        """Write what was trained below `out`, from the engine's gathered state; returns what result.json says of it."""
+        ...
 
 
 class WithHiddenMaps(nn.Module):
@@ -144,75 +119,6 @@ def _with_maps(model: nn.Module, config: Mapping[str, Any], teacher_config: Mapp
     )
 
 
-class Ancestor(Protocol):
-    """What a student is compared with."""
-
-    config: dict[str, Any]
-    image_layers: int
-    text_layers: int
-    flops: int
-    """Of one sample's pass in every step."""
-
-    def __call__(
-        self,
-        image: Tensor,
-        text: Tensor,
-        autocast: Autocast,
-        depths: Sequence[float],
-        patches_BP: Tensor | None = None,
-        samples_B2: Tensor | None = None,
-    ) -> dict[str, Any]:
-        """Features, hidden states at relative depths, and what the logits need, without graph."""
-        ...
-
-
-class Teacher:
-    """The frozen ancestor: a plain module outside the engine. With `shard` each rank keeps its share of every parameter."""
-
-    def __init__(self, config: dict[str, Any], state: Mapping[str, Tensor], device: torch.device, *, shard: bool = False) -> None:
-        self.config = config
-        self.image_layers = towers.num_layers(config, "image")
-        self.text_layers = towers.num_layers(config, "text")
-        self.flops = forward_flops(config)["total"]
-        clip = towers.build_clip(config, seed=0)
-        clip.load_state_dict(dict(state))
-        self.model = PlainCLIP(clip).to(device).eval().requires_grad_(False)
-        if shard and dist.get_world_size() > 1:
-            _shard(self.model, device)
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        image: Tensor,
-        text: Tensor,
-        autocast: Autocast,
-        depths: Sequence[float],
-        patches_BP: Tensor | None = None,
-        samples_B2: Tensor | None = None,
-    ) -> dict[str, Any]:
-        """Outputs on whole images; hidden states of the image tower only at `patches_BP` (and the class token), where it is given."""
-        with autocast():
-            outputs = self.model(
-                image,
-                text,
-                tap_image=tap_layers(depths, self.image_layers),
-                tap_text=tap_layers(depths, self.text_layers),
-            )
-        if patches_BP is not None:
-            outputs["image_hidden"] = [towers.keep_patches(hidden, patches_BP) for hidden in outputs["image_hidden"]]
-        return outputs
-
-
-def _shard(model: PlainCLIP, device: torch.device) -> None:
-    """torch's fully sharded data parallelism: a block's parameters are whole only while it runs."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for transformer in (model.clip.visual.transformer, model.clip.transformer):
-        for block in transformer.resblocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}  # which it cannot shard
-    fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
-
-
 def draw_patches(config: Mapping[str, Any], seed: int, step: int, first_row: int, num_rows: int) -> Tensor | None:
     """Patch dropout's choice at `step`, [num_rows, P'] positions of the kept patches; None where the configuration drops none.
 
@@ -222,33 +128,35 @@ def draw_patches(config: Mapping[str, Any], seed: int, step: int, first_row: int
     share, num_patches = towers.patch_dropout(config), towers.num_patches(config)
     if not share:
         return None
-    bits = np.random.PCG64([seed, step, _PATCH_STREAM])
+    bits = np.random.PCG64(key(seed, Stream.PATCHES, step))
     bits.advance(first_row * num_patches)  # one 64-bit number is one draw
     draws_BP = torch.from_numpy(np.random.Generator(bits).random((num_rows, num_patches)))
     return draws_BP.topk(max(1, int(num_patches * (1 - share))), dim=-1).indices
 
 
-_PATCH_STREAM = 1
-
-
 # Biases, norms, positions, embeddings and the logit scale are not decayed (open_clip decays its token embedding; a row that a batch does
-# not use would shrink without a gradient to hold it).
-_UNDECAYED = ("positional_embedding", "class_embedding", "token_embedding", "logit_scale", "logit_bias")
+# not use would shrink without a gradient to hold it). Maps between widths start as the identity, and coefficients near 1: decay towards
+# zero would be towards nothing that is wanted.
+_UNDECAYED = ("embedding", "logit_", "_map", "coefficients", "vectors")
 
 
-def decay_groups(model: nn.Module, optimizer: recipe.Optimizer, factor: float = 1.0) -> list[dict[str, Any]]:
-    """Two groups, matrices with weight decay and the rest without, at `factor` times the recipe's rate."""
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies to a parameter of this name: one rule for every kind of training."""
+    return parameter.ndim >= 2 and not any(word in name for word in _UNDECAYED)
+
+
+def parameter_groups(
+    model: nn.Module, optimizer: recipe.Optimizer, factor: Callable[[str], float] = lambda name: 1.0
+) -> list[dict[str, Any]]:
+    """torch optimiser groups: parameters of one rate and one decay together, each at `factor(name)` times the recipe's rate."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and not any(word in name for word in _UNDECAYED)
-        (decayed if is_matrix else free).append(parameter)
-    rate = optimizer.learning_rate * factor
-    groups = [
-        {"params": decayed, "lr": rate, "weight_decay": optimizer.weight_decay},
-        {"params": free, "lr": rate, "weight_decay": 0.0},
+        if parameter.numel():
+            groups.setdefault((factor(name), is_decayed(name, parameter)), []).append(parameter)
+    return [
+        {"params": parameters, "lr": optimizer.learning_rate * rate, "weight_decay": optimizer.weight_decay if decayed else 0.0}
+        for (rate, decayed), parameters in groups.items()
     ]
-    return [group for group in groups if group["params"]]
 
 
 class ClipStage:
@@ -257,32 +165,36 @@ class ClipStage:
     def __init__(
         self,
         name: str,
-        config: dict[str, Any],
-        state: Mapping[str, Tensor],
+        model: towers.Bundle,
         training: recipe.Training,
         device: torch.device,
         *,
-        teacher: Ancestor | None = None,
+        teacher: Teacher | None = None,
         weights: recipe.DistillationLoss | None = None,
         seed: int = 0,
     ) -> None:
         assert (teacher is None) == (weights is None)
-        self.name, self.config, self.training, self.teacher, self.weights = name, config, training, teacher, weights
+        self.name, self.spec, self.training, self.teacher, self.weights = name, model.spec, training, teacher, weights
         self.seed = seed
-        clip = towers.build_clip(config, seed=0)
-        clip.load_state_dict(dict(state))
-        model: nn.Module = PlainCLIP(clip)
+        clip = towers.build_clip(self.config, seed=0)
+        clip.load_state_dict(dict(model.state))
+        wrapped: nn.Module = PlainCLIP(clip)
         if teacher is not None and weights is not None and weights.hidden:
-            model = _with_maps(model, config, teacher.config)
-        self.model = model.to(device)
+            wrapped = _with_maps(wrapped, self.config, teacher.spec.config)
+        self.model = wrapped.to(device)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The trained model's open_clip configuration."""
+        return self.spec.config
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return decay_groups(self.model, self.training.optimizer)
+        return parameter_groups(self.model, self.training.optimizer)
 
     def students(self, step: int) -> list[dict[str, Any]]:
         if not self._hidden_depths:
             return [{}]
-        return [{f"tap_{tower}": tap_layers(self._hidden_depths, towers.num_layers(self.config, tower)) for tower in ("image", "text")}]
+        return [{f"tap_{tower}": tap_layers(self._hidden_depths, towers.num_layers(self.config, tower)) for tower in TOWERS}]
 
     @property
     def _hidden_depths(self) -> Sequence[float]:
@@ -291,10 +203,8 @@ class ClipStage:
     def patches(self, step: int, first_row: int, num_rows: int) -> Tensor | None:
         return draw_patches(self.config, self.seed, step, first_row, num_rows)
 
-    def targets(
-        self, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, patches_BP: Tensor | None, samples_B2: Tensor | None = None
-    ) -> dict[str, Any] | None:
-        return None if self.teacher is None else self.teacher(image_BCHW, text_BT, autocast, self._hidden_depths, patches_BP, samples_B2)
+    def targets(self, autocast: Autocast, inputs: Inputs) -> dict[str, Any] | None:
+        return None if self.teacher is None else self.teacher(inputs, autocast, self._hidden_depths)
 
     def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
         if targets is None or self.weights is None:
@@ -308,9 +218,35 @@ class ClipStage:
     def evaluated_sizes(self) -> dict[str, dict[str, int]]:
         return {"": {}}
 
-    def clip_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The open_clip part of the engine's gathered state."""
-        return _strip(state, "clip.")
+    def export(self, state: Mapping[str, Tensor], out: Path) -> dict[str, Any]:
+        """OUT/model, an open_clip folder."""
+        model = towers.Bundle(self.spec, _strip(state, "clip."))
+        towers.export(model, out / "model", overwrite=True)
+        return _described(self.config, TOWERS) | {"params": sum(tensor.numel() for tensor in model.state.values())}
+
+
+class TowerStage(ClipStage):
+    """One tower of a descendant, evaluated together with the ancestor's other tower, not trained; the tower alone is exported."""
+
+    def __init__(self, descendant: Descendant, ancestor: towers.Bundle, device: torch.device) -> None:
+        self.descendant = descendant
+        own_image = descendant.modality == "image"
+        pair = {name: tensor for name, tensor in ancestor.state.items() if name.startswith("visual.") != own_image}
+        own = {name: tensor for name, tensor in descendant.state.items() if name.startswith("visual.") == own_image}
+        pair |= {name: tensor for name, tensor in own.items() if not name.startswith("logit_")}
+        super().__init__("mmlg", towers.Bundle(descendant.spec, pair), recipe.Training(steps=0), device)
+
+    def export(self, state: Mapping[str, Tensor], out: Path) -> dict[str, Any]:
+        """OUT/model, the tower's folder."""
+        self.descendant.export(out / "model", overwrite=True)
+        params = sum(tensor.numel() for tensor in self.descendant.state.values())
+        return _described(self.config, (self.descendant.modality,)) | {"params": params}
+
+
+def _described(config: Mapping[str, Any], present: Sequence[str]) -> dict[str, Any]:
+    """Depths (None for a tower that is not there) and widths of both towers."""
+    layers = {f"{tower}_layers": towers.num_layers(config, tower) if tower in present else None for tower in TOWERS}
+    return layers | {f"{tower}_width": towers.width(config, tower) for tower in TOWERS}
 
 
 class ExtractionStage:
@@ -322,35 +258,31 @@ class ExtractionStage:
         self,
         settings: recipe.Extraction,
         auxiliary: AuxiliaryCLIP,
-        teacher: Ancestor,
+        teacher: Teacher,
         device: torch.device,
         *,
         seed: int,
+        compose_per_layer: bool = False,
     ) -> None:
         self.settings, self.training, self.teacher, self.seed = settings, settings.training, teacher, seed
-        self.max_layers = {
-            "image": settings.max_layers or teacher.image_layers,
-            "text": settings.max_layers or teacher.text_layers,
-        }
-        for tower, most in self.max_layers.items():
-            if most < settings.min_layers:
-                raise UserError(f"recipe key extraction.min_layers: is {settings.min_layers}, the {tower} tower has {most}. Use fewer.")
+        self.spec, self.compose_per_layer = teacher.spec, compose_per_layer
+        self.max_layers = most_layers(settings, teacher.spec.config)
         self.auxiliary = auxiliary
         model: nn.Module = auxiliary
         if settings.loss.hidden:
-            model = _with_maps(auxiliary, teacher.config, teacher.config)
+            model = _with_maps(auxiliary, teacher.spec.config, teacher.spec.config)
         self.model = model.to(device)
 
     def sizes(self, step: int) -> list[dict[str, int]]:
         """The sizes drawn at `step`: the same on every rank, and after every resume."""
-        return [self._size([self.seed, step, *([index] if index else [])]) for index in range(self.settings.students_per_step)]
+        return [self._size(step, index) for index in range(self.settings.students_per_step)]
 
-    def _size(self, seed: list[int]) -> dict[str, int]:
+    def _size(self, step: int, index: int) -> dict[str, int]:
         """One depth for both towers, scaled down for the one that has fewer layers to draw from, and a width for each."""
-        generator = np.random.default_rng(seed)
-        layers = self._depths(int(generator.integers(self.settings.min_layers, max(self.max_layers.values()), endpoint=True)))
-        shares = generator.choice(self.settings.width_shares, size=2)
-        return layers | {f"{tower}_width": self._width(tower, share) for tower, share in zip(("image", "text"), shares, strict=True)}
+        draw = generator(self.seed, Stream.SIZES, step, index)
+        layers = self._depths(int(draw.integers(self.settings.min_layers, max(self.max_layers.values()), endpoint=True)))
+        shares = draw.choice(self.settings.width_shares, size=2)
+        return layers | {f"{tower}_width": self._width(tower, share) for tower, share in zip(TOWERS, shares, strict=True)}
 
     def _depths(self, layers: int) -> dict[str, int]:
         """Both towers' depths where the deeper one has `layers`: equally far between the least and each tower's most."""
@@ -359,33 +291,27 @@ class ExtractionStage:
         return {f"{tower}_layers": least + int(share * (own - least) + 0.5) for tower, own in self.max_layers.items()}
 
     def _width(self, tower: str, share: float) -> int:
-        """The residual width with this share of the tower's heads, rounded to whole ones."""
-        head = towers.head_dim(self.teacher.config, tower)
-        heads = towers.width(self.teacher.config, tower) // head
+        """The residual width with this fraction of the tower's heads, rounded to whole ones."""
+        head = towers.head_dim(self.spec.config, tower)
+        heads = towers.width(self.spec.config, tower) // head
         return head * max(1, int(share * heads + 0.5))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        optimizer = self.training.optimizer
-        rates = {"blocks": 1.0, "coefficients": self.settings.coefficient_rate, "vectors": 1.0}
-        groups = [
-            {
-                "params": parameters,
-                "lr": optimizer.learning_rate * rates.get(name, self.settings.stem_rate),
-                "weight_decay": optimizer.weight_decay if name in ("blocks", "stem_matrices") else 0.0,
-            }
-            for name, parameters in self.auxiliary.parameter_groups().items()
-            if parameters
-        ]
-        if isinstance(self.model, WithHiddenMaps):
-            maps = [*self.model.image_map.parameters(), *self.model.text_map.parameters()]
-            groups.append({"params": maps, "lr": optimizer.learning_rate * self.settings.stem_rate, "weight_decay": 0.0})
-        return groups
+        """Blocks and vectors at the recipe's rate, coefficients and all else at multiples of it."""
+
+        def factor(name: str) -> float:
+            kind = name.removeprefix("model.")
+            if kind.startswith(("multimodal", "unimodal", "vectors")):
+                return 1.0
+            return self.settings.coefficient_rate if kind.startswith("coefficients") else self.settings.stem_rate
+
+        return parameter_groups(self.model, self.training.optimizer, factor)
 
     def students(self, step: int) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         for size in self.sizes(step):
-            taps = {f"tap_{tower}": tap_layers(self._hidden_depths, size[f"{tower}_layers"]) for tower in ("image", "text")}
-            found.append(size | taps | {"compose_per_layer": self.settings.compose_per_layer})
+            taps = {f"tap_{tower}": tap_layers(self._hidden_depths, size[f"{tower}_layers"]) for tower in TOWERS}
+            found.append(size | taps | {"compose_per_layer": self.compose_per_layer})
         return found
 
     @property
@@ -393,19 +319,17 @@ class ExtractionStage:
         return self.settings.loss.hidden_depths if self.settings.loss.hidden else ()
 
     def patches(self, step: int, first_row: int, num_rows: int) -> Tensor | None:
-        return draw_patches(self.teacher.config, self.seed, step, first_row, num_rows)
+        return draw_patches(self.spec.config, self.seed, step, first_row, num_rows)
 
-    def targets(
-        self, autocast: Autocast, image_BCHW: Tensor, text_BT: Tensor, patches_BP: Tensor | None, samples_B2: Tensor | None = None
-    ) -> dict[str, Any] | None:
-        return self.teacher(image_BCHW, text_BT, autocast, self._hidden_depths, patches_BP, samples_B2)
+    def targets(self, autocast: Autocast, inputs: Inputs) -> dict[str, Any] | None:
+        return self.teacher(inputs, autocast, self._hidden_depths)
 
     def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
         assert targets is not None
         return distillation(outputs, targets, text_BT, self.settings.loss)
 
     def flops(self, step: int) -> tuple[int, int]:
-        students = sum(forward_flops(towers.with_sizes(self.teacher.config, **size))["total"] for size in self.sizes(step))
+        students = sum(forward_flops(towers.with_sizes(self.spec.config, **size))["total"] for size in self.sizes(step))
         return 3 * students, self.teacher.flops
 
     def evaluated_sizes(self) -> dict[str, dict[str, int]]:
@@ -413,12 +337,51 @@ class ExtractionStage:
         sizes = [self._depths(layers) for layers in sorted({least, (least + most) // 2, most})]
         narrowest = min(self.settings.width_shares)
         if narrowest < 1:
-            sizes.append(sizes[-1] | {f"{tower}_width": self._width(tower, narrowest) for tower in ("image", "text")})
+            sizes.append(sizes[-1] | {f"{tower}_width": self._width(tower, narrowest) for tower in TOWERS})
         return {recipe.Size(**size).name: size for size in sizes}  # type: ignore[arg-type]
+
+    def trained_range(self) -> dict[str, dict[str, list[int]]]:
+        """The depths and widths that steps draw from: per tower [least, most]."""
+        narrowest, widest = min(self.settings.width_shares), max(self.settings.width_shares)
+        return {
+            tower: {
+                "layers": [self.settings.min_layers, self.max_layers[tower]],
+                "width": [self._width(tower, narrowest), self._width(tower, widest)],
+            }
+            for tower in TOWERS
+        }
 
     def auxiliary_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The learngene's part of the engine's gathered state (the maps are left behind)."""
         return _strip(state, "model.") if isinstance(self.model, WithHiddenMaps) else dict(state)
+
+    def export(self, state: Mapping[str, Tensor], out: Path) -> dict[str, Any]:
+        """OUT/learngene.safetensors."""
+        learngene = Learngene.from_auxiliary(
+            self.auxiliary.structure,
+            self.auxiliary_state(state),
+            spec=self.spec,
+            extraction=asdict(self.settings),
+            trained=self.trained_range(),
+        )
+        file = out / "learngene.safetensors"
+        learngene.save(file)
+        return {
+            "params": learngene.num_params,
+            "bytes": file.stat().st_size,
+            "sha256": file_digest(file, "learngene"),
+            "block_params": learngene.block_params,
+            "stem_params": learngene.stem_params,
+        }
+
+
+def most_layers(settings: recipe.Extraction, config: Mapping[str, Any]) -> dict[str, int]:
+    """The largest depth of each tower that extraction draws. Raises UserError where it is below the least."""
+    found = {tower: settings.max_layers or towers.num_layers(config, tower) for tower in TOWERS}
+    for tower, most in found.items():
+        if most < settings.min_layers:
+            raise UserError(f"recipe key extraction.min_layers: is {settings.min_layers}, the {tower} tower has {most}. Use fewer.")
+    return found
 
 
 def _strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

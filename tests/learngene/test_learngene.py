@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,10 @@ from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP, learngene_tensors
 from mmlg_scale.learngene.baselines import even_layers, initialise
 from mmlg_scale.learngene.compose import compose_layers
-from mmlg_scale.learngene.file import Learngene
+from mmlg_scale.learngene.file import Learngene, RangeWarning
 from mmlg_scale.learngene.mixing import knot_weights, relative_depth
 from mmlg_scale.learngene.structure import Structure
-from tests.training.tiny import CONFIG, batch
+from tests.training.tiny import ANY_SIZE, CONFIG, batch
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,13 @@ def auxiliary() -> AuxiliaryCLIP:
 
 @pytest.fixture(scope="module")
 def learngene(auxiliary: AuxiliaryCLIP) -> Learngene:
-    return Learngene.from_auxiliary(auxiliary.structure, auxiliary.state_dict(), tokenizer_files={}, extraction={"steps": 1})
+    return Learngene.from_auxiliary(
+        auxiliary.structure,
+        auxiliary.state_dict(),
+        spec=towers.ModelSpec(auxiliary.structure.config),
+        extraction={"steps": 1},
+        trained=ANY_SIZE,
+    )
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 7])
@@ -172,7 +180,9 @@ def test_quick_gelu_is_carried(tmp_path: Path) -> None:
     config = towers.model_config({**CONFIG, "quick_gelu": True})
     state = towers.build_clip(config, seed=1).state_dict()
     model = AuxiliaryCLIP.from_ancestor(state, Structure(config, num_knots=3), seed=0)
-    gene = Learngene.from_auxiliary(model.structure, model.state_dict(), tokenizer_files={}, extraction={})
+    gene = Learngene.from_auxiliary(
+        model.structure, model.state_dict(), spec=towers.ModelSpec(model.structure.config), extraction={}, trained=ANY_SIZE
+    )
     gene.descend(image_layers=2, text_layers=2).export(tmp_path / "m")
     clip = towers.open_clip.create_model(f"local-dir:{tmp_path / 'm'}").eval()
     assert type(clip.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
@@ -200,7 +210,9 @@ def test_a_siglip_model_keeps_its_bias(tmp_path: Path) -> None:
     auxiliary = AuxiliaryCLIP.from_ancestor(towers.build_clip(config, seed=1).state_dict(), Structure(config, num_knots=3), seed=2)
     with torch.no_grad():
         auxiliary._get("stem.logit_bias").fill_(-7.5)
-    Learngene.from_auxiliary(auxiliary.structure, auxiliary.state_dict(), tokenizer_files={}, extraction={}).save(tmp_path / "g")
+    Learngene.from_auxiliary(
+        auxiliary.structure, auxiliary.state_dict(), spec=towers.ModelSpec(auxiliary.structure.config), extraction={}, trained=ANY_SIZE
+    ).save(tmp_path / "g")
     load_learngene(tmp_path / "g").descend(image_layers=3, text_layers=2).export(tmp_path / "m")
     model, _, _ = towers.open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'm'}")
     images, texts = batch(0)
@@ -213,7 +225,7 @@ def test_a_siglip_model_keeps_its_bias(tmp_path: Path) -> None:
     assert torch.allclose(scale * image @ text.T + bias, logits - 7.5, atol=1e-4)
     single = load_learngene(tmp_path / "g").descend(image_layers=2, text_layers=None, modality="image")
     assert not [name for name in single.state if "logit" in name]
-    assert towers.load_clip(tmp_path / "m")[1]["logit_bias"].shape == (1,)
+    assert towers.load_clip(tmp_path / "m").state["logit_bias"].shape == (1,)
 
 
 def test_damaged_files_are_refused(learngene: Learngene, tmp_path: Path) -> None:
@@ -228,7 +240,7 @@ def test_damaged_files_are_refused(learngene: Learngene, tmp_path: Path) -> None
         load_learngene(path)
     learngene.save(path)
     change_header(path, version=1)
-    with pytest.raises(UserError, match="version 1; this program reads 'mmlg-learngene' version 2"):
+    with pytest.raises(UserError, match="version 1; this program reads 'mmlg-learngene' version 3"):
         load_learngene(path)
     learngene.save(path)
     change_header(path, sign=False, extraction={"steps": 2})
@@ -242,7 +254,7 @@ def test_damaged_files_are_refused(learngene: Learngene, tmp_path: Path) -> None
     save_file({k: v for k, v in load_file(path).items() if k != "multimodal"}, path, metadata=metadata_of(path))
     with pytest.raises(UserError, match="lacks the tensor multimodal"):
         load_learngene(path)
-    wrong = Learngene({**learngene.tensors, "vectors_text": torch.zeros(5, 7)}, learngene.structure, {}, {})
+    wrong = replace(learngene, tensors={**learngene.tensors, "vectors_text": torch.zeros(5, 7)})
     wrong.save(path)
     with pytest.raises(UserError, match=r"vectors_text has shape \(5, 7\)"):
         load_learngene(path)
@@ -268,3 +280,22 @@ def test_an_export_is_not_overwritten_unasked(learngene: Learngene, tmp_path: Pa
     with pytest.raises(UserError, match="exists"):
         descendant.export(tmp_path / "other", overwrite=True)
     assert (tmp_path / "other" / "file").read_text() == "kept"
+
+
+def test_sizes_that_were_not_trained_are_named(learngene: Learngene, tmp_path: Path) -> None:
+    """Depths and widths outside the header's range warn, each by name; those inside do not, and a saved file knows its range."""
+    trained = {"image": {"layers": [2, 3], "width": [16, 16]}, "text": {"layers": [2, 3], "width": [8, 16]}}
+    replace(learngene, trained=trained).save(tmp_path / "g.safetensors")
+    gene = load_learngene(tmp_path / "g.safetensors")
+    assert gene.trained == trained
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gene.descend(image_layers=2, text_layers=3, text_width=8)
+        gene.descend(image_layers=2, modality="image")
+    with pytest.warns(RangeWarning) as said:
+        gene.descend(image_layers=1, text_layers=4, image_width=8)
+    assert [str(warning.message) for warning in said] == [
+        "image layers 1: this learngene was trained for 2 to 3; expect a model near chance.",
+        "image width 8: this learngene was trained for 16 only; expect a weaker model; check it.",
+        "text layers 4: this learngene was trained for 2 to 3; expect a weaker model; check it.",
+    ]

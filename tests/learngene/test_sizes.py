@@ -19,6 +19,7 @@ from mmlg_scale.learngene.compose import compose_layers
 from mmlg_scale.learngene.file import Learngene
 from mmlg_scale.learngene.mixing import fixed_weights
 from mmlg_scale.learngene.structure import Structure
+from tests.training.tiny import ANY_SIZE
 
 # An image tower of 3 heads and a text tower of 2, all of dimension 8.
 UNEQUAL = {
@@ -42,7 +43,9 @@ def randomised(structure: Structure, seed: int = 0) -> AuxiliaryCLIP:
 
 
 def gene_of(model: AuxiliaryCLIP) -> Learngene:
-    return Learngene.from_auxiliary(model.structure, model.state_dict(), tokenizer_files={}, extraction={})
+    return Learngene.from_auxiliary(
+        model.structure, model.state_dict(), spec=towers.ModelSpec(model.structure.config), extraction={}, trained=ANY_SIZE
+    )
 
 
 def inputs() -> tuple[Tensor, Tensor]:

@@ -17,7 +17,9 @@ from torch.distributed.nn.functional import all_reduce
 from torch.distributed.tensor import DTensor
 
 from mmlg_scale import recipe
+from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.engine import Engine, start_ranks, stop_ranks
+from mmlg_scale.training.inputs import Inputs
 from mmlg_scale.training.stages import ClipStage, ExtractionStage, Stage
 from mmlg_scale.training.step import compute_gradients
 from tests.training.tiny import BATCH, OPTIMIZER, STEPS, batch, build_stage
@@ -113,17 +115,27 @@ def make(case: Case, device: torch.device, name: str = "sgd") -> tuple[Stage, En
     """The case's stage and an engine around it."""
     stage = build_stage(case.kind, device, accumulation=case.accumulation, patch_dropout=case.patch_dropout, shard=case.shard)
     if isinstance(stage, ExtractionStage):
-        stage.settings.compose_per_layer = case.per_layer
+        stage.compose_per_layer = case.per_layer
         kept = [p.to_local() if isinstance(p, DTensor) else p for p in stage.teacher.model.parameters()]
         share = sum(p.numel() for p in kept) / sum(p.numel() for p in stage.teacher.model.parameters())
         assert share < 0.55 if case.shard else share == 1
-    settings = recipe.Engine(
+    runtime = Runtime(
         zero_stage=case.zero_stage,  # type: ignore[arg-type]
-        precision=case.precision,  # type: ignore[arg-type]
+        persistence_threshold=0,  # else ZeRO-3 leaves models as small as these whole on every rank
         activation_checkpointing=case.checkpointing,
     )
     optimizer = OPTIMIZER if name == "sgd" else recipe.Optimizer(learning_rate=1e-3)
-    engine = Engine(stage.model, stage.parameter_groups(), settings=settings, batch_size=BATCH, optimizer=optimizer, name=name)
+    engine = Engine(
+        stage.model,
+        stage.parameter_groups(),
+        runtime=runtime,
+        batch_size=BATCH,
+        optimizer=optimizer,
+        precision=case.precision,
+        name=name,
+    )
+    if case.zero_stage == 3:
+        assert all(parameter.numel() == 0 for parameter in stage.model.parameters())  # each rank holds its part alone
     return changed(stage, case.change), engine
 
 
@@ -132,7 +144,7 @@ def advance(stage: Stage, engine: Engine, steps: range) -> None:
     rows = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
     for step in steps:
         images, texts = batch(step)
-        compute_gradients(stage, engine, images[rows], texts[rows], step)
+        compute_gradients(stage, engine, Inputs(images[rows], texts[rows]), step)
         engine.step(rate_factor=1.0)
 
 
@@ -158,7 +170,7 @@ def resume(kind: str, zero_stage: int, device: torch.device, out: Path) -> None:
 
 
 def main(out: Path) -> None:
-    device = start_ranks(recipe.Engine())
+    device = start_ranks(Runtime())
     for case in (*EXACT, *WRONG, *BF16):
         stage, engine = make(case, device)
         advance(stage, engine, range(STEPS))

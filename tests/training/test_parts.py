@@ -15,7 +15,8 @@ from mmlg_scale.accounting import forward_flops
 from mmlg_scale.objectives import contrastive, distillation, feature_distance, hidden_distance
 from mmlg_scale.training.loop import rate_factor
 from mmlg_scale.training.meters import Meters
-from mmlg_scale.training.stages import ExtractionStage, decay_groups, tap_layers
+from mmlg_scale.training.stages import ClipStage, ExtractionStage, parameter_groups
+from mmlg_scale.training.teacher import LiveTeacher, tap_layers
 from tests.training.tiny import CONFIG, build_stage
 
 
@@ -100,14 +101,14 @@ def test_several_students_share_the_teacher() -> None:
     assert [step[0] for step in sizes] == [one.sizes(step)[0] for step in range(20)]
     assert len({size["image_layers"] for step in sizes for size in step}) > 1
     assert any(step[0] != step[1] for step in sizes)
-    alone = [forward_flops(towers.with_sizes(three.teacher.config, **size))["total"] for size in sizes[0]]
+    alone = [forward_flops(towers.with_sizes(three.spec.config, **size))["total"] for size in sizes[0]]
     assert three.flops(0) == (3 * sum(alone), one.flops(0)[1])
 
 
 def test_only_matrices_decay() -> None:
     clip = towers.build_clip(towers.model_config(CONFIG), seed=0)
     names = {id(parameter): name for name, parameter in clip.named_parameters()}
-    decayed, free = decay_groups(clip, recipe.Optimizer(weight_decay=0.3))
+    decayed, free = sorted(parameter_groups(clip, recipe.Optimizer(weight_decay=0.3)), key=lambda group: -group["weight_decay"])
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
     found = {names[id(parameter)] for parameter in decayed["params"]}
     assert {"visual.conv1.weight", "visual.proj", "text_projection", "transformer.resblocks.0.mlp.c_fc.weight"} <= found
@@ -127,6 +128,23 @@ def test_extraction_rates() -> None:
     assert settings[id(auxiliary.get_parameter("stem/visual/proj"))] == (0.5, 0.1)
     assert settings[id(auxiliary.get_parameter("stem/logit_scale"))] == (0.5, 0.0)
     assert len(settings) == len(list(stage.model.parameters()))
+
+
+def test_hidden_maps_decay_in_no_kind_of_training() -> None:
+    """Separate distillation, the baseline, treats its maps as extraction does."""
+    model = towers.Bundle(
+        towers.ModelSpec(towers.model_config(CONFIG)), towers.build_clip(towers.model_config(CONFIG), seed=1).state_dict()
+    )
+    teacher = LiveTeacher(model, torch.device("cpu"))
+    weights, training = recipe.DistillationLoss(), recipe.Training()
+    distillation_stage = ClipStage("distil", model, training, torch.device("cpu"), teacher=teacher, weights=weights)
+    extraction = build_stage("extraction", torch.device("cpu"))
+    extraction.training = training
+    for stage in (distillation_stage, extraction):
+        decays = {id(p): group["weight_decay"] for group in stage.parameter_groups() for p in group["params"]}
+        named = dict(stage.model.named_parameters())
+        assert [decays[id(named[f"{tower}_map.weight"])] for tower in ("image", "text")] == [0.0, 0.0]
+        assert 0.1 in decays.values()
 
 
 def test_depths_are_drawn_by_seed_and_step_alone() -> None:

@@ -10,7 +10,9 @@ from torch import Tensor
 from mmlg_scale import recipe, towers
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
 from mmlg_scale.learngene.structure import Structure
-from mmlg_scale.training.stages import ClipStage, ExtractionStage, Stage, Teacher
+from mmlg_scale.training.inputs import Inputs
+from mmlg_scale.training.stages import ClipStage, ExtractionStage, Stage
+from mmlg_scale.training.teacher import LiveTeacher
 
 CONFIG = {
     "embed_dim": 16,
@@ -19,6 +21,8 @@ CONFIG = {
 }
 BATCH, STEPS = 32, 3
 KINDS = ("ancestor", "extraction")
+ANY_SIZE = {tower: {"layers": [1, 1000], "width": [1, 100_000]} for tower in ("image", "text")}
+"""For learngenes of tests: no size is outside what was trained."""
 OPTIMIZER = recipe.Optimizer(learning_rate=0.05, weight_decay=0.0, gradient_clipping=0.0)
 
 
@@ -43,20 +47,20 @@ def build_stage(kind: str, device: torch.device, *, accumulation: int = 1, patch
     config = towers.model_config(CONFIG | {"vision_cfg": {**CONFIG["vision_cfg"], "patch_dropout": patch_dropout}})  # type: ignore[dict-item]
     if kind.startswith("siglip"):
         config = towers.with_logit_bias(config)
-    state = towers.build_clip(config, seed=1).state_dict()
+    model = towers.Bundle(towers.ModelSpec(config), towers.build_clip(config, seed=1).state_dict())
     if kind in ("ancestor", "siglip"):
-        return ClipStage("ancestor", config, state, training, device, seed=4)
-    auxiliary = AuxiliaryCLIP.from_ancestor(state, Structure(config, num_knots=4), seed=2)
+        return ClipStage("ancestor", model, training, device, seed=4)
+    auxiliary = AuxiliaryCLIP.from_ancestor(model.state, Structure(config, num_knots=4), seed=2)
     loss = recipe.DistillationLoss(affinity=2.0 if kind == "affinity" else 0.0)
     settings = recipe.Extraction(training=training, min_layers=2, loss=loss, students_per_step=3 if kind == "students" else 1)
-    return ExtractionStage(settings, auxiliary, Teacher(config, state, device, shard=shard), device, seed=3)
+    return ExtractionStage(settings, auxiliary, LiveTeacher(model, device, shard=shard), device, seed=3)
 
 
 def plain_loss(stage: Stage, step: int) -> Tensor:
     """The loss of a step on the whole batch in one piece, in one process."""
     images, texts = batch(step)
     patches = stage.patches(step, 0, BATCH)
-    targets = stage.targets(nullcontext, images, texts, patches)
+    targets = stage.targets(nullcontext, Inputs(images, texts, patches))
     outputs = [stage.model(images, texts, patches=patches, **student) for student in stage.students(step)]
     return torch.stack([stage.objective(output, targets, texts)[0] for output in outputs]).mean()
 

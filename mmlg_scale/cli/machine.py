@@ -1,0 +1,56 @@
+"""Commands about where things run: launch, doctor."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mmlg_scale.cli.parsing import make_parser, parse
+from mmlg_scale.errors import UserError
+
+
+def launch_local(arguments: list[str]) -> int:
+    """mmlg launch local."""
+    if "--" not in arguments:
+        arguments = [*arguments, "--"]
+    split = arguments.index("--")
+    parser = make_parser(
+        "launch local",
+        "Run any mmlg command on several local processes: mmlg launch local --num-processes 2 -- train ...",
+    )
+    parser.add_argument("--num-processes", type=int, default=1, help="Ranks.")
+    parser.add_argument("--run-folder", type=str, default="runs/launch", help="Where state and logs are written.")
+    args = parse(parser, arguments[:split])
+    command = arguments[split + 1 :]
+    command = command[1:] if command[:1] == ["mmlg"] else command
+    if not command:
+        raise UserError("no command after --. Example: mmlg launch local --num-processes 2 -- train demo --data DIR --out DIR.")
+    from mmlg_launchers import LocalLauncher, Resources
+
+    launcher = LocalLauncher(stream=True)
+    argv = [sys.executable, "-m", "mmlg_scale", *command]
+    job = launcher.submit(argv, Resources(num_processes=args.num_processes), Path(args.run_folder))
+    try:
+        job.wait()
+    except KeyboardInterrupt:
+        job.cancel()
+        raise
+    return job.exit_code or 0
+
+
+def doctor(arguments: list[str]) -> int:
+    """mmlg doctor."""
+    parser = make_parser(
+        "doctor",
+        "Check what training needs on this machine: packages, GPU, kernels, communication, memory, disk, Slurm. For each: what was found, "
+        "and what to do. ok: there; absent: training goes without it; missing: training needs it, and the exit code is 1.",
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of objects with name, state, found and remedy")
+    options = parse(parser, arguments)
+    import contextlib
+
+    from mmlg_scale.doctor import examine, report
+
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed says things on standard output when it is imported
+        findings = examine()
+    return report(findings, as_json=options.json)

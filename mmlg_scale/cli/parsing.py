@@ -1,0 +1,94 @@
+"""What commands share: parsers, recipes as options, errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmlg_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from mmlg_scale.recipe import Recipe
+    from mmlg_scale.runtime import Runtime
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """ " Did you mean ...?" with the nearest choice, or nothing."""
+    found = difflib.get_close_matches(word, choices, n=1, cutoff=0.4)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def make_parser(name: str, description: str) -> ArgumentParser:
+    """The parser of a command."""
+    from mmlg_scale.recipe_file import new_parser
+
+    return new_parser(f"mmlg {name}", description)
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
+    """Parse, turning what argparse says of a mistake into one line with the nearest valid option."""
+    options = {option for action in parser._actions for option in action.option_strings}
+    try:
+        return parser.parse_args([_underscored(word, options) for word in arguments])
+    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
+        message = " ".join(str(error).split())
+        unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        hint = nearest(unknown[0], sorted(options)) if message.startswith("unrecognized") and unknown else ""
+        raise UserError(f"{message}.{hint} See {parser.prog} --help.") from error
+
+
+def _underscored(word: str, options: set[str]) -> str:
+    """Recipe fields are spelled with underscores, command options with hyphens; both spellings of either are understood."""
+    name, equals, value = word.partition("=")
+    for other in ("--" + name[2:].replace("-", "_"), "--" + name[2:].replace("_", "-")):
+        if name.startswith("--") and name not in options and other in options:
+            return other + equals + value
+    return word
+
+
+def required(args: Any, *names: str) -> None:
+    """Raise UserError for the first option that was not given. Checked here so that --print-config needs none of them."""
+    for name in names:
+        if getattr(args, name.replace("-", "_")) is None:
+            raise UserError(f"--{name} is missing. See --help.")
+
+
+def parse_recipe(parser: ArgumentParser, arguments: list[str]) -> tuple[Any, Recipe, Runtime] | None:
+    """Parse a command whose first argument is a recipe; every field of recipe and runtime is an option of the command.
+
+    With --print-config, prints the resolved recipe, a valid recipe file, and returns None.
+    """
+    import yaml
+
+    from mmlg_scale.recipe_file import add_recipe_options, check_keys, recipe_of, resolve_recipe_path, to_content
+
+    parser.add_argument("--print-config", action="store_true", help="Print the resolved recipe, which is a valid recipe file, and stop.")
+    add_recipe_options(parser)
+    if arguments and not arguments[0].startswith("-"):
+        path = resolve_recipe_path(arguments[0])
+        check_keys(path)
+        arguments = ["--recipe", str(path), *arguments[1:]]
+    args = parse(parser, arguments)
+    recipe, runtime = recipe_of(args)
+    if args.print_config:
+        yaml.safe_dump(to_content(recipe, runtime), sys.stdout, sort_keys=False)
+        return None
+    return args, recipe, runtime
+
+
+def path_or_none(value: str | None) -> Path | None:
+    """A path option that may be left out."""
+    return None if value is None else Path(value)
+
+
+def progress(name: str) -> Callable[[Any], Any]:
+    """A progress bar around an iterable, on a terminal."""
+    from rich.progress import track
+
+    return lambda items: track(items, description=name, disable=not sys.stderr.isatty())

@@ -1,0 +1,51 @@
+"""How a run is done: ranks, workers, caches, cadence, trackers. None of it is part of a run's identity.
+
+A run may be stopped and resumed with other settings of these, and a finished one stays valid. Results agree to rounding, not to the last
+digit, where the number of ranks or threads or the ZeRO stage differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mmlg_scale.ranges import NonNegativeInt, PositiveInt
+
+TrackerName = Literal["jsonl", "tensorboard", "wandb"]
+
+
+@dataclass
+class Runtime:
+    """How a run is done; never changes what is computed, but for rounding."""
+
+    num_processes: PositiveInt = 1
+    """Ranks of each training step of `mmlg family`."""
+    parallel: PositiveInt | None = None
+    """Steps of `mmlg family` that run side by side; null: as many as the cores allow, or one for each GPU."""
+    threads: PositiveInt | None = 1
+    """CPU threads per rank; null: the cores divided by the ranks."""
+    num_workers: NonNegativeInt = 0
+    """Loader processes per rank; 0 decodes in the training process (small images are cached after their first use)."""
+    cache_decoded: bool = True
+    """Keep decoded images in memory where the whole split takes at most 512 MiB."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: what is divided among the ranks (1: optimiser state, 2: and gradients, 3: and parameters)."""
+    persistence_threshold: NonNegativeInt = 100_000
+    """ZeRO-3 keeps parameters with fewer numbers than this whole on every rank."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of each transformer block and recompute it in the backward pass: less memory, a third more compute."""
+    compose_per_layer: bool = False
+    """Extraction sums a layer's matrices when it runs, not all before the first; with activation_checkpointing one layer's are in
+    memory."""
+    shard_ancestor: bool = False
+    """Each rank keeps its part of the frozen ancestor and gathers a block when it runs: less memory, more communication."""
+    log_every: PositiveInt = 10
+    """Steps between logged figures."""
+    checkpoint_every: PositiveInt | None = None
+    """Steps between checkpoints; null: one after each evaluation."""
+    keep_checkpoints: PositiveInt = 2
+    """Checkpoints kept of a run under way; a finished run keeps none."""
+    trackers: list[TrackerName] = field(default_factory=lambda: ["jsonl", "tensorboard"])
+    """Where figures go: jsonl (metrics.jsonl in the run's folder, which progress bars read), tensorboard, wandb (Weights & Biases)."""
+    wandb_project: str = "mmlg_scale"
+    """Project of the Weights & Biases runs."""

@@ -1,0 +1,156 @@
+"""A run's folder: who may write in it, and whose run it is.
+
+    RUN/
+      .lock                       held while a process works here: host, pid, since when
+      run.json                    the run's identity: written first, compared at every start
+      metrics.jsonl, tensorboard/ the curves
+      checkpoints/                of a run under way, see `checkpoint`
+      model/, learngene...        what the run exports
+      result.json                 written last: with it the run is complete
+
+An identity is {"role", ..., "recipe": the keys that the run depends on, "inputs": a digest of each thing that it reads}.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mmlg_scale.errors import UserError
+from mmlg_scale.files import write_json_atomic
+
+IDENTITY_FILE, RESULT_FILE, LOCK_FILE = "run.json", "result.json", ".lock"
+_LEFTOVER = re.compile(r"\.lock|\..*\.tmp")
+"""What a start that was killed while it claimed the folder may have left in it."""
+_OF_A_START = ("metrics.jsonl", "tensorboard", "wandb", "checkpoints", "metrics_at_0.json", "data-skipped.json", "data-faults-rank*.jsonl")
+"""What a run writes before its first checkpoint."""
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, so that no two processes write in it.
+
+    The kernel lets go of the lock when its holder ends, however it ends: the next start takes over from a dead one. Over a network file
+    system this reaches as far as its locks do (NFS 4, Lustre with flock).
+
+    Raises:
+        UserError: another process holds it (names host, process and since when), or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A symbolic link in place of the lock could name any file: it is not followed.
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except FileExistsError as error:
+        raise UserError(f"{folder} is a file. Give another --out.") from error
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to: {error.strerror}. Give another --out.") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise UserError(f"{folder} is in use by {_holder(descriptor)}. Wait for it, or give another --out.") from error
+            print(f"{folder}: this file system has no locks ({error.strerror}): a second start would not be noticed.", file=sys.stderr)
+        content = {"host": platform.node(), "pid": os.getpid(), "since": datetime.now().astimezone().isoformat(timespec="seconds")}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(content).encode(), 0)
+        yield
+        os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        content = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {content['pid']} on {content['host']} since {content['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a run. Raises UserError where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}). Remove the folder and start the run again.") from error
+
+
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """The result of a complete run; None where it is not complete."""
+    file = folder / RESULT_FILE
+    return read_json(file) if file.is_file() else None
+
+
+def claim(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Make `folder`, which is held, the run of this identity, or recognise it; returns the result of a complete run, else None.
+
+    A run of another identity that came to neither a checkpoint nor a result gives way: there is nothing to lose.
+
+    Raises:
+        UserError: the folder holds another run (names the keys that differ), or files that are no run's.
+    """
+    identity = json.loads(json.dumps(identity))
+    differing = differences(folder, identity)
+    if differing is None:
+        foreign = [path.name for path in folder.iterdir() if not _LEFTOVER.fullmatch(path.name)]
+        if foreign:
+            raise UserError(f"{folder} exists and holds no run of mmlg, but {foreign[0]}. Give another --out, or an empty folder.")
+    elif differing:
+        if has_work(folder):
+            raise UserError(f"{folder} holds another run: {'; '.join(differing)}. Give another --out, or remove that folder.")
+        for path in [path for pattern in _OF_A_START for path in folder.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        print(f"{folder}: an earlier start ({'; '.join(differing)}) left no checkpoint; starting anew.", file=sys.stderr)
+    else:
+        return result_of(folder)
+    write_json_atomic(folder / IDENTITY_FILE, identity)
+    return None
+
+
+def has_work(folder: Path) -> bool:
+    """Whether a run has something to lose: a result or a checkpoint."""
+    return (folder / RESULT_FILE).exists() or any((folder / "checkpoints").glob("step-*")) or (folder / "blocks").exists()
+
+
+def differences(folder: Path, identity: Mapping[str, Any]) -> list[str] | None:
+    """In what the run in `folder` differs from `identity`, in words, by dotted key; None where the folder holds no run."""
+    file = folder / IDENTITY_FILE
+    if not file.is_file():
+        return None
+    return list(_differences(read_json(file), json.loads(json.dumps(identity)), ""))
+
+
+def _differences(found: Any, wanted: Any, key: str) -> Iterator[str]:
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        for name in sorted({*found, *wanted}):
+            inner = name if not key else f"{key}.{name}"
+            yield from _differences(found.get(name), wanted.get(name), inner)
+    elif found != wanted:
+        key = key.removeprefix("recipe.")
+        if key.startswith("inputs."):
+            yield f"another {key.removeprefix('inputs.').replace('_', ' ')} (sha256 {str(found)[:8]}, now {str(wanted)[:8]})"
+        else:
+            yield f"{key} was {json.dumps(found)}, now {json.dumps(wanted)}"
+
+
+def set_aside(folder: Path, store: Path) -> Path:
+    """Move a superseded run out of the way, whole, to a new place below `store`; returns where it is now."""
+    number = 1
+    while (store / f"{folder.name}-{number}").exists():
+        number += 1
+    store.mkdir(parents=True, exist_ok=True)
+    target = store / f"{folder.name}-{number}"
+    os.replace(folder, target)
+    return target

@@ -1,0 +1,370 @@
+"""The roles that a run can have: ancestor, extraction, descendant or baseline. What each reads, builds, and compares at a restart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from mmlg_scale import recipe, towers
+from mmlg_scale.accounting import first_reached
+from mmlg_scale.data.corpus import PairSet, choose_tokenizer
+from mmlg_scale.digests import file_digest
+from mmlg_scale.errors import UserError
+from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
+from mmlg_scale.learngene.baselines import FROM_ANCESTOR, FROM_LEARNGENE, initialise
+from mmlg_scale.learngene.file import Learngene, load_learngene
+from mmlg_scale.learngene.structure import Structure
+from mmlg_scale.runtime import Runtime
+from mmlg_scale.training.folder import result_of
+from mmlg_scale.training.loop import Curve
+from mmlg_scale.training.stages import ClipStage, ExtractionStage, Stage, TowerStage, most_layers
+from mmlg_scale.training.teacher import CachedTeacher, LiveTeacher, Teacher
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a role builds its stage."""
+
+    pairs: PairSet
+    runtime: Runtime
+    device: torch.device
+
+
+class Role(Protocol):
+    """What a training run needs to know of its subject."""
+
+    @property
+    def settings(self) -> recipe.Recipe:
+        """The recipe."""
+        ...
+
+    @property
+    def evaluate_first(self) -> bool:
+        """Whether the model is worth evaluating before any training."""
+        ...
+
+    def check(self, pairs: PairSet) -> None:
+        """Raise UserError for whatever can be known to fail before anything is built."""
+        ...
+
+    def identity(self, pairs: PairSet) -> dict[str, Any]:
+        """What the run is, see `folder`."""
+        ...
+
+    def build(self, context: Context) -> Stage:
+        """The stage, its weights before training."""
+        ...
+
+    def stop(self, curve: Curve) -> bool:
+        """Whether training ends after the evaluations so far."""
+        ...
+
+
+def recipe_config(settings: recipe.Recipe) -> dict[str, Any] | None:
+    """The recipe's open_clip configuration; None where the recipe leaves it to a model folder. A vocab_size left out stays out."""
+    named = settings.model.config if settings.model.config is not None else settings.model.architecture
+    if named is None:
+        return None
+    config = towers.model_config(named)
+    return towers.with_logit_bias(config) if settings.model.loss == "siglip" else config
+
+
+def fresh_spec(settings: recipe.Recipe, pairs: PairSet) -> towers.ModelSpec:
+    """What a model trained from scratch on `pairs` is; a vocab_size left out is the tokenizer's.
+
+    Raises:
+        UserError: the recipe names no architecture, or one whose vocabulary is smaller than the tokenizer's.
+    """
+    config = recipe_config(settings)
+    if config is None:
+        raise UserError("recipe key model: has no architecture. Name an open_clip configuration, or give one inline as model.config.")
+    tokenizer = choose_tokenizer(pairs, None, settings.data.tokenizer, what="a model trained from scratch")
+    config["text_cfg"].setdefault("vocab_size", tokenizer.vocab_size)
+    return _fitting(towers.ModelSpec(config, tokenizer=tokenizer), str(pairs.root))
+
+
+def load_ancestor(settings: recipe.Recipe, path: Path, pairs: PairSet) -> towers.Bundle:
+    """The ancestor at `path`, a model folder or a file of weights for the recipe's architecture.
+
+    Raises:
+        UserError: no such model, another architecture than the recipe's, or another tokenizer than the data set's.
+    """
+    config = recipe_config(settings)
+    if config is None and not path.is_dir():
+        raise UserError(f"recipe key model: has no architecture, and {path} is a file of weights alone. Name the architecture.")
+    model = towers.load_clip(path) if config is None else towers.load_ancestor(path, config)
+    choose_tokenizer(pairs, model.spec.tokenizer, settings.data.tokenizer, what=str(path))
+    return towers.Bundle(_fitting(model.spec, str(path)), model.state)
+
+
+def _fitting(spec: towers.ModelSpec, what: str) -> towers.ModelSpec:
+    has, vocabulary = spec.tokenizer.vocab_size, spec.config["text_cfg"].get("vocab_size", 49408)
+    if has > vocabulary:
+        raise UserError(
+            f"{what}: its tokenizer ({towers.told(spec.tokenizer)}) has {has} ids, the model's vocab_size is {vocabulary}. "
+            "Leave recipe key model.config.text_cfg.vocab_size out, or give the model folder with its own tokenizer."
+        )
+    return spec
+
+
+def _spec(settings: recipe.Recipe, pairs: PairSet, ancestor: Path | None) -> towers.ModelSpec:
+    """The spec of the family's models: the ancestor's where it is there already."""
+    known = ancestor if ancestor is not None else Path(settings.model.weights) if settings.model.weights is not None else None
+    return load_ancestor(settings, known, pairs).spec if known is not None else fresh_spec(settings, pairs)
+
+
+@dataclass(frozen=True)
+class AncestorRole:
+    """The ancestor: trained from scratch, or read from the recipe's weights."""
+
+    settings: recipe.Recipe
+
+    @property
+    def evaluate_first(self) -> bool:
+        return self.settings.model.weights is not None
+
+    def check(self, pairs: PairSet) -> None:
+        if self.settings.model.weights is None:
+            fresh_spec(self.settings, pairs)
+
+    def identity(self, pairs: PairSet) -> dict[str, Any]:
+        weights = self.settings.model.weights
+        if weights is not None:
+            inputs = {"weights": file_digest(Path(weights), "recipe key model.weights")}
+        else:
+            inputs = {"model_spec": fresh_spec(self.settings, pairs).digest()}
+        return {"role": "ancestor", "recipe": self.settings.used_by("ancestor"), "inputs": {"data_set": pairs.digest(), **inputs}}
+
+    def build(self, context: Context) -> Stage:
+        settings, training = self.settings, self.settings.ancestor
+        if settings.model.weights is not None:
+            model = load_ancestor(settings, Path(settings.model.weights), context.pairs)
+            training = replace(training, steps=0)
+        else:
+            spec = fresh_spec(settings, context.pairs)
+            model = towers.Bundle(spec, towers.build_clip(spec.config, seed=settings.seed).state_dict())
+        return ClipStage("ancestor", model, training, context.device, seed=settings.seed)
+
+    def stop(self, curve: Curve) -> bool:
+        return False
+
+
+def teacher_of(settings: recipe.Recipe, context: Context, model: towers.Bundle, ancestor: Path, features: Path | None) -> Teacher:
+    """The ancestor that a loss compares with, computing every step or cached.
+
+    Raises:
+        UserError: the recipe keeps features, and there are none.
+    """
+    if not settings.engine.keep_features:
+        return LiveTeacher(model, context.device, shard=context.runtime.shard_ancestor)
+    if features is None:
+        raise UserError("recipe key engine.keep_features needs --features. Give the folder that mmlg features wrote.")
+    return CachedTeacher(features, model.spec, features_identity(settings, context.pairs, ancestor))
+
+
+def features_identity(settings: recipe.Recipe, pairs: PairSet, ancestor: Path) -> dict[str, Any]:
+    """What cached features are of: the ancestor, the data set, the precision."""
+    inputs = {"data_set": pairs.digest(), "ancestor": file_digest(ancestor, "--ancestor-model")}
+    return {"role": "features", "recipe": settings.used_by("features"), "inputs": inputs}
+
+
+@dataclass(frozen=True)
+class ExtractionRole:
+    """Distilling a learngene out of the ancestor; `method` is mmlg, or tleg or sws with the settings of the recipe's baselines."""
+
+    settings: recipe.Recipe
+    ancestor: Path
+    method: str = "mmlg"
+    features: Path | None = None
+    evaluate_first: ClassVar[bool] = False
+
+    @property
+    def extraction(self) -> recipe.Extraction:
+        """The method's settings. Raises UserError where the recipe leaves them out."""
+        found = self.settings.extraction if self.method == "mmlg" else self.settings.baselines.learngenes().get(self.method)
+        if found is None:
+            raise UserError(f"recipe key baselines.{self.method} is null: this baseline is left out. Give it settings to extract it.")
+        return found
+
+    def check(self, pairs: PairSet) -> None:
+        config = recipe_config(self.settings)
+        if config is not None:
+            most_layers(self.extraction, config)
+
+    def identity(self, pairs: PairSet) -> dict[str, Any]:
+        inputs = {"data_set": pairs.digest(), "ancestor": file_digest(self.ancestor, "--ancestor-model")}
+        used = self.settings.used_by("extraction", init=self.method)
+        return {"role": "extraction", "method": self.method, "recipe": used, "inputs": inputs}
+
+    def build(self, context: Context) -> Stage:
+        model, extraction = load_ancestor(self.settings, self.ancestor, context.pairs), self.extraction
+        structure = Structure(model.spec.config, **{key: getattr(extraction, key) for key in Structure.SETTINGS})
+        return ExtractionStage(
+            extraction,
+            AuxiliaryCLIP.from_ancestor(model.state, structure, seed=self.settings.seed),
+            teacher_of(self.settings, context, model, self.ancestor, self.features),
+            context.device,
+            seed=self.settings.seed,
+            compose_per_layer=context.runtime.compose_per_layer,
+        )
+
+    def stop(self, curve: Curve) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class DescendantRole:
+    """A descendant (or a baseline at its size): written or drawn, evaluated untrained, trained, exported.
+
+    A single tower is written and evaluated together with the ancestor's other tower, and not trained.
+
+    Attributes:
+        init: mmlg, tleg, sws, scratch, even or distil.
+        target_of: a finished scratch run: where the recipe says so, training stops once it is at that run's quality in two consecutive
+            evaluations.
+        features: what `mmlg features` wrote, where the recipe keeps features and this run compares with the ancestor.
+    """
+
+    settings: recipe.Recipe
+    init: str
+    size: recipe.Size
+    ancestor: Path | None = None
+    learngene: Path | None = None
+    target_of: Path | None = None
+    features: Path | None = None
+
+    @property
+    def evaluate_first(self) -> bool:
+        return self.init in (*FROM_LEARNGENE, *FROM_ANCESTOR)
+
+    @property
+    def training(self) -> recipe.Training:
+        """The loop's settings. Raises UserError where the recipe leaves the baseline out."""
+        if self.init in FROM_LEARNGENE:
+            found: recipe.Training | None = self.settings.adaptation.training
+        else:
+            found = getattr(self.settings.baselines, self.init)
+        if found is None:
+            raise UserError(f"recipe key baselines.{self.init} is null: this baseline is left out. Give it settings to train it.")
+        return found if self.size.modality == "both" else replace(found, steps=0)
+
+    @property
+    def weights(self) -> recipe.DistillationLoss | None:
+        """The terms that compare with the ancestor, where training has any."""
+        if not self.training.steps:
+            return None
+        if self.init in FROM_LEARNGENE:
+            return self.settings.adaptation.loss
+        return self.settings.baselines.distil_loss if self.init == "distil" else None
+
+    @property
+    def needs_ancestor(self) -> bool:
+        """Whether the ancestor is read."""
+        return self.init in FROM_ANCESTOR or self.size.modality != "both" or self.weights is not None
+
+    def check(self, pairs: PairSet) -> None:
+        for name, given, needed in (
+            ("--ancestor-model", self.ancestor, self.needs_ancestor),
+            ("--learngene", self.learngene, self.init in FROM_LEARNGENE),
+        ):
+            if needed and given is None:
+                raise UserError(f"--init {self.init} needs {name}. Give what mmlg train or mmlg extract wrote.")
+        if self.size.modality != "both" and self.init != "mmlg":
+            raise UserError(f"--modality {self.size.modality} is written from a learngene alone. Use --init mmlg.")
+
+    @property
+    def target(self) -> float | None:
+        """The quality at which training stops. Raises UserError where the scratch run is not complete or lacks the metric."""
+        if self.target_of is None or not self.settings.family.stop_at_target:
+            return None
+        result, metric = result_of(self.target_of), self.settings.evaluation.metric
+        if result is None:
+            raise UserError(f"--target-of {self.target_of} is no complete run. Give the folder of a finished scratch run.")
+        if metric not in result["curve"][-1]:
+            raise UserError(f"--target-of {self.target_of} was not evaluated by {metric}. Train it again, or use another metric.")
+        return float(result["curve"][-1][metric])
+
+    def identity(self, pairs: PairSet) -> dict[str, Any]:
+        inputs = {"data_set": pairs.digest()}
+        if self.init in FROM_LEARNGENE:
+            assert self.learngene is not None
+            inputs["learngene"] = file_digest(self.learngene, "--learngene")
+        elif not self.needs_ancestor:
+            inputs["model_spec"] = _spec(self.settings, pairs, self.ancestor).digest()
+        if self.needs_ancestor:
+            assert self.ancestor is not None
+            inputs["ancestor"] = file_digest(self.ancestor, "--ancestor-model")
+        size = {key: value for key, value in asdict(self.size).items() if key != "in_sum"}
+        target = self.target
+        return {
+            "role": "descendant",
+            "init": self.init,
+            "size": size,
+            "target": target,
+            "recipe": self.settings.used_by("descendant", init=self.init, has_target=target is not None),
+            "inputs": inputs,
+        }
+
+    def build(self, context: Context) -> Stage:
+        settings, weights = self.settings, self.weights
+        ancestor = None
+        if self.needs_ancestor:
+            assert self.ancestor is not None
+            ancestor = load_ancestor(settings, self.ancestor, context.pairs)
+        gene = self._learngene(ancestor, context.pairs)
+        if self.size.modality != "both":
+            assert gene is not None
+            assert ancestor is not None
+            return TowerStage(gene.descend(**self.size.sizes(), modality=self.size.modality), ancestor, context.device)
+        known = gene or ancestor
+        spec = known.spec if known is not None else _spec(settings, context.pairs, self.ancestor)
+        state = initialise(
+            self.init,
+            config=spec.config,
+            sizes=self.size.sizes(),
+            ancestor_state=ancestor.state if ancestor is not None else None,
+            learngene=gene,
+            seed=settings.seed,
+        )
+        teacher = None
+        if weights is not None:
+            assert ancestor is not None
+            assert self.ancestor is not None
+            teacher = teacher_of(settings, context, ancestor, self.ancestor, self.features)
+        own = towers.Bundle(spec.sized(**self.size.sizes()), state)
+        return ClipStage(self.init, own, self.training, context.device, teacher=teacher, weights=weights, seed=settings.seed)
+
+    def _learngene(self, ancestor: towers.Bundle | None, pairs: PairSet) -> Learngene | None:
+        """The learngene, which must agree with the ancestor and the data set."""
+        if self.init not in FROM_LEARNGENE:
+            return None
+        assert self.learngene is not None
+        gene = load_learngene(self.learngene)
+        choose_tokenizer(pairs, gene.spec.tokenizer, self.settings.data.tokenizer, what=str(self.learngene))
+        if ancestor is not None:
+            _check_agree(gene.spec, ancestor.spec, self.learngene)
+        return gene
+
+    def stop(self, curve: Curve) -> bool:
+        target = self.target
+        return target is not None and first_reached(curve, target, self.settings.evaluation.metric) is not None
+
+
+def _check_agree(gene: towers.ModelSpec, ancestor: towers.ModelSpec, file: Path) -> None:
+    """Raise UserError where a learngene and the ancestor that its descendants are compared with want different inputs."""
+    for what, one, other in (
+        ("tokenizer", towers.told(gene.tokenizer), towers.told(ancestor.tokenizer)),
+        ("preprocessing", _as_text(gene.preprocess.to_config()), _as_text(ancestor.preprocess.to_config())),
+        ("input size", str((gene.image_size, gene.context_length)), str((ancestor.image_size, ancestor.context_length))),
+    ):
+        if one != other:
+            raise UserError(f"{file} has another {what} than the ancestor ({one}; {other}). Give the ancestor that it was extracted from.")
+
+
+def _as_text(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, sort_keys=True)

@@ -1,0 +1,137 @@
+"""Model, engine and data of a role, assembled without a folder: what runs, benchmarks and notebooks start from.
+
+from mmlg_scale.recipe import load_recipe
+from mmlg_scale.training.session import build_session
+
+session = build_session(load_recipe("demo", {"data.path": "runs/demo/data"}))
+for step, batch in zip(range(10), session.stream()):
+    print(session.train_step(batch, step).item())
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmlg_scale import recipe
+from mmlg_scale.data.corpus import Corpus, PairSet, open_pairs
+from mmlg_scale.data.pipeline import Batch, EvalSplit, StreamSettings, TrainStream
+from mmlg_scale.evaluation.evaluate import evaluate_pairs
+from mmlg_scale.runtime import Runtime
+from mmlg_scale.training.engine import Engine, start_ranks, stop_ranks
+from mmlg_scale.training.inputs import Inputs
+from mmlg_scale.training.loop import rate_factor
+from mmlg_scale.training.roles import AncestorRole, Context, Role
+from mmlg_scale.training.stages import Stage
+from mmlg_scale.training.step import compute_gradients
+
+
+@dataclass
+class Session:
+    """A stage under its engine, and the data set as its model reads it."""
+
+    settings: recipe.Recipe
+    runtime: Runtime
+    stage: Stage
+    engine: Engine
+    corpus: Corpus
+
+    def eval_split(self, split: str) -> EvalSplit:
+        """A whole split, decoded and tokenised for the model."""
+        return self.corpus.eval_split(split, max_bad_fraction=self.settings.data.max_bad_fraction)
+
+    def stream(self, start_step: int = 0, record: Path | None = None) -> TrainStream:
+        """This rank's batches from `start_step` on; what is skipped is listed in the folder `record`."""
+        data = self.settings.data
+        settings = StreamSettings(
+            global_batch_size=self.stage.training.batch_size,
+            seed=self.settings.seed,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            num_workers=self.runtime.num_workers,
+            augment=data.augment,
+            cache_decoded=self.runtime.cache_decoded,
+            check=data.check,
+            max_bad_fraction=data.max_bad_fraction,
+        )
+        return self.corpus.stream(settings, start_step, record=record)
+
+    def train_step(self, batch: Batch, step: int) -> Tensor:
+        """One optimiser step on this rank's batch; returns its loss, detached. Collective."""
+        inputs = Inputs(batch.image_uint8_BCHW, batch.text_BT, samples=batch.samples_B2).to(self.engine.device)
+        inputs = replace(inputs, image=self.stage.spec.preprocess(inputs.image))
+        loss, _ = compute_gradients(self.stage, self.engine, inputs, step)
+        training = self.stage.training
+        self.engine.step(rate_factor(step, training.steps, training.optimizer.warmup_fraction))
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, split: EvalSplit) -> dict[str, float]:
+        """Metrics of the present weights; several sizes are averaged, and each is given under `.../iA-tB` too. Collective."""
+        model: nn.Module = self.engine.model
+        was_training = model.training
+        model.eval()
+        total: dict[str, float] = {}
+        sizes = self.stage.evaluated_sizes()
+        with self.engine.autocast():
+            for size_name, size in sizes.items():
+                metrics = evaluate_pairs(
+                    functools.partial(_encode, model, "image", size),
+                    functools.partial(_encode, model, "text", size),
+                    split,
+                    self.stage.spec.preprocess,
+                    self.engine.device,
+                    classes=self.corpus.classes,
+                    tokenize=self.corpus.tokenize,
+                )
+                for name, value in metrics.items():
+                    total[name] = total.get(name, 0.0) + value / len(sizes)
+                    if size_name:
+                        total[f"{name}/{size_name}"] = value
+        model.train(was_training)
+        return total
+
+    def close(self) -> None:
+        """Release the engine, and leave the process group."""
+        self.engine.close()
+        stop_ranks()
+
+
+def _encode(model: nn.Module, tower: str, size: Mapping[str, int], inputs: Tensor) -> Tensor:
+    return model(**{tower: inputs}, **size)[f"{tower}_features"]
+
+
+def build_session(
+    settings: recipe.Recipe,
+    role: Role | None = None,
+    *,
+    runtime: Runtime | None = None,
+    pairs: PairSet | None = None,
+) -> Session:
+    """Assemble a role (the ancestor where none is given), joining the ranks where that has not happened. Collective.
+
+    Raises:
+        UserError: whatever of recipe, data set and models does not go together.
+    """
+    runtime = runtime if runtime is not None else Runtime()
+    chosen: Role = role if role is not None else AncestorRole(settings)
+    pairs = pairs if pairs is not None else open_pairs(settings.data.path)
+    chosen.check(pairs)
+    device = start_ranks(runtime)
+    stage = chosen.build(Context(pairs, runtime, device))
+    training = stage.training
+    engine = Engine(
+        stage.model,
+        stage.parameter_groups(),
+        runtime=runtime,
+        batch_size=training.batch_size,
+        optimizer=training.optimizer,
+        precision=settings.engine.precision,
+    )
+    return Session(settings, runtime, stage, engine, Corpus(pairs, stage.spec))

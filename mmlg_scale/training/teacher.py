@@ -1,0 +1,153 @@
+"""What students are compared with: the frozen ancestor, computing every step or once for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from mmlg_scale import towers
+from mmlg_scale.accounting import forward_flops
+from mmlg_scale.errors import UserError
+from mmlg_scale.ranks import several_ranks
+from mmlg_scale.training.folder import differences, result_of
+from mmlg_scale.training.inputs import Inputs
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+def tap_layers(depths: Sequence[float], num_layers: int) -> tuple[int, ...]:
+    """The layer nearest to each relative depth, counted from 1 (halves round up, and layer 0 is never compared)."""
+    return tuple(max(1, int(depth * num_layers + 0.5)) for depth in depths)
+
+
+class PlainCLIP(nn.Module):
+    """An open_clip CLIP with the forward that stages share."""
+
+    def __init__(self, clip: towers.CLIP) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(
+        self,
+        image: Tensor | None = None,
+        text: Tensor | None = None,
+        *,
+        tap_image: Sequence[int] = (),
+        tap_text: Sequence[int] = (),
+        patches: Tensor | None = None,
+        checkpoint: bool = False,
+    ) -> dict[str, Any]:
+        outputs = towers.logits_outputs(self.clip)
+        if image is not None:
+            outputs["image_features"], outputs["image_hidden"] = towers.encode_image_with_hidden(
+                self.clip, image, tap_image, patches=patches, checkpoint=checkpoint
+            )
+        if text is not None:
+            outputs["text_features"], outputs["text_hidden"] = towers.encode_text_with_hidden(
+                self.clip, text, tap_text, checkpoint=checkpoint
+            )
+        return outputs
+
+
+class Teacher(Protocol):
+    """What a student is compared with."""
+
+    spec: towers.ModelSpec
+    flops: int
+    """Of one sample's pass in every step."""
+
+    @property
+    def cost(self) -> dict[str, Any] | None:
+        """What was spent once, before any step: {"flops", "seconds"}."""
+        ...
+
+    def __call__(self, inputs: Inputs, autocast: Autocast, depths: Sequence[float]) -> dict[str, Any]:
+        """Features, hidden states at relative depths, and what the logits need, without graph."""
+        ...
+
+
+class LiveTeacher:
+    """The ancestor as a plain module outside the engine. With `shard` each rank keeps its part of every parameter."""
+
+    cost: None = None
+
+    def __init__(self, model: towers.Bundle, device: torch.device, *, shard: bool = False) -> None:
+        self.spec = model.spec
+        self.flops = forward_flops(model.spec.config)["total"]
+        clip = towers.build_clip(model.spec.config, seed=0)
+        clip.load_state_dict(dict(model.state))
+        self.model = PlainCLIP(clip).to(device).eval().requires_grad_(False)
+        if shard and several_ranks():
+            _shard(self.model, device)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Inputs, autocast: Autocast, depths: Sequence[float]) -> dict[str, Any]:
+        """Outputs on whole images; hidden states of the image tower only at the kept patches (and the class token)."""
+        layers = {tower: towers.num_layers(self.spec.config, tower) for tower in ("image", "text")}
+        taps = {f"tap_{tower}": tap_layers(depths, count) for tower, count in layers.items()}
+        with autocast():
+            outputs = self.model(inputs.image, inputs.text, **taps)
+        if inputs.patches is not None:
+            outputs["image_hidden"] = [towers.keep_patches(hidden, inputs.patches) for hidden in outputs["image_hidden"]]
+        return outputs
+
+
+def _shard(model: PlainCLIP, device: torch.device) -> None:
+    """torch's fully sharded data parallelism: a block's parameters are whole only while it runs."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for transformer in (model.clip.visual.transformer, model.clip.transformer):
+        for block in transformer.resblocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}  # which it cannot shard
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
+
+
+class CachedTeacher:
+    """The ancestor's features of the training split, read from what `mmlg features` wrote; only final features are compared.
+
+    Raises:
+        UserError: the folder holds no finished features, or those of another ancestor, data set or precision.
+    """
+
+    flops = 0
+
+    def __init__(self, folder: Path, spec: towers.ModelSpec, expected: Mapping[str, Any]) -> None:
+        self.folder, self.spec = folder, spec
+        result = result_of(folder)
+        if result is None:
+            raise UserError(f"{folder} holds no finished features of an ancestor. Write them with mmlg features; it resumes.")
+        differing = differences(folder, expected)
+        if differing is None or differing:
+            raise UserError(
+                f"{folder} holds the features of another run: {'; '.join(differing or ['no run.json'])}. "
+                "Write them with mmlg features --out in another folder."
+            )
+        self.cost = {key: result[key] for key in ("flops", "seconds")}
+        self._logits = {name: torch.tensor([value]) for name, value in result["logits"].items()}
+        self._image, self._text = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("image", "text"))
+        self._starts = np.load(folder / "captions.npy", allow_pickle=False)
+
+    def __call__(self, inputs: Inputs, autocast: Autocast, depths: Sequence[float]) -> dict[str, Any]:
+        """What the ancestor computes on these pairs, looked up by their places in the data set."""
+        assert inputs.samples is not None
+        assert not depths
+        samples, captions = inputs.samples.cpu().numpy().T
+        found = {"image": self._image[samples], "text": self._text[self._starts[samples] + captions]}
+        bad = np.isnan(found["image"]).any(axis=1)
+        if bad.any():
+            raise UserError(
+                f"{self.folder} has no features of sample {samples[bad][0]}, which could not be read then. "
+                "Remove the folder and write them again with mmlg features."
+            )
+        device = inputs.text.device
+        features = {f"{name}_features": torch.from_numpy(rows).to(device, non_blocking=True) for name, rows in found.items()}
+        return features | {name: value.to(device) for name, value in self._logits.items()}
