@@ -275,7 +275,7 @@ def _is_complete(member: Member, plan: Plan, console: Console) -> bool:
     if has_work(folder):
         with hold(folder):  # nobody trains in it
             kept = set_aside(folder, plan.out / SUPERSEDED)
-        console.print(f"{step.id}: {'; '.join(differing)}. It runs again; the earlier run is in {kept}.", highlight=False)
+        console.print(f"{step.id}: {'; '.join(differing)}. It runs again; the earlier run is in {kept}.", highlight=False, soft_wrap=True)
     return False
 
 

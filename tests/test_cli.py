@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from mmlg_scale import recipe, towers
-from mmlg_scale.cli import COMMANDS, main
-from mmlg_scale.family import plan
-from mmlg_scale.training.checkpoint import claim_run_folder
+from mmlg_scale import towers
+from mmlg_scale.cli import main
+from mmlg_scale.cli.main import COMMANDS
+from mmlg_scale.family import Plan
+from mmlg_scale.recipe_file import SHIPPED, load_recipe
 from tests.training.tiny import ANY_SIZE, CONFIG
 
 
@@ -48,19 +49,18 @@ def test_every_command_has_help(command: str) -> None:
     assert ended.value.code == 0
 
 
-@pytest.mark.parametrize("path", sorted(recipe.SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_builds(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It parses, its architecture is carried, every member can be built, and its plan is one that can be run."""
-    from mmlg_scale.cli import _parse_recipe, _parser
-
-    _, settings = _parse_recipe(_parser("family", ""), [path.stem])
+    """It parses, its architecture is supported, every member can be built, and its plan is one that can be run."""
+    settings, runtime = load_recipe(path.stem)
     given = settings.model.config or settings.model.architecture
     if isinstance(given, dict):
         given["text_cfg"].setdefault("vocab_size", 50)
     config = towers.model_config(given)
     for size in settings.family.sizes:
         towers.build_meta(towers.with_sizes(config, image_layers=size.image_layers, text_layers=size.text_layers))
-    steps = plan(settings, Path("out"), image_size=towers.image_size(config))
+    plan = Plan(settings, runtime, Path("out"), image_size=towers.image_size(config))
+    steps = [member.step for member in plan.members]
     known: set[str] = set()
     pending = list(steps)
     while ready := [step for step in pending if set(step.needs) <= known]:
@@ -87,11 +87,17 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--family.sizes=[{image_layers: 0}]", "family.sizes[0].image_layers: is 0"),
+        ("--family.sizes=[{image_layers: 0}]", "image_layers"),
         ("--extraction.num_knots=1", "extraction.num_knots"),
         ("--ancestor.steps=0", "ancestor.steps"),
         ("--ancestor.steps=many", "ancestor.steps"),
-        ("--model.architecture=ViT-B-32", "exactly one of"),
+        ("--model.architecture=ViT-B-32", "has architecture and config"),
+        ("--ancestor.optimizer.beta1=1.5", "ancestor.optimizer.beta1"),
+        ("--ancestor.batch_size=1", "ancestor.batch_size"),
+        ("--extraction.width_shares=[0]", "extraction.width_shares"),
+        ("--evaluation.metric=recall@5", "Did you mean mean_recall@5?"),
+        ("--runtime.trackers=[mlflow]", "runtime.trackers"),
+        ("--runtime.num_processes=3", "ancestor.batch_size: 128 is not a multiple of runtime.num_processes 3"),
         ("--engine.keep_features=true", "extraction.loss.hidden is 1.0 and compares hidden states"),
     ],
 )
@@ -100,10 +106,25 @@ def test_values_out_of_range_name_their_key(option: str, said: str, tmp_path: Pa
     assert not (tmp_path / "o").exists()
 
 
-def test_overrides_reach_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", "demo", "--out", "x", "--extraction.training.steps", "17", "--print-config"])
-    assert "steps: 17" in capsys.readouterr().out
+def test_print_config_gives_a_recipe_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed is a recipe file: it resolves to the same recipe, and needs none of the command's own options."""
+    assert main(["train", "demo", "--extraction.training.steps", "17", "--runtime.num_workers=3", "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    file = tmp_path / "again.yaml"
+    file.write_text(printed)
+    settings, runtime = load_recipe(str(file))
+    assert (settings.extraction.training.steps, runtime.num_workers) == (17, 3)
+    assert main(["extract", str(file), "--print-config"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_a_recipe_builds_no_class_that_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A value of free type may look like jsonargparse's request for an instance: it stays data, and is refused as a configuration."""
+    file, trace = tmp_path / "r.yaml", tmp_path / "trace"
+    file.write_text(f"model: {{config: {{class_path: subprocess.Popen, init_args: {{args: [touch, {trace}]}}}}}}\n")
+    said = refused("train", str(file), "--data.path", str(tmp_path), "--out", str(tmp_path / "o"), capsys=capsys)
+    assert not trace.exists()
+    assert "mmlg: error" in said
 
 
 def test_empty_data_and_missing_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,16 +158,18 @@ def test_depth_zero_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (out / "tower.json").exists()
 
 
-def test_a_folder_of_another_run_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    settings = recipe.Recipe()
-    claim_run_folder(out, {"role": "family", "recipe": settings.to_dict()})
-    said = refused("family", "demo", "--out", str(out), capsys=capsys)
-    assert "holds another recipe's run" in said
+def test_a_folder_of_something_else_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("kept")
-    assert "holds no run of mmlg" in refused("family", "demo", "--out", str(tmp_path / "mine"), capsys=capsys)
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    assert "holds no family of mmlg, but notes.txt" in refused("family", "demo", "--out", str(tmp_path / "mine"), capsys=capsys)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "kept"
+
+
+def test_runtime_keys_in_the_wrong_place_are_shown_the_right_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("data:\n  num_workers: 3\n")
+    said = refused("family", str(path), "--out", str(tmp_path / "o"), capsys=capsys)
+    assert "unknown recipe key data.num_workers. Nearest valid key: runtime.num_workers." in said
 
 
 @pytest.mark.parametrize(
@@ -161,7 +184,7 @@ def test_a_folder_of_another_run_is_kept(tmp_path: Path, capsys: pytest.CaptureF
         ({**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "hf_model_name": "x"}}, "not carried"),
     ],
 )
-def test_architectures_that_are_not_carried(config, said: str) -> None:
+def test_architectures_that_are_not_supported(config, said: str) -> None:
     from mmlg_scale.errors import UserError
 
     with pytest.raises(UserError, match=said):

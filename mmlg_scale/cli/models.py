@@ -9,7 +9,6 @@ from pathlib import Path
 from mmlg_scale.cli.parsing import make_parser, parse
 from mmlg_scale.cli.runs import WIDTH_HELP
 from mmlg_scale.errors import UserError
-from mmlg_scale.ranges import PositiveInt
 from mmlg_scale.recipe import MODALITIES
 
 
@@ -19,13 +18,13 @@ def descend(arguments: list[str]) -> int:
     parser.add_argument("learngene", type=str, help="A learngene.safetensors file.")
     parser.add_argument(
         "--image-layers",
-        type=PositiveInt | None,
+        type=int | None,
         default=None,
         help="Depth of the image tower; deeper than the ancestor works too.",
     )
-    parser.add_argument("--text-layers", type=PositiveInt | None, default=None, help="Depth of the text tower.")
+    parser.add_argument("--text-layers", type=int | None, default=None, help="Depth of the text tower.")
     for tower in ("image", "text"):
-        parser.add_argument(f"--{tower}-width", type=PositiveInt | None, default=None, help=WIDTH_HELP.format(tower) + ".")
+        parser.add_argument(f"--{tower}-width", type=int | None, default=None, help=WIDTH_HELP.format(tower) + ".")
     parser.add_argument("--modality", type=str, default="both", choices=MODALITIES, help="Both towers, or one alone.")
     parser.add_argument("--out", type=str, required=True, help="Folder to write: open_clip.create_model('local-dir:OUT') loads it.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the export that is there; other files in the folder stay.")

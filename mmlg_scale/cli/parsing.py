@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,10 +38,29 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
     try:
         return parser.parse_args([_underscored(word, options) for word in arguments])
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
-        message = " ".join(str(error).split())
+        message = in_words(" ".join(str(error).split()))
         unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
         hint = nearest(unknown[0], sorted(options)) if message.startswith("unrecognized") and unknown else ""
         raise UserError(f"{message}.{hint} See {parser.prog} --help.") from error
+
+
+def in_words(message: str) -> str:
+    """What the parser says of a value that does not fit, in words: key, value, and what it may be. Other messages stay as they are."""
+    from mmlg_scale.ranges import IN_WORDS
+
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    wanted = [IN_WORDS[name] for name in re.findall(r"Not of type (\w+)", message) if name in IN_WORDS]
+    wanted += [f"one of {choices}" for choices in re.findall(r"Expected a typing\.Literal\[([^\]]*)\]", message)]
+    kinds = re.findall(r"Expected an? <class '(\w+)'>", message)
+    wanted += [IN_WORDS[kind] for kind in kinds if kind in IN_WORDS]
+    if not keys or not wanted:
+        return message.rstrip(".")
+    values = re.findall(
+        r"(?:: (\S+) does not conform|base 10: ('[^']*')|could not convert string to float: ('[^']*')|val='([^']*)')", message
+    )
+    values = [next(filter(None, found)) for found in values] or re.findall(r"(?:Given|Got) value: (.+?)\.?$", message)
+    value = f" {values[0]} does not fit" if values else " does not fit"
+    return f"{'.'.join(keys)}:{value}. Use {' or '.join(dict.fromkeys(wanted))}{' or null' if 'NoneType' in kinds else ''}"
 
 
 def _underscored(word: str, options: set[str]) -> str:

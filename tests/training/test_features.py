@@ -1,4 +1,4 @@
-"""The ancestor's kept features against the ancestor itself: looked up, stopped halfway, on two ranks, of damaged samples."""
+"""The ancestor's cached features against the ancestor itself: looked up, stopped halfway, on two ranks, of damaged samples."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ import torch.multiprocessing as mp
 
 from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import forward_flops
-from mmlg_scale.data.pipeline import TrainStream
+from mmlg_scale.data.corpus import open_pairs
+from mmlg_scale.data.pipeline import StreamSettings, TrainStream
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.data.sweep import Sweep
-from mmlg_scale.data.tokens import load_tokenizer
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_json_atomic
+from mmlg_scale.runtime import Runtime
 from mmlg_scale.training import features
-from mmlg_scale.training.features import KeptFeatures, compute_features, identity
-from mmlg_scale.training.run import Run
-from mmlg_scale.training.stages import Teacher
+from mmlg_scale.training.features import compute_features
+from mmlg_scale.training.folder import claim
+from mmlg_scale.training.inputs import Inputs
+from mmlg_scale.training.roles import Context, teacher_of
+from mmlg_scale.training.teacher import CachedTeacher, LiveTeacher
 from tests.data.damage import image_zeroed
 
 TRAIN = 70
@@ -48,30 +51,39 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def ancestor(data: Path, seed: int = 1) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def ancestor(data: Path, seed: int = 1) -> towers.Bundle:
+    tokenizer = open_pairs(data).tokenizer
+    assert tokenizer is not None
     config = towers.model_config(
         {
             "embed_dim": 16,
             "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 16, "head_width": 8, "layers": 2},
-            "text_cfg": {"context_length": 16, "vocab_size": load_tokenizer(data).vocab_size, "width": 16, "heads": 2, "layers": 2},
+            "text_cfg": {"context_length": 16, "vocab_size": tokenizer.vocab_size, "width": 16, "heads": 2, "layers": 2},
         }
     )
-    return config, towers.build_clip(config, seed=seed).state_dict()
+    return towers.Bundle(towers.ModelSpec(config, tokenizer=tokenizer), towers.build_clip(config, seed=seed).state_dict())
+
+
+def identity(data: Path, seed: int = 1, precision: str = "fp32") -> dict[str, Any]:
+    inputs = {"data_set": open_pairs(data).digest(), "ancestor": f"{seed}" * 64}
+    return {"role": "features", "recipe": {"engine": {"precision": precision}}, "inputs": inputs}
 
 
 def write(data: Path, out: Path) -> dict[str, Any]:
     """Items of 8 samples, blocks of 2 items: nine items, the last of 6 samples, in five blocks."""
-    config, state = ancestor(data)
-    sweep = Sweep(ShardReader(data / "train"), load_tokenizer(data), 32, 16, item_size=8)
-    found = compute_features(Teacher(config, state, CPU), sweep, out, autocast=nullcontext, device=CPU, items_per_block=2)
+    model = ancestor(data)
+    sweep = Sweep(ShardReader(data / "train"), model.spec, item_size=8)
     if dist.get_rank() == 0:
-        write_json_atomic(out / "result.json", {**identity(state, data / "train", "fp32"), **found})
+        out.mkdir(exist_ok=True)
+        claim(out, identity(data))
+    found = compute_features(LiveTeacher(model, CPU), sweep, out, autocast=nullcontext, device=CPU, items_per_block=2)
+    if dist.get_rank() == 0:
+        write_json_atomic(out / "result.json", {"role": "features", **found})
     return found
 
 
-def kept(data: Path, folder: Path, **other: Any) -> KeptFeatures:
-    config, state = ancestor(data, other.pop("seed", 1))
-    return KeptFeatures(folder, config, identity(state, data / "train", other.pop("precision", "fp32")))
+def kept(data: Path, folder: Path, **other: Any) -> CachedTeacher:
+    return CachedTeacher(folder, ancestor(data).spec, identity(data, **other))
 
 
 @pytest.fixture
@@ -81,12 +93,12 @@ def folder(data: Path, tmp_path: Path) -> Path:
 
 
 def test_every_batch_finds_what_the_ancestor_computes(data: Path, folder: Path) -> None:
-    teacher, looked_up = Teacher(*ancestor(data), CPU), kept(data, folder)
-    preprocess, captions = towers.Preprocess(), set()
-    stream = TrainStream(data / "train", load_tokenizer(data), image_size=32, context_length=16, global_batch_size=24, seed=3)
+    model = ancestor(data)
+    teacher, looked_up, captions = LiveTeacher(model, CPU), kept(data, folder), set()
+    stream = TrainStream(data / "train", model.spec, StreamSettings(global_batch_size=24, seed=3))
     for batch in islice(stream, 9):  # 216 pairs: three epochs of 70, with other captions in each
-        inputs = (preprocess(batch.image_uint8_BCHW), batch.text_BT, nullcontext, ())
-        found, expected = looked_up(*inputs, None, batch.samples_B2), teacher(*inputs)
+        inputs = Inputs(model.spec.preprocess(batch.image_uint8_BCHW), batch.text_BT, samples=batch.samples_B2)
+        found, expected = looked_up(inputs, nullcontext, ()), teacher(inputs, nullcontext, ())
         for name in ("image_features", "text_features", "logit_scale"):
             torch.testing.assert_close(found[name].reshape(expected[name].shape), expected[name], rtol=1e-4, atol=1e-6)
         captions |= set(batch.samples_B2[:, 1].tolist())
@@ -94,7 +106,7 @@ def test_every_batch_finds_what_the_ancestor_computes(data: Path, folder: Path) 
 
 
 def test_numbers_and_cost(data: Path, tmp_path: Path) -> None:
-    found, flops = write(data, tmp_path / "kept"), forward_flops(ancestor(data)[0])
+    found, flops = write(data, tmp_path / "kept"), forward_flops(ancestor(data).spec.config)
     assert (found["num_images"], found["num_captions"]) == (TRAIN, 3 * TRAIN)
     assert found["flops"] == TRAIN * flops["image"] + 3 * TRAIN * flops["text"]
     assert found["seconds"] > 0
@@ -119,7 +131,7 @@ def test_stopped_halfway_it_goes_on_and_gives_the_same_bytes(
     with pytest.raises(UserError, match="no finished features"):
         kept(data, tmp_path / "stopped")
     write(data, tmp_path / "stopped")
-    assert calls == 6 + 5  # two blocks of two items stood
+    assert calls == 6 + 5  # two blocks of two items were there
     for name in ("image", "text", "captions"):
         assert (tmp_path / "stopped" / f"{name}.npy").read_bytes() == (folder / f"{name}.npy").read_bytes()
 
@@ -143,9 +155,9 @@ def test_a_sample_that_could_not_be_read_is_named(data: Path, folder: Path) -> N
     image[11] = np.nan
     image.flush()
     looked_up, blank = kept(data, folder), torch.zeros(2, 3, 32, 32)
-    assert looked_up(blank, blank, nullcontext, (), None, torch.tensor([[10, 0], [12, 2]]))["image_features"].isfinite().all()
+    assert looked_up(Inputs(blank, blank, samples=torch.tensor([[10, 0], [12, 2]])), nullcontext, ())["image_features"].isfinite().all()
     with pytest.raises(UserError, match="no features of sample 11"):
-        looked_up(blank, blank, nullcontext, (), None, torch.tensor([[10, 0], [11, 2]]))
+        looked_up(Inputs(blank, blank, samples=torch.tensor([[10, 0], [11, 2]])), nullcontext, ())
 
 
 def test_damaged_samples_are_left_out(data: Path, tmp_path: Path) -> None:
@@ -158,13 +170,13 @@ def test_damaged_samples_are_left_out(data: Path, tmp_path: Path) -> None:
     assert np.diff(np.load(tmp_path / "kept" / "captions.npy")).tolist() == [3] * 11 + [0] + [3] * (TRAIN - 12)
 
 
-@pytest.mark.parametrize(("other", "key"), [({"seed": 2}, "ancestor_sha256"), ({"precision": "bf16"}, "precision")])
+@pytest.mark.parametrize(("other", "key"), [({"seed": 2}, "another ancestor"), ({"precision": "bf16"}, 'engine.precision was "fp32"')])
 def test_features_of_something_else_are_refused(data: Path, folder: Path, other: dict[str, Any], key: str) -> None:
-    with pytest.raises(UserError, match=rf"another ancestor or data set \(differs in: {key}\)"):
+    with pytest.raises(UserError, match=key):
         kept(data, folder, **other)
 
 
 def test_a_recipe_that_keeps_features_needs_them(data: Path, tmp_path: Path) -> None:
-    run = Run(recipe.Recipe(engine=recipe.Engine(keep_features=True)), tmp_path, {})
+    settings = recipe.Recipe(engine=recipe.Engine(keep_features=True))
     with pytest.raises(UserError, match="needs --features"):
-        run.teacher(*ancestor(data), None)
+        teacher_of(settings, Context(open_pairs(data), Runtime(), CPU), ancestor(data), tmp_path, None)
