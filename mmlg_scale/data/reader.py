@@ -7,7 +7,6 @@ a mapped file that is cut or whose disk fails while a run reads it would kill th
 from __future__ import annotations
 
 import functools
-import io
 import json
 import os
 from collections import OrderedDict
@@ -16,12 +15,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 
+from mmlg_scale.data.images import PLAIN, check_decodes, check_png, decode, load_cheaply, random_resized_crop
 from mmlg_scale.data.manifest import Location, locations
 from mmlg_scale.errors import UserError
+from mmlg_scale.towers import Preprocess
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+__all__ = ["REMEDIES", "DamagedSample", "Fault", "ShardReader", "check_decodes", "decode", "header_problem", "random_resized_crop"]
+
 OPEN_SHARDS = 32
 """Files kept open: more than the shards that are mixed with each other."""
 
@@ -32,7 +33,7 @@ REMEDIES = {
     CUT: "copy the shard again",
     HEADER: "copy the shard again",
     ENCODING: "write the caption as UTF-8 and pack again",
-    JSON: "mend the JSON and pack again",
+    JSON: "fix the JSON and pack again",
     IMAGE: "replace the image and pack again",
     READ: "check the storage",
     HASH: "copy the shard again",
@@ -141,22 +142,24 @@ class ShardReader:
         place = self.places[index]
         return self._read(place, *place.image)
 
-    def image(self, index: int, image_size: int, *, draft: bool = False) -> np.ndarray:
-        """The image as the towers see it: uint8 [H, W, 3]; `draft` as in `decode`."""
-        return self._decoded(index, functools.partial(decode, image_size=image_size, draft=draft))
+    def image(self, index: int, image_size: int, *, preprocess: Preprocess = PLAIN, draft: bool = False) -> np.ndarray:
+        """The image as a model with this preprocessing sees it: uint8 [H, W, 3]; `draft` as in `decode`."""
+        return self._decoded(index, functools.partial(decode, image_size=image_size, preprocess=preprocess, draft=draft))
 
-    def crop(self, index: int, image_size: int, generator: np.random.Generator) -> np.ndarray:
+    def crop(self, index: int, image_size: int, generator: np.random.Generator, *, preprocess: Preprocess = PLAIN) -> np.ndarray:
         """A random crop of the whole image: uint8 [H, W, 3]; see `random_resized_crop`."""
-        return self._decoded(index, functools.partial(random_resized_crop, image_size=image_size, generator=generator))
+        return self._decoded(
+            index, functools.partial(random_resized_crop, image_size=image_size, generator=generator, preprocess=preprocess)
+        )
 
     def check_image(self, index: int) -> None:
         """Decode the image, no further than it takes to know that all of it is there."""
-        self._decoded(index, _load)
+        self._decoded(index, load_cheaply)
 
     def _decoded(self, index: int, decoder: Any) -> Any:
         payload = self.image_bytes(index)
         try:
-            _check_png(payload)
+            check_png(payload)
             return decoder(payload)
         except Exception as error:  # of damaged bytes PIL's plugins raise nearly anything: struct.error, EOFError, SyntaxError, ...
             raise DamagedSample(self.places[index], IMAGE, " ".join(str(error).split())) from error
@@ -219,98 +222,7 @@ def header_problem(header: bytes, name: str, size: int) -> str | None:
     short = header[:100].rstrip(b"\0").decode("utf-8", "replace")
     prefix = header[345:500].rstrip(b"\0").decode("utf-8", "replace") if header[257:262] == b"ustar" else ""
     told = f"{prefix}/{short}" if prefix else short
-    # Names that are long or not ASCII stand in an extended header; what stands here is a shortened or mangled copy.
+    # Names that are long or not ASCII are in an extended header; what is here is a shortened or mangled copy.
     if name.isascii() and len(name) < 100 and told.lower() != name.lower():
         return f"belongs to {told!r}"
     return None
-
-
-def _check_png(payload: bytes) -> None:
-    """Compare a PNG's checksums, without which PIL takes a stream of wrong bytes for pixels. Raises SyntaxError or OSError."""
-    if payload.startswith(PNG_SIGNATURE):
-        with Image.open(io.BytesIO(payload)) as image:
-            image.verify()
-
-
-def check_decodes(payload: bytes) -> None:
-    """Decode all of an image, a JPEG at an eighth of its size, which still reads every byte.
-
-    Raises:
-        Exception: not an image, or damaged; PIL's plugins raise OSError, SyntaxError, ValueError and others.
-    """
-    _check_png(payload)
-    _load(payload)
-
-
-def _load(payload: bytes) -> None:
-    with Image.open(io.BytesIO(payload)) as image:
-        image.draft(None, (1, 1))
-        image.load()
-
-
-def decode(payload: bytes, image_size: int, *, draft: bool = False) -> np.ndarray:
-    """RGB, shorter side to `image_size` (bicubic), centre crop, as open_clip's evaluation transform: uint8 [H, W, 3].
-
-    With `draft` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is still no smaller than what is wanted: faster, a grey level
-    or two apart, so meant for training.
-    """
-    with Image.open(io.BytesIO(payload)) as opened:
-        # Truncation here and rounding below are torchvision's, whose transforms open_clip uses.
-        width, height = (int(image_size * side / min(opened.size)) for side in opened.size)
-        whole = opened.size
-        if draft:
-            opened.draft("RGB", (width, height))  # the smallest scale that is no smaller than this in both directions
-        image = opened.convert("RGB")
-    if image.size != (image_size, image_size):
-        reduced = round(whole[0] / image.width)
-        # A side that is no multiple of the scale is rounded up, its last pixel covering less: the box says where the image ends.
-        box = None if reduced == 1 else (0, 0, whole[0] / reduced, whole[1] / reduced)
-        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-        left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-        image = image.crop((left, top, left + image_size, top + image_size))
-    return np.asarray(image)
-
-
-def random_resized_crop(
-    payload: bytes,
-    image_size: int,
-    generator: np.random.Generator,
-    *,
-    scale: tuple[float, float] = (0.9, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> np.ndarray:
-    """RGB, a box of `scale` of the area with a log-uniform aspect ratio in `ratio`, resized (bicubic): uint8 [H, W, 3].
-
-    The distribution is that of torchvision's RandomResizedCrop with open_clip's settings: ten draws, then the central crop whose ratio is
-    nearest. JPEGs are decoded at a fraction of their size where the box then still has `image_size` pixels in each direction.
-    """
-    with Image.open(io.BytesIO(payload)) as opened:
-        width, height = opened.size
-        left, top, box_width, box_height = _crop_box(width, height, generator, scale, ratio)
-        wanted = image_size / min(box_width, box_height)
-        if wanted < 1:
-            opened.draft("RGB", (int(np.ceil(width * wanted)), int(np.ceil(height * wanted))))
-        image = opened.convert("RGB")
-    reduced = round(width / image.width)
-    box = (left / reduced, top / reduced, (left + box_width) / reduced, (top + box_height) / reduced)
-    return np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box))
-
-
-def _crop_box(
-    width: int, height: int, generator: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of the box."""
-    for _ in range(10):
-        area = width * height * generator.uniform(*scale)
-        aspect = float(np.exp(generator.uniform(np.log(ratio[0]), np.log(ratio[1]))))
-        box_width, box_height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        if 0 < box_width <= width and 0 < box_height <= height:
-            return (
-                int(generator.integers(0, width - box_width + 1)),
-                int(generator.integers(0, height - box_height + 1)),
-                box_width,
-                box_height,
-            )
-    box_width = min(width, round(height * ratio[1]))
-    box_height = min(height, round(width / ratio[0]))
-    return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height

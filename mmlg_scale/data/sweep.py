@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmlg_scale.data.reader import DamagedSample, ShardReader
-from mmlg_scale.data.tokens import Tokenizer
+from mmlg_scale.towers import ModelSpec
 
 
 class Samples(NamedTuple):
@@ -26,9 +26,9 @@ class Samples(NamedTuple):
 class Sweep(Dataset[Samples]):
     """A split in items of `item_size` samples, as a training stream without augmentation reads them."""
 
-    def __init__(self, reader: ShardReader, tokenizer: Tokenizer, image_size: int, context_length: int, item_size: int = 256) -> None:
-        self.reader, self.tokenizer = reader, tokenizer
-        self.image_size, self.context_length, self.item_size = image_size, context_length, item_size
+    def __init__(self, reader: ShardReader, spec: ModelSpec, item_size: int = 256) -> None:
+        self.reader, self.tokenizer, self.preprocess = reader, spec.tokenizer, spec.preprocess
+        self.image_size, self.context_length, self.item_size = spec.image_size, spec.context_length, item_size
 
     def __len__(self) -> int:
         return (len(self.reader) + self.item_size - 1) // self.item_size
@@ -38,7 +38,8 @@ class Sweep(Dataset[Samples]):
         images, captions, counts, whole = [], [], [], []
         for index in range(first, min(first + self.item_size, len(self.reader))):
             try:
-                image, texts = self.reader.image(index, self.image_size, draft=True), self.reader.about(index)["captions"]
+                image = self.reader.image(index, self.image_size, preprocess=self.preprocess, draft=True)
+                texts = self.reader.about(index)["captions"]
             except DamagedSample:
                 image, texts = np.zeros((self.image_size, self.image_size, 3), np.uint8), []
             images.append(image)

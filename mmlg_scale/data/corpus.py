@@ -1,0 +1,169 @@
+"""Data sets as runs use them: `PairSet` is what is on disk, `Corpus` is how one model reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, print_report
+from mmlg_scale.data.manifest import SPLITS
+from mmlg_scale.data.pipeline import EvalSplit, StreamSettings, TrainStream, load_eval_split
+from mmlg_scale.data.reader import ShardReader
+from mmlg_scale.data.sweep import Sweep
+from mmlg_scale.data.tokens import load_tokenizer
+from mmlg_scale.errors import UserError
+from mmlg_scale.towers import BytePairTokenizer, ModelSpec, Tokenizer, same_tokenizer, told
+
+Classes = dict[str, list[str]]
+CLASSES_FILE = "classes.json"
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """A data set on disk, without any model.
+
+    Attributes:
+        tokenizer: what the set offers to models trained from scratch; None: nothing.
+        classes: {"classnames", "templates"}, where the set has classes.
+    """
+
+    root: Path
+    tokenizer: Tokenizer | None
+    classes: Classes | None
+
+    def digest(self) -> str:
+        """SHA-256 of the manifests of all splits and of the classes: equal for sets of equal pairs, wherever they are.
+
+        The tokenizer is no part of it, since it belongs to the model.
+        """
+        found = hashlib.sha256()
+        for split in SPLITS:
+            file = self.root / split / "manifest.json"
+            if file.is_file():
+                found.update(f"{split} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        found.update(json.dumps(self.classes, sort_keys=True).encode())
+        return found.hexdigest()
+
+
+def open_pairs(path: Path | str | None) -> PairSet:
+    """The data set in a folder.
+
+    Raises:
+        UserError: `path` is None or holds no data set; its tokenizer or its classes are damaged.
+    """
+    if path is None:
+        raise UserError("recipe key data.path is null. Write a data set with mmlg data scenes or mmlg data pack and give --data.path DIR.")
+    root = Path(path)
+    if not (root / "dataset.json").is_file():
+        raise UserError(f"recipe key data.path: {root} holds no data set. mmlg data scenes or mmlg data pack writes one.")
+    return PairSet(root, load_tokenizer(root), _load_classes(root / CLASSES_FILE))
+
+
+def _load_classes(file: Path) -> Classes | None:
+    if not file.is_file():
+        return None
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON ({error}). Correct it, or remove it to leave classification out.") from error
+    for key in ("classnames", "templates"):
+        listed = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(listed, list) or not listed or not all(isinstance(text, str) and text.strip() for text in listed):
+            raise UserError(f"{file}: {key} is {_short(listed)}. Give a list of texts, none of them empty.")
+    for template in content["templates"]:
+        if "{}" not in template:
+            raise UserError(f"{file}: the template {template!r} has no {{}} for the class name. Add it.")
+    return {key: content[key] for key in ("classnames", "templates")}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
+def choose_tokenizer(pairs: PairSet, model: Tokenizer | None, choice: Literal["auto", "model"], *, what: str) -> Tokenizer:
+    """The tokenizer that captions of `pairs` go through.
+
+    A model's own, always; one trained from scratch (`model` is None) takes what the set offers, or else byte pairs.
+
+    Args:
+        choice: with `model` the set's own is ignored; with `auto` it must be the model's.
+        what: the model in words, which start the message.
+
+    Raises:
+        UserError: `auto`, and the set has been packed with another tokenizer than the model's.
+    """
+    offered = pairs.tokenizer if choice == "auto" else None
+    if model is None:
+        return offered or BytePairTokenizer()
+    if offered is not None and not same_tokenizer(offered, model):
+        raise UserError(
+            f"{what} has {told(model)}, the data set {pairs.root} was packed with {told(offered)}. Set data.tokenizer to model to tokenise "
+            "with the model's, or pack the pairs with --tokenizer none."
+        )
+    return model
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A data set as one model reads it: with its image size, preprocessing, context length and tokenizer."""
+
+    pairs: PairSet
+    spec: ModelSpec
+
+    @property
+    def classes(self) -> Classes | None:
+        """Class names and caption templates, where the set has classes."""
+        return self.pairs.classes
+
+    def eval_split(self, split: str, *, max_bad_fraction: float = MAX_BAD_FRACTION) -> EvalSplit:
+        """A whole split in memory; see `load_eval_split`."""
+        return load_eval_split(self.pairs.root / split, self.spec, max_bad_fraction=max_bad_fraction)
+
+    def stream(
+        self,
+        settings: StreamSettings,
+        start_step: int = 0,
+        *,
+        record: Path | None = None,
+        on_epoch: Callable[[EpochReport], None] = print_report,
+    ) -> TrainStream:
+        """One rank's training batches from `start_step` on; see `TrainStream`."""
+        return TrainStream(self.pairs.root / "train", self.spec, settings, start_step=start_step, record=record, on_epoch=on_epoch)
+
+    def sweep(self) -> Sweep:
+        """The training split once, in its own order."""
+        return Sweep(ShardReader(self.pairs.root / "train"), self.spec)
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids at the model's context length, int64 [N, T]."""
+        return self.spec.tokenizer(texts, self.spec.context_length)
+
+
+def corpus_for(pairs: PairSet, spec: ModelSpec, *, from_data: bool) -> Corpus:
+    """`pairs` as the model `spec` reads them.
+
+    Args:
+        from_data: the tokenizer was chosen for a model that is trained from scratch, so that its vocab_size can still follow.
+
+    Raises:
+        UserError: the tokenizer gives ids for which the model has no embedding.
+    """
+    vocab_size = spec.config["text_cfg"]["vocab_size"]
+    if spec.tokenizer.vocab_size > vocab_size:
+        if from_data:
+            raise UserError(
+                f"the tokenizer for {pairs.root} has {spec.tokenizer.vocab_size} tokens, recipe key model has vocab_size {vocab_size}. "
+                "Leave vocab_size out to take the tokenizer's."
+            )
+        raise UserError(
+            f"the model's tokenizer has {spec.tokenizer.vocab_size} tokens, its text_cfg.vocab_size is {vocab_size}. "
+            "Its tokenizer files are another model's: put its own beside the weights."
+        )
+    return Corpus(pairs, spec)

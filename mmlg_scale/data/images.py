@@ -1,0 +1,190 @@
+"""Encoded images -> what a model sees: the geometry of open_clip's evaluation transform, and random crops for training.
+
+The grey levels are open_clip's to the last bit, whatever the image's mode: it resizes and crops before it converts to RGB, so that a palette
+is resized to the nearest pixel and colours under transparency are weighted by it, and so do we.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mmlg_scale.towers import Preprocess
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+"""PIL would try every plugin it has, and some start other programs."""
+MAX_PIXELS = 2**27
+"""Of an image as it is packed: 134 million, half a gigabyte once decoded. Phones take 108 million."""
+MAX_RESIZED_PIXELS = 2**24
+"""Of an image that is resized as a whole before it is cropped; of a thinner one only what the crop needs is."""
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PLAIN = Preprocess()
+
+# Ours is the bound that counts; PIL warns from two thirds of it on.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def open_image(payload: bytes) -> Image.Image:
+    """The image, not yet decoded.
+
+    Raises:
+        ValueError: it has more than MAX_PIXELS.
+        OSError: no image of FORMATS.
+    """
+    try:
+        image = Image.open(io.BytesIO(payload), formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise OSError(f"no image of a supported format: {', '.join(FORMATS)}") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are decoded")
+    return image
+
+
+def check_png(payload: bytes) -> None:
+    """Compare a PNG's checksums, without which PIL takes a stream of wrong bytes for pixels. Raises SyntaxError or OSError."""
+    if payload.startswith(PNG_SIGNATURE):
+        with open_image(payload) as image:
+            image.verify()
+
+
+def load_cheaply(payload: bytes) -> None:
+    """Decode all of an image, a JPEG at an eighth of its size, which still reads every byte."""
+    with open_image(payload) as image:
+        image.draft(None, (1, 1))
+        image.load()
+
+
+def check_decodes(payload: bytes) -> None:
+    """`check_png` and `load_cheaply`.
+
+    Raises:
+        Exception: not an image, or damaged; PIL's plugins raise OSError, SyntaxError, ValueError and others.
+    """
+    check_png(payload)
+    load_cheaply(payload)
+
+
+def decode(payload: bytes, image_size: int, *, preprocess: Preprocess = PLAIN, draft: bool = False) -> np.ndarray:
+    """Resize, crop or pad, convert to RGB, as open_clip's evaluation transform does with this preprocessing: uint8 [H, W, 3].
+
+    An image so thin that `longest` leaves less than half a pixel of its shorter side keeps one; open_clip fails there.
+
+    Args:
+        draft: decode a JPEG at 1/2, 1/4 or 1/8 of its size where that is still no smaller than what is wanted: faster, a grey level or two
+            apart, so meant for training.
+    """
+    resample = resampling(preprocess)
+    with open_image(payload) as image:
+        whole = image.size
+        size = _resized(whole, image_size, preprocess.resize_mode)
+        if draft:
+            image.draft(None, size)  # the smallest scale that is no smaller than this in both directions
+        reduced = round(whole[0] / image.width)
+        if preprocess.resize_mode == "shortest" and math.prod(size) > MAX_RESIZED_PIXELS:
+            return np.asarray(_resized_centre(image, (whole[0] / reduced, whole[1] / reduced), size, image_size, resample).convert("RGB"))
+        # A side that is no multiple of the scale is rounded up, its last pixel covering less: the box says where the image ends.
+        box = None if reduced == 1 else (0, 0, whole[0] / reduced, whole[1] / reduced)
+        found = image.resize(size, resample, box=box) if image.size != size else image
+        return np.asarray(_crop_or_pad(found, image_size, preprocess.fill_color).convert("RGB"))
+
+
+def resampling(preprocess: Preprocess) -> Image.Resampling:
+    """PIL's name of the interpolation; `random` is bicubic outside training, and there we draw nothing either."""
+    return Image.Resampling.BILINEAR if preprocess.interpolation == "bilinear" else Image.Resampling.BICUBIC
+
+
+def _resized(whole: tuple[int, int], image_size: int, resize_mode: str) -> tuple[int, int]:
+    """(width, height) after the resize. Truncation in one mode and rounding in the other are torchvision's and open_clip's."""
+    if resize_mode == "squash":
+        return image_size, image_size
+    if resize_mode == "longest":
+        ratio = max(side / image_size for side in whole)
+        return max(1, round(whole[0] / ratio)), max(1, round(whole[1] / ratio))
+    width, height = (int(image_size * side / min(whole)) for side in whole)
+    return width, height
+
+
+def _crop_or_pad(image: Image.Image, size: int, fill: int) -> Image.Image:
+    """open_clip's CenterCropOrPad."""
+    if min(image.size) < size:
+        missing = [max(0, size - side) for side in image.size]
+        border = (missing[0] // 2, missing[1] // 2, (missing[0] + 1) // 2, (missing[1] + 1) // 2)
+        bands = len(image.getbands())
+        padded = ImageOps.expand(image, border, fill if bands == 1 else (fill,) * bands)
+        palette = image.getpalette() if image.mode == "P" else None
+        if palette is not None:
+            padded.putpalette(palette)
+        image = padded
+    left, top = (round((side - size) / 2) for side in image.size)
+    return image if image.size == (size, size) else image.crop((left, top, left + size, top + size))
+
+
+def _resized_centre(
+    image: Image.Image, extent: tuple[float, float], size: tuple[int, int], image_size: int, resample: Image.Resampling
+) -> Image.Image:
+    """The centre square of `image` resized to `size`, of which the rest is never computed.
+
+    Equal to cropping afterwards except where a grey level lies on the edge between two: the box is rounded to single precision. `extent` is
+    the image's size up to where its last pixels end.
+    """
+    scales = [part / side for part, side in zip(extent, size, strict=True)]
+    starts = [scale * round((side - image_size) / 2) for scale, side in zip(scales, size, strict=True)]
+    stops = [start + scale * image_size for start, scale in zip(starts, scales, strict=True)]
+    # Two pixels on each side take part in an interpolation, of a smaller image as many more as it is smaller.
+    margins = [math.ceil(2 * max(1.0, scale)) + 1 for scale in scales]
+    first = [max(0, math.floor(start) - margin) for start, margin in zip(starts, margins, strict=True)]
+    last = [min(side, math.ceil(stop) + margin) for side, stop, margin in zip(image.size, stops, margins, strict=True)]
+    part = image.crop((first[0], first[1], last[0], last[1]))
+    left, top, right, bottom = starts[0] - first[0], starts[1] - first[1], stops[0] - first[0], stops[1] - first[1]
+    return part.resize((image_size, image_size), resample, box=(left, top, min(right, part.width), min(bottom, part.height)))
+
+
+def random_resized_crop(
+    payload: bytes,
+    image_size: int,
+    generator: np.random.Generator,
+    *,
+    preprocess: Preprocess = PLAIN,
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """RGB, a box of `scale` of the area with a log-uniform aspect ratio in `ratio`, resized: uint8 [H, W, 3].
+
+    The distribution is that of torchvision's RandomResizedCrop with open_clip's settings: ten draws, then the central crop whose ratio is
+    nearest. JPEGs are decoded at a fraction of their size where the box then still has `image_size` pixels in each direction. Of
+    `preprocess` only the interpolation is used: a box that is drawn has no other geometry.
+    """
+    with open_image(payload) as opened:
+        width, height = opened.size
+        left, top, box_width, box_height = _crop_box(width, height, generator, scale, ratio)
+        wanted = image_size / min(box_width, box_height)
+        if wanted < 1:
+            opened.draft("RGB", (math.ceil(width * wanted), math.ceil(height * wanted)))
+        image = opened.convert("RGB")
+    reduced = round(width / image.width)
+    box = (left / reduced, top / reduced, (left + box_width) / reduced, (top + box_height) / reduced)
+    return np.asarray(image.resize((image_size, image_size), resampling(preprocess), box=box))
+
+
+def _crop_box(
+    width: int, height: int, generator: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """(left, top, width, height) of the box."""
+    for _ in range(10):
+        area = width * height * generator.uniform(*scale)
+        aspect = float(np.exp(generator.uniform(np.log(ratio[0]), np.log(ratio[1]))))
+        box_width, box_height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < box_width <= width and 0 < box_height <= height:
+            return (
+                int(generator.integers(0, width - box_width + 1)),
+                int(generator.integers(0, height - box_height + 1)),
+                box_width,
+                box_height,
+            )
+    box_width = min(width, max(1, round(height * ratio[1])))
+    box_height = min(height, max(1, round(width / ratio[0])))
+    return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
