@@ -5,7 +5,7 @@ concatenation of shuffled epochs, and each rank takes its slice. So a run resume
 batch and with any number of workers, and every rank has the same amount of work.
 
 An epoch is the intact samples of the split: the damaged ones are known before the first step (`faults.py` says why and how). With `record`
-that set is written down when a run starts and used again when it resumes, so that a shard that is mended or breaks in between changes no
+that set is written down when a run starts and used again when it resumes, so that a shard that is fixed or breaks in between changes no
 batch. A sample that fails only when it is read is replaced by another one, drawn by a function of (seed, epoch, sample): the batch stays
 full, no rank needs to hear of it, and the epoch reads the substitute twice.
 
@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import atexit
 import functools
-import hashlib
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,16 +37,19 @@ from mmlg_scale.data.faults import (
     Check,
     EpochReport,
     FaultLog,
-    append_faults,
     check_limit,
-    is_first_rank,
+    fault_list,
+    intact_samples,
+    known_faults,
     print_report,
-    scan,
+    told_truncation,
 )
 from mmlg_scale.data.reader import DamagedSample, Fault, ShardReader
-from mmlg_scale.data.tokens import Tokenizer
+from mmlg_scale.data.tokens import truncated
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import write_json_atomic
+from mmlg_scale.ranks import is_first_rank, several_ranks
+from mmlg_scale.streams import Stream, generator
+from mmlg_scale.towers import ModelSpec
 
 SHUFFLE_WINDOW = 16
 """Shards whose samples are mixed."""
@@ -56,6 +58,43 @@ ATTEMPTS = 100
 """Substitutes that are tried for a sample before reading is given up."""
 CACHE_BYTES = 512 * 2**20
 """A split whose decoded images fit into this is decoded once and kept."""
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What a stream of batches is a function of, and how it is read.
+
+    Attributes:
+        global_batch_size: pairs per step over all ranks.
+        rank, world_size: the part of each batch that is read here.
+        num_workers: processes that decode; 0 decodes here. The batches are the same.
+        augment: `none`; `crop` (a random square of 80 to 100 % of the side of the image as the model sees it); `resized_crop` (open_clip's:
+            90 to 100 % of the whole image's area at a random aspect ratio).
+        check: whether damaged images are found before the first step (`decode`) or when they are read (`structure`).
+        max_bad_fraction: fraction of the samples of an epoch above which damage stops the run.
+        cache_decoded: keep decoded images where they fit into memory.
+
+    Raises:
+        UserError: the batch is not a multiple of the ranks, `augment` is unknown, or `max_bad_fraction` is no fraction.
+    """
+
+    global_batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+    augment: str = "none"
+    check: Check = "decode"
+    max_bad_fraction: float = MAX_BAD_FRACTION
+    cache_decoded: bool = True
+
+    def __post_init__(self) -> None:
+        if self.augment not in AUGMENTATIONS:
+            raise UserError(f"augment {self.augment!r} is unknown. Use one of: {', '.join(AUGMENTATIONS)}.")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError(f"data.max_bad_fraction is {self.max_bad_fraction}. Use a fraction from 0 to 1.")
+        if self.global_batch_size % self.world_size:
+            raise UserError(f"batch_size {self.global_batch_size} is not a multiple of the {self.world_size} ranks. Change either.")
 
 
 @dataclass(frozen=True)
@@ -79,11 +118,11 @@ class Batch:
 
 def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int) -> np.ndarray:
     """The samples of one epoch in reading order: shards shuffled, then samples inside each window of shards."""
-    generator = np.random.default_rng([seed, epoch])
+    draws = generator(seed, Stream.EPOCH_ORDER, epoch)
     starts = np.concatenate([[0], np.cumsum(shard_sizes)])
-    shards = generator.permutation(len(shard_sizes))
+    shards = draws.permutation(len(shard_sizes))
     windows = [shards[i : i + SHUFFLE_WINDOW] for i in range(0, len(shards), SHUFFLE_WINDOW)]
-    return np.concatenate([generator.permutation(np.concatenate([np.arange(starts[s], starts[s + 1]) for s in w])) for w in windows])
+    return np.concatenate([draws.permutation(np.concatenate([np.arange(starts[s], starts[s + 1]) for s in w])) for w in windows])
 
 
 class _Order:
@@ -99,36 +138,36 @@ class _Order:
         return epoch, int(self._epoch(epoch)[offset])
 
 
-_Met = list[tuple[int, Fault]]
-"""(epoch, fault) of what failed while a batch was read."""
+class _News(NamedTuple):
+    """What reading a batch brought to light besides the batch."""
+
+    faults: list[tuple[int, Fault]]
+    """(epoch, fault) of what failed."""
+    read: dict[int, int]
+    """Captions by epoch."""
+    cut: dict[int, int]
+    """Those of them that are cut to the context length."""
 
 
-class _Pairs(Dataset[tuple[Batch, _Met]]):
+class _Pairs(Dataset[tuple[Batch, _News]]):
     """Batches by their list of (epoch, sample)."""
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        intact: np.ndarray,
-        tokenizer: Tokenizer,
-        image_size: int,
-        context_length: int,
-        seed: int,
-        augment: str,
-        cache: bool,
-    ) -> None:
-        self.reader, self.intact, self.tokenizer, self.seed, self.augment = reader, intact, tokenizer, seed, augment
-        self.image_size, self.context_length = image_size, context_length
-        fits = len(reader) * image_size * image_size * 3 <= CACHE_BYTES
-        self._keep = cache and fits and augment != "resized_crop"
+    def __init__(self, reader: ShardReader, intact: np.ndarray, spec: ModelSpec, settings: StreamSettings) -> None:
+        self.reader, self.intact, self.seed, self.augment = reader, intact, settings.seed, settings.augment
+        self.tokenizer, self.preprocess = spec.tokenizer, spec.preprocess
+        self.image_size, self.context_length = spec.image_size, spec.context_length
+        fits = len(reader) * self.image_size * self.image_size * 3 <= CACHE_BYTES
+        self._keep = settings.cache_decoded and fits and self.augment != "resized_crop"
         # Made at the first image, so that it is made inside a worker process and does not travel there.
         self._cached: np.ndarray | None = None
         self._known = np.zeros(len(reader), bool)
         self._captions: dict[int, list[str]] = {}
         self._tokens: list[Tensor | None] = [None] * len(reader)
+        # (sample, caption) of the captions that are cut.
+        self._cut: set[tuple[int, int]] = set()
 
-    def __getitem__(self, places: Sequence[tuple[int, int]]) -> tuple[Batch, _Met]:
-        met: _Met = []
+    def __getitem__(self, places: Sequence[tuple[int, int]]) -> tuple[Batch, _News]:
+        met: list[tuple[int, Fault]] = []
         epochs = [epoch for epoch, _ in places]
         indices = [index for _, index in places]
         if self._cached is not None and self._known[indices].all():
@@ -142,9 +181,11 @@ class _Pairs(Dataset[tuple[Batch, _Met]]):
             images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         self._tokenize(indices)
         texts, captions = zip(*(self._text(epoch, index) for epoch, index in zip(epochs, indices, strict=True)), strict=True)
-        return Batch(torch.from_numpy(images), torch.stack(texts), torch.tensor([indices, captions]).T), met
+        cut = [epoch for epoch, *place in zip(epochs, indices, captions, strict=True) if tuple(place) in self._cut] if self._cut else []
+        news = _News(met, dict(Counter(epochs)), dict(Counter(cut)))
+        return Batch(torch.from_numpy(images), torch.stack(texts), torch.tensor([indices, captions]).T), news
 
-    def _readable(self, epoch: int, wanted: int, met: _Met) -> tuple[int, np.ndarray]:
+    def _readable(self, epoch: int, wanted: int, met: list[tuple[int, Fault]]) -> tuple[int, np.ndarray]:
         """The sample, or the first of its substitutes that can be read, with its image."""
         index = wanted
         for attempt in range(ATTEMPTS):
@@ -154,23 +195,27 @@ class _Pairs(Dataset[tuple[Batch, _Met]]):
                 return index, self._image(epoch, index)
             except DamagedSample as damage:
                 met.append((epoch, damage.fault(index)))
-                generator = np.random.default_rng([self.seed, epoch, wanted, attempt, 2])
-                index = int(self.intact[generator.integers(len(self.intact))])
+                draws = generator(self.seed, Stream.SUBSTITUTE, epoch, wanted, attempt)
+                index = int(self.intact[draws.integers(len(self.intact))])
         last = met[-1][1]
         raise UserError(f"{ATTEMPTS} samples in a row cannot be read, the last being {last}. Check the storage.")
 
     def _image(self, epoch: int, index: int) -> np.ndarray:
         """uint8 [H, W, 3], before `crop`, which takes a batch at once."""
         if self.augment == "resized_crop":
-            return self.reader.crop(index, self.image_size, np.random.default_rng([self.seed, epoch, index, 1]))
+            draws = generator(self.seed, Stream.CROP, epoch, index)
+            return self.reader.crop(index, self.image_size, draws, preprocess=self.preprocess)
         if not self._keep:
-            return self.reader.image(index, self.image_size, draft=True)
+            return self._drafted(index)
         if self._cached is None:
             self._cached = np.empty((len(self.reader), self.image_size, self.image_size, 3), np.uint8)
         if not self._known[index]:
-            self._cached[index] = self.reader.image(index, self.image_size, draft=True)
+            self._cached[index] = self._drafted(index)
             self._known[index] = True
         return self._cached[index]
+
+    def _drafted(self, index: int) -> np.ndarray:
+        return self.reader.image(index, self.image_size, preprocess=self.preprocess, draft=True)
 
     def _tokenize(self, indices: Sequence[int]) -> None:
         """Tokenise the captions of samples that are met for the first time, all in one call: a call each costs five times as much."""
@@ -178,7 +223,12 @@ class _Pairs(Dataset[tuple[Batch, _Met]]):
         new = [index for index in dict.fromkeys(indices) if self._tokens[index] is None]
         if not new:
             return
-        tokens = self.tokenizer([text for index in new for text in captions[index]], self.context_length)
+        texts = [text for index in new for text in captions[index]]
+        tokens = self.tokenizer(texts, self.context_length)
+        cut = truncated(self.tokenizer, texts, tokens)
+        if cut:
+            places = [(index, caption) for index in new for caption in range(len(captions[index]))]
+            self._cut.update(places[row] for row in cut)
         for index, part in zip(new, tokens.split([len(captions[index]) for index in new]), strict=True):
             self._tokens[index] = part
 
@@ -216,93 +266,78 @@ class TrainStream:
 
     Args:
         folder: a split.
-        global_batch_size: pairs per step over all ranks.
-        num_workers: processes that decode; 0 decodes here. The batches are the same.
-        augment: `none`; `crop` (a random square of 80 to 100 % of the side of the centre square); `resized_crop` (open_clip's: 90 to 100 %
-            of the whole image's area at a random aspect ratio).
-        cache_decoded: keep decoded images where they fit into memory.
-        check: whether damaged images are found before the first step (`decode`) or when they are read (`structure`).
-        max_bad_fraction: share of the samples of an epoch above which damage stops the run.
+        spec: the model that reads it: size and preprocessing of images, tokenizer and context length of captions.
         record: folder of the run: keeps the set of damaged samples over a resume, and the list of faults.
-        on_epoch: told at the end of each epoch what was skipped; by default the console is, where something was.
+        on_epoch: told at the end of each epoch what was skipped and cut; by default the console is, where something was.
 
     Raises:
-        UserError: the batch is not a multiple of the ranks, fewer samples are intact than a batch has, more than the limit are damaged, or
-            `augment` or `check` is unknown; while reading, more than the limit turn out damaged.
+        UserError: fewer samples are intact than a batch has, more than the limit are damaged, or `check` is unknown; while reading, more
+            than the limit turn out damaged.
     """
 
     def __init__(
         self,
         folder: Path,
-        tokenizer: Tokenizer,
+        spec: ModelSpec,
+        settings: StreamSettings,
         *,
-        image_size: int,
-        context_length: int,
-        global_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int,
-        num_workers: int = 0,
-        augment: str = "none",
         start_step: int = 0,
-        cache_decoded: bool = True,
-        check: Check = "decode",
-        max_bad_fraction: float = MAX_BAD_FRACTION,
         record: Path | None = None,
         on_epoch: Callable[[EpochReport], None] = print_report,
     ) -> None:
-        if augment not in AUGMENTATIONS:
-            raise UserError(f"augment {augment!r} is unknown. Use one of: {', '.join(AUGMENTATIONS)}.")
-        if not 0 <= max_bad_fraction <= 1:
-            raise UserError(f"data.max_bad_fraction is {max_bad_fraction}. Use a share from 0 to 1.")
+        rank, world_size, batch_size = settings.rank, settings.world_size, settings.global_batch_size
         reader = ShardReader(folder)
-        if global_batch_size % world_size:
-            raise UserError(f"batch_size {global_batch_size} is not a multiple of the {world_size} ranks. Change either.")
-        list_file = None if record is None else record / f"data-faults-rank{rank}.jsonl"
-        known = _known_faults(folder, reader, check, max_bad_fraction, record, list_file, max(1, num_workers), world_size)
-        order = _Order(_intact(reader, known), seed)
+        known = known_faults(
+            folder,
+            reader,
+            check=settings.check,
+            max_bad_fraction=settings.max_bad_fraction,
+            record=record,
+            rank=rank,
+            threads=max(1, settings.num_workers),
+            shared=several_ranks() and dist.get_world_size() == world_size,
+        )
+        order = _Order(intact_samples(reader, known), settings.seed)
         self.num_intact = len(order.intact)
-        if self.num_intact < global_batch_size:
-            raise UserError(
-                f"{folder} holds {self.num_intact} samples, batch_size is {global_batch_size}. Use a smaller batch, or more data."
-            )
-        self._start, self._batch_size = start_step, global_batch_size
+        if self.num_intact < batch_size:
+            raise UserError(f"{folder} holds {self.num_intact} samples, batch_size is {batch_size}. Use a smaller batch, or more data.")
+        self._start, self._batch_size = start_step, batch_size
         self._log = FaultLog(
             known,
             len(reader),
             share=1 / world_size,
-            max_bad_fraction=max_bad_fraction,
-            file=list_file,
+            max_bad_fraction=settings.max_bad_fraction,
+            file=fault_list(record, rank),
+            context_length=spec.context_length,
             on_epoch=on_epoch if rank == 0 else _only_new(on_epoch, known),
             what=str(folder),
         )
-        steps = _Steps(order, global_batch_size, rank, world_size, start_step)
-        pairs = _Pairs(reader, order.intact, tokenizer, image_size, context_length, seed, augment, cache_decoded)
-        self._loader: DataLoader[tuple[Batch, _Met]] = DataLoader(
-            pairs,
+        self._loader: DataLoader[tuple[Batch, _News]] = DataLoader(
+            _Pairs(reader, order.intact, spec, settings),
             batch_size=None,
-            sampler=steps,
-            num_workers=num_workers,
+            sampler=_Steps(order, batch_size, rank, world_size, start_step),
+            num_workers=settings.num_workers,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(
-                seed
-            ),  # its draw for the workers, of which nothing here depends, leaves the global state alone
-            multiprocessing_context="spawn" if num_workers else None,  # the engine has started threads, which a fork would break
+            # Its draw for the workers, on which nothing here depends, leaves the global state alone.
+            generator=torch.Generator().manual_seed(settings.seed),
+            # The engine has started threads, which a fork would break.
+            multiprocessing_context="spawn" if settings.num_workers else None,
             worker_init_fn=leave_at_once,
         )
 
     def __iter__(self) -> Iterator[Batch]:
         step = self._start
-        for batch, met in self._loaded():
-            for epoch in sorted({epoch for epoch, _ in met}):
-                self._log.add(epoch, step, [fault for of, fault in met if of == epoch])
+        for batch, news in self._loaded():
+            for epoch in sorted({epoch for epoch, _ in news.faults}):
+                self._log.add(epoch, step, [fault for of, fault in news.faults if of == epoch])
+            self._log.add_captions(news.read, news.cut)
             epoch, position = divmod(step * self._batch_size, self.num_intact)
             if position + self._batch_size >= self.num_intact:
                 self._log.end_epoch(epoch)
             yield batch
             step += 1
 
-    def _loaded(self) -> Iterator[tuple[Batch, _Met]]:
+    def _loaded(self) -> Iterator[tuple[Batch, _News]]:
         try:
             yield from self._loader
         except UserError as error:  # from a worker process torch gives it a traceback in text, our line being the last
@@ -324,58 +359,9 @@ def _only_new(on_epoch: Callable[[EpochReport], None], known: Sequence[Fault]) -
 
     def report(found: EpochReport) -> None:
         own = dict(Counter(found.skipped) - shared)
-        on_epoch(EpochReport(found.epoch, found.num_intact, own, found.listed_in))
+        on_epoch(replace(found, skipped=own))
 
     return report
-
-
-def _known_faults(
-    folder: Path,
-    reader: ShardReader,
-    check: Check,
-    max_bad_fraction: float,
-    record: Path | None,
-    list_file: Path | None,
-    threads: int,
-    world_size: int,
-) -> list[Fault]:
-    """The damaged samples that this run leaves out: as its record says, or else as a scan finds them, the same on every rank."""
-    shared = world_size > 1 and dist.is_available() and dist.is_initialized() and dist.get_world_size() == world_size
-    first = is_first_rank()
-    identity = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
-    file = None if record is None else record / "data-skipped.json"
-    recorded: list[list[Fault] | None] = [_load_record(file, identity) if first else None]
-    if shared:
-        dist.broadcast_object_list(recorded, src=0)
-    if recorded[0] is not None:
-        return recorded[0]
-    faults = scan(folder, reader, check=check, threads=threads, shared=shared)
-    if first and list_file is not None:
-        list_file.unlink(missing_ok=True)  # of an earlier start, which came no further
-        append_faults(list_file, faults, epoch=0, step=0)
-    check_limit(faults, len(reader), max_bad_fraction, list_file, str(folder))
-    if first and file is not None:
-        write_json_atomic(file, {"manifest_sha256": identity, "faults": [vars(fault) for fault in faults]})
-    return faults
-
-
-def _load_record(file: Path | None, identity: str) -> list[Fault] | None:
-    """The damaged samples that the run left out so far; None where it starts afresh, or on another data set."""
-    if file is None or not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return [Fault(**fault) for fault in content["faults"]] if content["manifest_sha256"] == identity else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}). Remove it; the run then checks its data again.") from error
-
-
-def _intact(reader: ShardReader, faults: Sequence[Fault]) -> list[np.ndarray]:
-    """The samples of each shard that are not damaged."""
-    whole = np.ones(len(reader), bool)
-    whole[[fault.index for fault in faults]] = False
-    edges = np.cumsum(reader.shard_sizes)[:-1]
-    return [part[keep] for part, keep in zip(np.split(np.arange(len(reader)), edges), np.split(whole, edges), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -387,7 +373,9 @@ class EvalSplit:
         texts_MT: all captions of all images.
         text_to_image_M: the image of each caption.
         labels_N: class of each image, where the set has classes.
+        captions: all captions as texts.
         skipped: the damaged samples, which are left out.
+        num_truncated: captions that are cut to the context length.
     """
 
     images_uint8_NCHW: Tensor
@@ -396,6 +384,7 @@ class EvalSplit:
     labels_N: Tensor | None
     captions: list[str]
     skipped: list[Fault] = field(default_factory=list)
+    num_truncated: int = 0
 
     def image_png(self, index: int) -> bytes:
         """Image `index` as a PNG file."""
@@ -404,15 +393,10 @@ class EvalSplit:
         return buffer.getvalue()
 
 
-def load_eval_split(
-    folder: Path,
-    tokenizer: Tokenizer,
-    image_size: int,
-    context_length: int,
-    *,
-    max_bad_fraction: float = MAX_BAD_FRACTION,
-) -> EvalSplit:
-    """Read a whole split into memory. Damaged samples are left out and named on the console: metrics are then over the others.
+def load_eval_split(folder: Path, spec: ModelSpec, *, max_bad_fraction: float = MAX_BAD_FRACTION) -> EvalSplit:
+    """Read a whole split into memory as the model `spec` sees it.
+
+    Damaged samples are left out and named on the console, metrics are then over the others; captions that are cut are counted there.
 
     Raises:
         UserError: more than `max_bad_fraction` of the samples are damaged; with the first of them.
@@ -424,7 +408,7 @@ def load_eval_split(
             reader.check_headers(index)
             reader.check_text(index)
             found = reader.about(index)
-            images.append(reader.image(index, image_size))
+            images.append(reader.image(index, spec.image_size, preprocess=spec.preprocess))
             about.append(found)
         except DamagedSample as damage:
             faults.append(damage.fault(index))
@@ -432,17 +416,22 @@ def load_eval_split(
     check_limit(faults, len(reader), max_bad_fraction, None, str(folder))
     if not images:
         raise UserError(f"{folder}: not one sample can be read. mmlg data check says why.")
-    if is_first_rank():
-        for fault in faults:
-            print(f"left out of the evaluation: {fault}", flush=True)
     captions = [text for item in about for text in item["captions"]]
     owners = [position for position, item in enumerate(about) for _ in item["captions"]]
     labels = [item["label"] for item in about]
+    texts_MT = spec.tokenizer(captions, spec.context_length)
+    num_truncated = len(truncated(spec.tokenizer, captions, texts_MT))
+    if is_first_rank():
+        for fault in faults:
+            print(f"left out of the evaluation: {fault}", flush=True)
+        if num_truncated:
+            print(f"{folder}: {told_truncation(num_truncated, len(captions), spec.context_length)}", flush=True)
     return EvalSplit(
         torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
-        tokenizer(captions, context_length),
+        texts_MT,
         torch.tensor(owners),
         None if any(label is None for label in labels) else torch.tensor(labels),
         captions,
         faults,
+        num_truncated,
     )
