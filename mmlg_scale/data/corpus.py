@@ -1,16 +1,17 @@
-"""A data set without a model (`PairSet`), and as one model reads it (`Corpus`): by the model's tokenizer and preprocessing."""
+"""Data sets as runs use them: `PairSet` is what is on disk, `Corpus` is how one model reads it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from mmlg_scale.data.faults import MAX_BAD_FRACTION
+from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, print_report
 from mmlg_scale.data.manifest import SPLITS
 from mmlg_scale.data.pipeline import EvalSplit, StreamSettings, TrainStream, load_eval_split
 from mmlg_scale.data.reader import ShardReader
@@ -19,22 +20,28 @@ from mmlg_scale.data.tokens import load_tokenizer
 from mmlg_scale.errors import UserError
 from mmlg_scale.towers import BytePairTokenizer, ModelSpec, Tokenizer, same_tokenizer, told
 
+Classes = dict[str, list[str]]
+CLASSES_FILE = "classes.json"
+
 
 @dataclass(frozen=True)
 class PairSet:
-    """Image-text pairs on disk.
+    """A data set on disk, without any model.
 
     Attributes:
-        tokenizer: what the set offers to models trained from scratch on it; None: it has none.
+        tokenizer: what the set offers to models trained from scratch; None: nothing.
         classes: {"classnames", "templates"}, where the set has classes.
     """
 
     root: Path
     tokenizer: Tokenizer | None
-    classes: dict[str, list[str]] | None
+    classes: Classes | None
 
     def digest(self) -> str:
-        """SHA-256 over the manifests of all splits, and the classes. A tokenizer belongs to a model, and is not in it."""
+        """SHA-256 of the manifests of all splits and of the classes: equal for sets of equal pairs, wherever they are.
+
+        The tokenizer is no part of it, since it belongs to the model.
+        """
         found = hashlib.sha256()
         for split in SPLITS:
             file = self.root / split / "manifest.json"
@@ -44,80 +51,119 @@ class PairSet:
         return found.hexdigest()
 
 
-def open_pairs(path: str | Path | None) -> PairSet:
-    """The data set at a recipe's data.path.
+def open_pairs(path: Path | str | None) -> PairSet:
+    """The data set in a folder.
 
     Raises:
-        UserError: no path, no data set there, or damaged classes or tokenizer.
+        UserError: `path` is None or holds no data set; its tokenizer or its classes are damaged.
     """
     if path is None:
         raise UserError("recipe key data.path is null. Write a data set with mmlg data scenes or mmlg data pack and give --data.path DIR.")
     root = Path(path)
     if not (root / "dataset.json").is_file():
-        raise UserError(f"{root} holds no data set. mmlg data scenes or mmlg data pack writes one; give its folder.")
-    return PairSet(root, load_tokenizer(root), _classes(root / "classes.json"))
+        raise UserError(f"recipe key data.path: {root} holds no data set. mmlg data scenes or mmlg data pack writes one.")
+    return PairSet(root, load_tokenizer(root), _load_classes(root / CLASSES_FILE))
 
 
-def _classes(file: Path) -> dict[str, list[str]] | None:
+def _load_classes(file: Path) -> Classes | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        found = {key: content[key] for key in ("classnames", "templates")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error!r}). It holds classnames and templates; pack the data set again.") from error
-    for key, value in found.items():
-        if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-            raise UserError(f"{file}: {key} is not a list of texts. Correct it, or pack the data set again.")
-    if not all("{}" in template for template in found["templates"]):
-        raise UserError(f"{file}: a template has no {{}} for the class name. Correct it.")
-    return found
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON ({error}). Correct it, or remove it to leave classification out.") from error
+    for key in ("classnames", "templates"):
+        listed = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(listed, list) or not listed or not all(isinstance(text, str) and text.strip() for text in listed):
+            raise UserError(f"{file}: {key} is {_short(listed)}. Give a list of texts, none of them empty.")
+    for template in content["templates"]:
+        if "{}" not in template:
+            raise UserError(f"{file}: the template {template!r} has no {{}} for the class name. Add it.")
+    return {key: content[key] for key in ("classnames", "templates")}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
 
 
 def choose_tokenizer(pairs: PairSet, model: Tokenizer | None, choice: Literal["auto", "model"], *, what: str) -> Tokenizer:
-    """The tokenizer with which a model reads a data set, `choice` being the recipe's data.tokenizer.
+    """The tokenizer that captions of `pairs` go through.
+
+    A model's own, always; one trained from scratch (`model` is None) takes what the set offers, or else byte pairs.
 
     Args:
-        model: the model's own; None for a model trained from scratch.
-        what: the model, for the message.
+        choice: with `model` the set's own is ignored; with `auto` it must be the model's.
+        what: the model in words, which start the message.
 
     Raises:
-        UserError: the model and the data set have different ones, and the recipe does not say that the model's is meant.
+        UserError: `auto`, and the set has been packed with another tokenizer than the model's.
     """
+    offered = pairs.tokenizer if choice == "auto" else None
     if model is None:
-        return pairs.tokenizer if pairs.tokenizer is not None and choice == "auto" else BytePairTokenizer()
-    if choice == "auto" and pairs.tokenizer is not None and not same_tokenizer(pairs.tokenizer, model):
+        return offered or BytePairTokenizer()
+    if offered is not None and not same_tokenizer(offered, model):
         raise UserError(
-            f"{what} has the tokenizer {told(model)}, the data set {pairs.root} has {told(pairs.tokenizer)}. Set --data.tokenizer model to "
-            "use the model's, or pack the pairs with --tokenizer none."
+            f"{what} has {told(model)}, the data set {pairs.root} was packed with {told(offered)}. Set data.tokenizer to model to tokenise "
+            "with the model's, or pack the pairs with --tokenizer none."
         )
     return model
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A data set as a model of this spec reads it."""
+    """A data set as one model reads it: with its image size, preprocessing, context length and tokenizer."""
 
     pairs: PairSet
     spec: ModelSpec
 
-    def eval_split(self, split: str, *, max_bad_fraction: float = MAX_BAD_FRACTION) -> EvalSplit:
-        """A whole split, decoded and tokenised."""
-        return load_eval_split(self.pairs.root / split, self.spec, max_bad_fraction=max_bad_fraction)
-
-    def stream(self, settings: StreamSettings, start_step: int = 0, *, record: Path | None = None) -> TrainStream:
-        """Training batches from `start_step` on; what is skipped is listed in the folder `record`."""
-        return TrainStream(self.pairs.root / "train", self.spec, settings, start_step=start_step, record=record)
-
-    def sweep(self) -> Sweep:
-        """The training split once, in its order."""
-        return Sweep(ShardReader(self.pairs.root / "train"), self.spec)
-
     @property
-    def classes(self) -> dict[str, Any] | None:
+    def classes(self) -> Classes | None:
         """Class names and caption templates, where the set has classes."""
         return self.pairs.classes
 
-    def tokenize(self, texts: list[str]) -> Tensor:
-        """Token ids [n, T] at the model's context length."""
+    def eval_split(self, split: str, *, max_bad_fraction: float = MAX_BAD_FRACTION) -> EvalSplit:
+        """A whole split in memory; see `load_eval_split`."""
+        return load_eval_split(self.pairs.root / split, self.spec, max_bad_fraction=max_bad_fraction)
+
+    def stream(
+        self,
+        settings: StreamSettings,
+        start_step: int = 0,
+        *,
+        record: Path | None = None,
+        on_epoch: Callable[[EpochReport], None] = print_report,
+    ) -> TrainStream:
+        """One rank's training batches from `start_step` on; see `TrainStream`."""
+        return TrainStream(self.pairs.root / "train", self.spec, settings, start_step=start_step, record=record, on_epoch=on_epoch)
+
+    def sweep(self) -> Sweep:
+        """The training split once, in its own order."""
+        return Sweep(ShardReader(self.pairs.root / "train"), self.spec)
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids at the model's context length, int64 [N, T]."""
         return self.spec.tokenizer(texts, self.spec.context_length)
+
+
+def corpus_for(pairs: PairSet, spec: ModelSpec, *, from_data: bool) -> Corpus:
+    """`pairs` as the model `spec` reads them.
+
+    Args:
+        from_data: the tokenizer was chosen for a model that is trained from scratch, so that its vocab_size can still follow.
+
+    Raises:
+        UserError: the tokenizer gives ids for which the model has no embedding.
+    """
+    vocab_size = spec.config["text_cfg"]["vocab_size"]
+    if spec.tokenizer.vocab_size > vocab_size:
+        if from_data:
+            raise UserError(
+                f"the tokenizer for {pairs.root} has {spec.tokenizer.vocab_size} tokens, recipe key model has vocab_size {vocab_size}. "
+                "Leave vocab_size out to take the tokenizer's."
+            )
+        raise UserError(
+            f"the model's tokenizer has {spec.tokenizer.vocab_size} tokens, its text_cfg.vocab_size is {vocab_size}. "
+            "Its tokenizer files are another model's: put its own beside the weights."
+        )
+    return Corpus(pairs, spec)

@@ -17,19 +17,20 @@ import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch.distributed as dist
 
 from mmlg_scale.data.manifest import Progress
 from mmlg_scale.data.reader import MISSING, READ, DamagedSample, Fault, ShardReader
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_json_atomic
-from mmlg_scale.ranks import several_ranks
+from mmlg_scale.ranks import is_first_rank, on_first_rank, several_ranks
 
 MAX_BAD_FRACTION = 0.01
 Check = Literal["decode", "structure"]
@@ -45,20 +46,38 @@ ShardState = dict[str, Any]
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What was skipped in one epoch: counts by cause, the samples that the epoch reads, and the file with the full list, if any."""
+    """What was skipped and cut in one epoch, as one rank met it.
+
+    Attributes:
+        num_intact: samples that the epoch reads.
+        skipped: damaged samples by cause.
+        listed_in: the file with the full list, if any.
+        num_captions: captions that this rank read.
+        num_truncated: those of them that are longer than the context length.
+        context_length: tokens per caption.
+    """
 
     epoch: int
     num_intact: int
     skipped: dict[str, int]
     listed_in: Path | None
-    num_truncated: int = 0
-    """Captions, met for the first time in this epoch, that are cut to the model's context length; this rank's."""
+    num_captions: int
+    num_truncated: int
+    context_length: int
 
-    def __str__(self) -> str:
+    def told_skipped(self) -> str:
+        """The skipped samples in words."""
         where = f", listed in {self.listed_in}" if self.listed_in is not None else ""
-        told = [f"{sum(self.skipped.values())} samples skipped ({_causes(self.skipped)}){where}"] if self.skipped else []
-        told += [f"{self.num_truncated} captions cut to the context length"] if self.num_truncated else []
-        return f"epoch {self.epoch}: {'; '.join(told)}"
+        return f"epoch {self.epoch}: {sum(self.skipped.values())} samples skipped ({_causes(self.skipped)}){where}"
+
+    def told_cut(self) -> str:
+        """The cut captions in words."""
+        return f"epoch {self.epoch}: {told_truncation(self.num_truncated, self.num_captions, self.context_length)}"
+
+
+def told_truncation(num_truncated: int, num_captions: int, context_length: int) -> str:
+    """How many captions are cut, in words."""
+    return f"{num_truncated} of {num_captions} captions are cut to the context length of {context_length} tokens"
 
 
 def _causes(counts: dict[str, int]) -> str:
@@ -66,9 +85,11 @@ def _causes(counts: dict[str, int]) -> str:
 
 
 def print_report(report: EpochReport) -> None:
-    """One line on the console, where something was skipped."""
-    if report.skipped or report.num_truncated:
-        print(report, flush=True)
+    """One line on the console where something was skipped, and one, of the first rank's captions, where some were cut."""
+    if report.skipped:
+        print(report.told_skipped(), flush=True)
+    if report.num_truncated and is_first_rank():
+        print(report.told_cut(), flush=True)
 
 
 def scan(
@@ -197,17 +218,18 @@ def check_limit(faults: Sequence[Fault], num_samples: float, max_bad_fraction: f
     where = f"Full list: {listed_in}." if listed_in is not None else "mmlg data check lists them all."
     raise UserError(
         f"{what}: {len(faults)} damaged samples ({_causes(Counter(fault.cause for fault in faults))}) are more than "
-        f"data.max_bad_fraction {max_bad_fraction:g} of them. First: {first}. {where} Mend the data, or raise data.max_bad_fraction."
+        f"data.max_bad_fraction {max_bad_fraction:g} of them. First: {first}. {where} Fix the data, or raise data.max_bad_fraction."
     )
 
 
 class FaultLog:
-    """One rank's account of what is skipped: appended to a JSON Lines file as it is found, summed up at the end of each epoch.
+    """One rank's account of what is skipped and cut: faults are appended to a JSON Lines file as they are found; an epoch ends with a sum.
 
     Args:
         known: the damaged samples that the epochs leave out.
         num_samples: of the split; `share` of them, and of `known`, fall to this rank.
         file: where the list goes; null: nowhere.
+        what: the split, which starts messages.
     """
 
     def __init__(
@@ -218,13 +240,16 @@ class FaultLog:
         share: float,
         max_bad_fraction: float,
         file: Path | None,
+        context_length: int,
         on_epoch: Callable[[EpochReport], None],
         what: str,
     ) -> None:
         self.known, self.num_samples, self.share, self.what = list(known), num_samples, share, what
         self.max_bad_fraction, self.file, self.on_epoch = max_bad_fraction, file, on_epoch
+        self.context_length = context_length
         self._met: dict[int, list[Fault]] = {}
-        self.num_truncated = 0
+        self._captions: Counter[int] = Counter()
+        self._cut: Counter[int] = Counter()
 
     def add(self, epoch: int, step: int, faults: Iterable[Fault]) -> None:
         """Count samples of `epoch` that turned out damaged when `step` read them.
@@ -241,12 +266,84 @@ class FaultLog:
         if len(met) + self.share * len(self.known) > self.max_bad_fraction * self.num_samples * self.share:
             check_limit([*met, *self.known], 0.0, self.max_bad_fraction, self.file, f"{self.what}, epoch {epoch}")
 
+    def add_captions(self, read: Mapping[int, int], cut: Mapping[int, int]) -> None:
+        """Count captions by epoch: those that were read, and those of them that were cut."""
+        self._captions.update(read)
+        self._cut.update(cut)
+
     def end_epoch(self, epoch: int) -> None:
         """Report the epoch; every rank reports what it met itself."""
         met = self._met.pop(epoch, [])
         counts = dict(Counter(fault.cause for fault in (*self.known, *met)))
-        self.on_epoch(EpochReport(epoch, self.num_samples - len(self.known), counts, self.file, self.num_truncated))
-        self.num_truncated = 0
+        captions, cut = self._captions.pop(epoch, 0), self._cut.pop(epoch, 0)
+        self.on_epoch(EpochReport(epoch, self.num_samples - len(self.known), counts, self.file, captions, cut, self.context_length))
+
+
+def known_faults(
+    folder: Path, reader: ShardReader, *, check: Check, max_bad_fraction: float, record: Path | None, rank: int, threads: int, shared: bool
+) -> list[Fault]:
+    """The damaged samples that a run leaves out: as its record says, or else as a scan finds them, the same on every rank.
+
+    Args:
+        record: the run's folder, which keeps the set over a resume.
+        shared: this is one of the ranks of the process group, which all call.
+
+    Raises:
+        UserError: more than the limit, or a damaged record; on every rank.
+    """
+    identity = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    file = None if record is None else record / "data-skipped.json"
+    first = on_first_rank if shared else _call
+    recorded = first(lambda: _load_record(file, identity))
+    if recorded is not None:
+        return recorded
+    faults = scan(folder, reader, check=check, threads=threads, shared=shared)
+    list_file = fault_list(record, 0 if shared else rank)
+
+    def note() -> None:
+        if list_file is not None:
+            list_file.unlink(missing_ok=True)  # of an earlier start, which came no further
+            append_faults(list_file, faults, epoch=0, step=0)
+
+    def keep() -> None:
+        if file is not None:
+            write_json_atomic(file, {"manifest_sha256": identity, "faults": [vars(fault) for fault in faults]})
+
+    first(note)
+    check_limit(faults, len(reader), max_bad_fraction, list_file, str(folder))
+    first(keep)
+    return faults
+
+
+T = TypeVar("T")
+
+
+def _call(work: Callable[[], T]) -> T:
+    return work()
+
+
+def fault_list(record: Path | None, rank: int) -> Path | None:
+    """The file in which a rank lists its faults."""
+    return None if record is None else record / f"data-faults-rank{rank}.jsonl"
+
+
+def _load_record(file: Path | None, identity: str) -> list[Fault] | None:
+    """The damaged samples that the run left out so far; None where it starts afresh, or on another data set."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return [Fault(**fault) for fault in content["faults"]] if content["manifest_sha256"] == identity else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}). Remove it; the run then checks its data again.") from error
+
+
+def intact_samples(reader: ShardReader, faults: Sequence[Fault]) -> list[np.ndarray]:
+    """The samples of each shard that are not damaged: int64 [N] per shard."""
+    whole = np.ones(len(reader), bool)
+    whole[[fault.index for fault in faults]] = False
+    edges = np.cumsum(reader.shard_sizes)[:-1]
+    return [part[keep] for part, keep in zip(np.split(np.arange(len(reader)), edges), np.split(whole, edges), strict=True)]
 
 
 def append_faults(file: Path | None, faults: Sequence[Fault], *, epoch: int, step: int) -> None:

@@ -1,7 +1,7 @@
 """Encoded images -> what a model sees: the geometry of open_clip's evaluation transform, and random crops for training.
 
-The grey levels are open_clip's to the last bit, whatever the image's mode: it resizes and crops before it converts to RGB, so that a palette
-is resized to the nearest pixel and colours under transparency are weighted by it, and so do we.
+The grey levels are open_clip's to the last bit, whatever the image's mode: it resizes and crops before it converts to RGB, so that an image
+with a palette is resized to the nearest pixel, and transparent colours count less. So do we.
 """
 
 from __future__ import annotations

@@ -14,22 +14,24 @@ from typing import Any
 
 from mmlg_scale.data.manifest import FORMAT_VERSION, SPLITS, Progress
 from mmlg_scale.data.reader import DamagedSample, ShardReader
-from mmlg_scale.data.tokens import word_tokenizer_files, write_tokenizer
+from mmlg_scale.data.tokens import BPE, NONE, read_offer, recorded_offer, remove_tokenizer
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_json_atomic
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp")
-TOKENIZERS = ("bpe", "words")
+KINDS = {"txt": "text", "json": "json", **dict.fromkeys(IMAGES, "image")}
 BLOCK = 512
 _NAME = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")
 """webdataset's rule: a key is all up to the first dot of the base name."""
 
-DAMAGED_HEADER, CUT_SHARD, NO_IMAGE, NO_CAPTION, TWICE = (
+DAMAGED_HEADER, CUT_SHARD, NO_IMAGE, NO_CAPTION, TWICE, DOTTED, OTHER = (
     "damaged places (tar header)",
     "cut shards",
     "samples without an image",
     "samples without a caption",
-    "members that stand twice",
+    "members that are there twice",
+    "members with a dot in their name before the extension, where webdataset ends the key (rename KEY.v2.jpg to KEY_v2.jpg)",
+    "members of other kinds",
 )
 
 
@@ -46,21 +48,22 @@ def index_dataset(
     *,
     val_shards: int = 1,
     test_shards: int = 1,
-    tokenizer: str = "bpe",
+    tokenizer: str = NONE,
     progress: Progress = lambda items: items,
 ) -> tuple[dict[str, int], Counter[str]]:
     """Write a manifest per split and dataset.json, so that ROOT is a data set; returns the samples of each split and the problems found.
 
     Splits are the subfolders train, val and test; where there is none of them, ROOT's own shards in the order of their names, the last
-    ones for test and those before for val. Indexing again renews what indexing wrote.
+    ones for test and those before for val. Indexing again renews what indexing wrote. `tokenizer`: as in `pack.PackSettings`.
 
     Raises:
-        UserError: no shards, too few for the splits, a packed data set, an unknown tokenizer, a split without a whole sample.
+        UserError: no shards, too few for the splits, a packed data set, an unknown tokenizer, or one in ROOT that indexing did not write, a
+            split without a whole sample.
     """
-    if tokenizer not in TOKENIZERS:
-        raise UserError(f"tokenizer {tokenizer!r} is unknown. Use one of: {', '.join(TOKENIZERS)}.")
+    offer = read_offer(tokenizer)
     groups = _groups(root, val_shards, test_shards)
     _refuse_foreign(root)
+    _refuse_tokenizer(root)
     problems: Counter[str] = Counter()
     manifests: dict[str, dict[str, Any]] = {}
     for split, paths in groups.items():
@@ -78,10 +81,10 @@ def index_dataset(
         manifests[split] = {"format_version": FORMAT_VERSION, "split": split, "num_samples": total, "shards": shards}
     for split, manifest in manifests.items():
         write_json_atomic(root / split / "manifest.json", manifest)
-    if tokenizer == "words" and not (root / "tokenizer").exists():
-        write_tokenizer(root, word_tokenizer_files(_captions(root / "train")))
+    remove_tokenizer(root)
+    offer.write(root, lambda: _captions(root / "train"))
     counts = {split: manifest["num_samples"] for split, manifest in manifests.items()}
-    args = {"val_shards": val_shards, "test_shards": test_shards, "tokenizer": tokenizer}
+    args = {"val_shards": val_shards, "test_shards": test_shards, "tokenizer": offer.name}
     write_json_atomic(root / "dataset.json", {"format_version": FORMAT_VERSION, "kind": "indexed", "args": args, "splits": counts})
     return counts, problems
 
@@ -124,6 +127,12 @@ def _refuse_foreign(root: Path) -> None:
             raise UserError(f"{root} is a data set of its own making ({kind}), with its manifests. mmlg data check looks at it.")
 
 
+def _refuse_tokenizer(root: Path) -> None:
+    """A tokenizer that a person put there is theirs; one that dataset.json records is replaced."""
+    if (root / "tokenizer").exists() and recorded_offer(root) in (None, NONE, BPE):
+        raise UserError(f"{root / 'tokenizer'} is not from mmlg data index. Move it away, and give its path with --tokenizer to use it.")
+
+
 def _captions(folder: Path) -> Iterator[str]:
     reader = ShardReader(folder)
     for index in range(len(reader)):
@@ -143,8 +152,9 @@ def index_shard(path: Path) -> Indexed:
         if named is None:
             continue
         key, extension = named[1], named[2].lower()
-        kind = {"txt": "text", "json": "json"}.get(extension, "image" if extension in IMAGES else None)
+        kind = KINDS.get(extension)
         if kind is None:
+            problems[DOTTED if extension.rpartition(".")[2] in KINDS else OTHER] += 1
             continue
         entry = samples.setdefault(key, {"key": key})
         if kind in entry:

@@ -17,15 +17,38 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mmlg_scale.data.images import check_decodes, decode
 from mmlg_scale.data.manifest import SPLITS, Progress, Sample, new_dataset, write_split
-from mmlg_scale.data.reader import check_decodes, decode
-from mmlg_scale.data.tokens import word_tokenizer_files, write_tokenizer
+from mmlg_scale.data.tokens import NONE, read_offer
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_json_atomic
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-TOKENIZERS = ("words", "bpe", "none")
 SAMPLES_PER_SHARD = 2000
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """How a data set is packed, whatever its source.
+
+    Attributes:
+        val, test: fractions of the images that are drawn for these splits where the source has none of its own.
+        seed: of that draw.
+        tokenizer: what the set offers to models trained from scratch: none, words (of the training captions), bpe (byte pairs), or the path
+            of a model folder or a tokenizer.json.
+        resize: pixels of the shorter side to which images are resized, with a centre crop; None: they are packed as they are.
+        skip_bad: leave out images that are missing or do not decode, and list them in OUT/skipped.json; otherwise they are errors.
+    """
+
+    val: float = 0.05
+    test: float = 0.1
+    seed: int = 0
+    tokenizer: str = NONE
+    resize: int | None = None
+    skip_bad: bool = False
+
+
+DEFAULTS = PackSettings()
 
 
 @dataclass(frozen=True)
@@ -66,32 +89,26 @@ class ImageCheck:
 def pack_table(
     table: Path,
     out: Path,
+    settings: PackSettings = DEFAULTS,
     *,
     image_column: str = "filepath",
     caption_column: str = "caption",
-    shares: Mapping[str, float] | None = None,
-    seed: int = 0,
-    tokenizer: str = "words",
-    resize: int | None = None,
-    skip_bad: bool = False,
     progress: Progress = lambda items: items,
 ) -> None:
     """Pack a table whose rows are (image path, caption); rows of one image are its captions.
 
-    Image paths are relative to the table's folder. A column `split` (train, val, test) is obeyed where it is there; otherwise `shares`
-    ({"val": 0.05, "test": 0.1}) of the images are drawn for val and test under `seed`. Rows are counted as lines of the file, the header
-    being the first; a caption in quotes that runs over lines counts where it ends. With `skip_bad` missing and undecodable images are left
-    out and listed in OUT/skipped.json.
+    Image paths are relative to the table's folder. A column `split` (train, val, test) is obeyed where it is there. Rows are counted as
+    lines of the file, the header being the first; a caption in quotes that runs over lines counts where it ends.
 
     Raises:
-        UserError: no such table or column, a row without path or caption, a missing or undecodable image, an image in two splits. Each with
-            its row, and before anything is written.
+        UserError: no such table or column, a row with other fields than the header, without path or without caption, a quote that swallows
+            rows, a missing or undecodable image, an image in two splits. Each with its row, and before anything is written.
     """
     if not table.is_file():
         raise UserError(f"no table {table}. Give a CSV or TSV file, or a folder that holds one folder per class.")
     captions: dict[str, list[str]] = defaultdict(list)
     split_of: dict[str, str] = {}
-    check, good = ImageCheck(skip_bad), dict[str, bool]()
+    check, good = ImageCheck(settings.skip_bad), dict[str, bool]()
     for number, row in _rows(table, (image_column, caption_column)):
         name, caption = row[image_column].strip(), row[caption_column].strip()
         if not name:
@@ -114,10 +131,9 @@ def pack_table(
         raise UserError(f"{table} has no rows. Give one row per image and caption.")
     if split_of and len(split_of) < len(items):
         raise UserError(f"{table}: some images have a split and {len(items) - len(split_of)} have none. Fill the column, or leave it out.")
-    groups = group(items, split_of) if split_of else draw(items, shares, seed)
+    groups = group(items, split_of) if split_of else draw(items, settings)
     source = digest({"": table, **{name: item.path for name, item in items.items()}})
-    args = {"source": source, "seed": seed, "shares": dict(shares or {})}
-    write_groups(out, groups, args, tokenizer, resize, progress, skipped=check.skipped)
+    write_groups(out, groups, {"source": source}, settings, progress, skipped=check.skipped)
 
 
 def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -127,30 +143,59 @@ def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, 
     except UnicodeDecodeError as error:
         raise UserError(f"{table} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
     delimiter = "\t" if table.suffix.lower() in (".tsv", ".tab") or "\t" in text.partition("\n")[0] else ","
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    for column in columns:
-        if column not in (reader.fieldnames or ()):
-            found = ", ".join(reader.fieldnames or ())
-            raise UserError(f"{table} has no column {column!r}, but: {found}. Use --image-column and --caption-column.")
-    for row in reader:
-        yield reader.line_num, {key: value or "" for key, value in row.items() if key is not None}
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    last = 0
+    try:
+        names = next(reader, [])
+        for column in columns:
+            if column not in names:
+                raise UserError(f"{table} has no column {column!r}, but: {', '.join(names)}. Use --image-column and --caption-column.")
+        last = reader.line_num
+        for fields in reader:
+            first, last = last + 1, reader.line_num
+            if not fields:
+                continue
+            if len(fields) > len(names):
+                raise UserError(
+                    f"{table} row {last}: {len(fields)} fields, the header has {len(names)}. "
+                    f"Put a caption that holds {'tabs' if delimiter != ',' else 'commas'} in quotes."
+                )
+            swallowed = _swallowed(fields, delimiter, len(names), names.index(columns[0]))
+            if swallowed is not None:
+                raise UserError(
+                    f"{table} rows {first} to {last}: a quote is open over the row of {swallowed}. "
+                    f'Close it, or write a quote at the start of a caption as three (""") with one at its end.'
+                )
+            yield last, dict(zip(names, fields + [""] * (len(names) - len(fields)), strict=True))
+    except csv.Error as error:
+        raise UserError(
+            f"{table} row {last + 1}: the quotes are wrong, read up to line {reader.line_num} ({error}). "
+            "A field that begins with a quote ends with one, and quotes inside it are doubled."
+        ) from error
+
+
+def _swallowed(fields: Sequence[str], delimiter: str, num_columns: int, image_column: int) -> str | None:
+    """The image of a line inside a field that looks like a row of its own: an open quote has taken it in."""
+    for field in fields:
+        for line in field.splitlines()[1:]:
+            parts = line.split(delimiter)
+            if len(parts) >= num_columns and parts[image_column].strip().lower().endswith(EXTENSIONS):
+                return parts[image_column].strip()
+    return None
 
 
 def pack_folders(
     folder: Path,
     out: Path,
+    settings: PackSettings = DEFAULTS,
     *,
     templates: Sequence[str],
-    shares: Mapping[str, float] | None = None,
-    seed: int = 0,
-    tokenizer: str = "words",
-    resize: int | None = None,
-    skip_bad: bool = False,
     progress: Progress = lambda items: items,
 ) -> None:
     """Pack a folder that holds one folder of images per class; captions are the templates with `{}` replaced by the folder's name.
 
-    Where `folder` holds train/, val/ and test/ with class folders inside, those splits are obeyed.
+    Where `folder` holds train/, val/ and test/ with class folders inside, those splits are obeyed. Files of other kinds and folders inside
+    class folders are left out and listed in OUT/skipped.json.
 
     Raises:
         UserError: no such folder, only some of train/, val/ and test/, no class folders, a class without images, a template without `{}`,
@@ -172,10 +217,12 @@ def pack_folders(
     names = sorted({path.name for root in roots.values() for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")})
     if len(names) < 2:
         raise UserError(f"{folder} holds {len(names)} class folders. Give a folder with one folder of images per class.")
-    items, split_of, check = {}, {}, ImageCheck(skip_bad)
+    items, split_of, check = {}, {}, ImageCheck(settings.skip_bad)
     for split, root in roots.items():
         for label, name in enumerate(names):
-            paths = sorted(path for path in (root / name).glob("*") if path.suffix.lower() in EXTENSIONS)
+            inside = sorted(path for path in (root / name).glob("*") if not path.name.startswith("."))
+            paths = [path for path in inside if path.suffix.lower() in EXTENSIONS and not path.is_dir()]
+            check.skipped += [_left_out(path) for path in inside if path not in set(paths)]
             if not paths:
                 raise UserError(f"{root / name} holds no images ({', '.join(EXTENSIONS)}). Add some, or remove the class.")
             for path in paths:
@@ -184,10 +231,16 @@ def pack_folders(
                 key = str(path.relative_to(folder))
                 items[key] = Item(path, [template.replace("{}", name.replace("_", " ")) for template in templates], label)
                 split_of[key] = split
-    groups = group(items, split_of) if own_splits else draw(items, shares, seed)
+    groups = group(items, split_of) if own_splits else draw(items, settings)
     classes = {"classnames": [name.replace("_", " ") for name in names], "templates": list(templates)}
-    args = {"source": digest({key: item.path for key, item in items.items()}), "seed": seed, "shares": dict(shares or {}), **classes}
-    write_groups(out, groups, args, tokenizer, resize, progress, classes, skipped=check.skipped)
+    args = {"source": digest({key: item.path for key, item in items.items()}), **classes}
+    write_groups(out, groups, args, settings, progress, classes, skipped=check.skipped)
+
+
+def _left_out(path: Path) -> str:
+    if path.is_dir():
+        return f"{path} is a folder inside the folder of a class. Move its images there."
+    return f"{path} does not end in {', '.join(EXTENSIONS)}. Convert it."
 
 
 def _check_image(path: Path, where: str) -> None:
@@ -217,14 +270,14 @@ def group(items: Mapping[str, Item], split_of: Mapping[str, str]) -> dict[str, l
     return groups
 
 
-def draw(items: Mapping[str, Item], shares: Mapping[str, float] | None, seed: int) -> dict[str, list[Item]]:
+def draw(items: Mapping[str, Item], settings: PackSettings) -> dict[str, list[Item]]:
     """A random split with at least one image in each part."""
-    shares = {"val": 0.05, "test": 0.1, **(shares or {})}
-    if min(shares.values()) <= 0 or sum(shares.values()) >= 1:
-        raise UserError(f"shares of val and test are {shares['val']} and {shares['test']}. Use positive shares with a sum below 1.")
-    order = np.random.default_rng(seed).permutation(len(items))
+    fractions = {"val": settings.val, "test": settings.test}
+    if min(fractions.values()) <= 0 or sum(fractions.values()) >= 1:
+        raise UserError(f"the fractions of val and test are {settings.val} and {settings.test}. Use positive ones with a sum below 1.")
+    order = np.random.default_rng(settings.seed).permutation(len(items))
     listed = list(items.values())
-    counts = {split: max(1, round(shares[split] * len(listed))) for split in ("val", "test")}
+    counts = {split: max(1, round(fractions[split] * len(listed))) for split in ("val", "test")}
     if sum(counts.values()) >= len(listed):
         raise UserError(f"{len(listed)} images are too few for three splits. Give more, or a column named split.")
     edges = np.cumsum([counts["val"], counts["test"]])
@@ -237,37 +290,38 @@ def write_groups(
     out: Path,
     groups: Mapping[str, list[Item]],
     args: Mapping[str, object],
-    tokenizer: str,
-    resize: int | None,
+    settings: PackSettings,
     progress: Progress,
     classes: Mapping[str, object] | None = None,
     skipped: Sequence[str] = (),
 ) -> None:
     """Write the groups of each split as a data set at `out`, and say what was left out.
 
+    Args:
+        args: what else the set is a function of, for dataset.json.
+
     Raises:
         UserError: an unknown tokenizer, a split without images, or what `new_dataset` raises.
     """
-    if tokenizer not in TOKENIZERS:
-        raise UserError(f"tokenizer {tokenizer!r} is unknown. Use one of: {', '.join(TOKENIZERS)}.")
+    offer, resize = read_offer(settings.tokenizer), settings.resize
     for split, items in groups.items():
         if not items:
             raise UserError(f"split {split} has no images. Every data set needs train, val and test.")
-    with new_dataset(out, "packed", {**args, "tokenizer": tokenizer, "resize": resize}) as root:
+    drawn = {"seed": settings.seed, "shares": {"val": settings.val, "test": settings.test}}
+    with new_dataset(out, "packed", {**args, **drawn, "tokenizer": offer.name, "resize": resize}) as root:
         if root is None:
             return
         for split, items in groups.items():
             write_split(
                 root, split, (_sample(i, item, resize) for i, item in enumerate(progress(items))), samples_per_shard=SAMPLES_PER_SHARD
             )
-        if tokenizer == "words":
-            write_tokenizer(root, word_tokenizer_files(text for item in groups["train"] for text in item.captions))
+        offer.write(root, lambda: (text for item in groups["train"] for text in item.captions))
         if classes is not None:
             write_json_atomic(root / "classes.json", dict(classes))
         if skipped:
             write_json_atomic(root / "skipped.json", list(skipped))
     if skipped:
-        print(f"left out {len(skipped)} images, listed in {out / 'skipped.json'}. First: {skipped[0]}")
+        print(f"left out {len(skipped)} files, listed in {out / 'skipped.json'}. First: {skipped[0]}")
 
 
 def _sample(position: int, item: Item, resize: int | None) -> Sample:

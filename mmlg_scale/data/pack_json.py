@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmlg_scale.data.manifest import SPLITS, Progress
-from mmlg_scale.data.pack import ImageCheck, Item, digest, draw, group, write_groups
+from mmlg_scale.data.pack import DEFAULTS, ImageCheck, Item, PackSettings, digest, draw, group, write_groups
 from mmlg_scale.errors import UserError
 
 RESTVAL = ("train", "drop")
@@ -37,26 +37,22 @@ class _Entry:
 def pack_json(
     source: Path,
     out: Path,
+    settings: PackSettings = DEFAULTS,
     *,
     images: Path,
     restval: str = "train",
     allow_other_counts: bool = False,
-    shares: Mapping[str, float] | None = None,
-    seed: int = 0,
-    tokenizer: str = "words",
-    resize: int | None = None,
-    skip_bad: bool = False,
     progress: Progress = lambda items: items,
 ) -> None:
     """Pack a COCO captions file ("images" and "annotations") or a Karpathy file ("images" with "split" and "sentences").
 
-    Image names are relative to `images`. A COCO file has no splits: `shares` of its images are drawn under `seed`. In a Karpathy file
+    Image names are relative to `images`. A COCO file has no splits: they are drawn. In a Karpathy file
     `restval` (COCO's validation images that are neither val nor test) goes to train, as in the literature, or is dropped; the counts of
     data sets named coco and flickr30k must be those known of them.
 
     Raises:
         UserError: neither kind of file; other counts than the known ones, unless `allow_other_counts`; an image without captions; a missing
-            or undecodable image, unless `skip_bad`. Each with its entry, and before anything is written.
+            or undecodable image, unless they are to be skipped. Each with its entry, and before anything is written.
     """
     if restval not in RESTVAL:
         raise UserError(f"restval {restval!r} is unknown. Use one of: {', '.join(RESTVAL)}.")
@@ -68,13 +64,13 @@ def pack_json(
     else:
         entries = _karpathy_entries(source, content, restval)
         _check_counts(source, str(content.get("dataset", "")), entries, restval, allow_other_counts)
-    check = ImageCheck(skip_bad)
+    check = ImageCheck(settings.skip_bad)
     kept = [entry for entry in progress(entries) if check.is_good(images / entry.name, entry.where)]
     items = {entry.name: Item(images / entry.name, entry.captions) for entry in kept}
     split_of = {entry.name: entry.split for entry in kept if entry.split is not None}
-    groups = group(items, split_of) if split_of else draw(items, shares, seed)
-    args = {"source": digest({"": source, **{name: item.path for name, item in items.items()}}), "seed": seed, "restval": restval}
-    write_groups(out, groups, {**args, "shares": dict(shares or {})}, tokenizer, resize, progress, skipped=check.skipped)
+    groups = group(items, split_of) if split_of else draw(items, settings)
+    args = {"source": digest({"": source, **{name: item.path for name, item in items.items()}}), "restval": restval}
+    write_groups(out, groups, args, settings, progress, skipped=check.skipped)
 
 
 def _load(source: Path) -> dict[str, Any]:
@@ -134,7 +130,7 @@ def _checked(source: Path, entries: list[_Entry]) -> list[_Entry]:
             raise UserError(f"{entry.where}{entry.name} has no captions. Add one, or remove the image.")
     twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
     if twice:
-        raise UserError(f"{source}: {twice[0]} stands there twice. Keep one entry per image.")
+        raise UserError(f"{source}: {twice[0]} is there twice. Keep one entry per image.")
     return entries
 
 

@@ -5,7 +5,7 @@ concatenation of shuffled epochs, and each rank takes its slice. So a run resume
 batch and with any number of workers, and every rank has the same amount of work.
 
 An epoch is the intact samples of the split: the damaged ones are known before the first step (`faults.py` says why and how). With `record`
-that set is written down when a run starts and used again when it resumes, so that a shard that is mended or breaks in between changes no
+that set is written down when a run starts and used again when it resumes, so that a shard that is fixed or breaks in between changes no
 batch. A sample that fails only when it is read is replaced by another one, drawn by a function of (seed, epoch, sample): the batch stays
 full, no rank needs to hear of it, and the epoch reads the substitute twice.
 
@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import atexit
 import functools
-import hashlib
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,15 +37,17 @@ from mmlg_scale.data.faults import (
     Check,
     EpochReport,
     FaultLog,
-    append_faults,
     check_limit,
+    fault_list,
+    intact_samples,
+    known_faults,
     print_report,
-    scan,
+    told_truncation,
 )
 from mmlg_scale.data.reader import DamagedSample, Fault, ShardReader
+from mmlg_scale.data.tokens import truncated
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import write_json_atomic
-from mmlg_scale.ranks import is_first_rank, on_first_rank, several_ranks
+from mmlg_scale.ranks import is_first_rank, several_ranks
 from mmlg_scale.streams import Stream, generator
 from mmlg_scale.towers import ModelSpec
 
@@ -57,6 +58,43 @@ ATTEMPTS = 100
 """Substitutes that are tried for a sample before reading is given up."""
 CACHE_BYTES = 512 * 2**20
 """A split whose decoded images fit into this is decoded once and kept."""
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What a stream of batches is a function of, and how it is read.
+
+    Attributes:
+        global_batch_size: pairs per step over all ranks.
+        rank, world_size: the part of each batch that is read here.
+        num_workers: processes that decode; 0 decodes here. The batches are the same.
+        augment: `none`; `crop` (a random square of 80 to 100 % of the side of the image as the model sees it); `resized_crop` (open_clip's:
+            90 to 100 % of the whole image's area at a random aspect ratio).
+        check: whether damaged images are found before the first step (`decode`) or when they are read (`structure`).
+        max_bad_fraction: fraction of the samples of an epoch above which damage stops the run.
+        cache_decoded: keep decoded images where they fit into memory.
+
+    Raises:
+        UserError: the batch is not a multiple of the ranks, `augment` is unknown, or `max_bad_fraction` is no fraction.
+    """
+
+    global_batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+    augment: str = "none"
+    check: Check = "decode"
+    max_bad_fraction: float = MAX_BAD_FRACTION
+    cache_decoded: bool = True
+
+    def __post_init__(self) -> None:
+        if self.augment not in AUGMENTATIONS:
+            raise UserError(f"augment {self.augment!r} is unknown. Use one of: {', '.join(AUGMENTATIONS)}.")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError(f"data.max_bad_fraction is {self.max_bad_fraction}. Use a fraction from 0 to 1.")
+        if self.global_batch_size % self.world_size:
+            raise UserError(f"batch_size {self.global_batch_size} is not a multiple of the {self.world_size} ranks. Change either.")
 
 
 @dataclass(frozen=True)
@@ -80,11 +118,11 @@ class Batch:
 
 def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int) -> np.ndarray:
     """The samples of one epoch in reading order: shards shuffled, then samples inside each window of shards."""
-    draw = generator(seed, Stream.EPOCH_ORDER, epoch)
+    draws = generator(seed, Stream.EPOCH_ORDER, epoch)
     starts = np.concatenate([[0], np.cumsum(shard_sizes)])
-    shards = draw.permutation(len(shard_sizes))
+    shards = draws.permutation(len(shard_sizes))
     windows = [shards[i : i + SHUFFLE_WINDOW] for i in range(0, len(shards), SHUFFLE_WINDOW)]
-    return np.concatenate([draw.permutation(np.concatenate([np.arange(starts[s], starts[s + 1]) for s in w])) for w in windows])
+    return np.concatenate([draws.permutation(np.concatenate([np.arange(starts[s], starts[s + 1]) for s in w])) for w in windows])
 
 
 class _Order:
@@ -100,41 +138,36 @@ class _Order:
         return epoch, int(self._epoch(epoch)[offset])
 
 
-@dataclass
-class _Met:
-    """What a worker tells of a batch besides the batch."""
+class _News(NamedTuple):
+    """What reading a batch brought to light besides the batch."""
 
-    faults: list[tuple[int, Fault]] = field(default_factory=list)
-    """(epoch, fault) of what failed while it was read."""
-    num_truncated: int = 0
-    """Captions of samples met for the first time that are cut to the context length."""
+    faults: list[tuple[int, Fault]]
+    """(epoch, fault) of what failed."""
+    read: dict[int, int]
+    """Captions by epoch."""
+    cut: dict[int, int]
+    """Those of them that are cut to the context length."""
 
 
-class _Pairs(Dataset[tuple[Batch, _Met]]):
+class _Pairs(Dataset[tuple[Batch, _News]]):
     """Batches by their list of (epoch, sample)."""
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        intact: np.ndarray,
-        spec: ModelSpec,
-        seed: int,
-        augment: str,
-        cache: bool,
-    ) -> None:
-        self.reader, self.intact, self.seed, self.augment = reader, intact, seed, augment
+    def __init__(self, reader: ShardReader, intact: np.ndarray, spec: ModelSpec, settings: StreamSettings) -> None:
+        self.reader, self.intact, self.seed, self.augment = reader, intact, settings.seed, settings.augment
         self.tokenizer, self.preprocess = spec.tokenizer, spec.preprocess
         self.image_size, self.context_length = spec.image_size, spec.context_length
         fits = len(reader) * self.image_size * self.image_size * 3 <= CACHE_BYTES
-        self._keep = cache and fits and augment != "resized_crop"
+        self._keep = settings.cache_decoded and fits and self.augment != "resized_crop"
         # Made at the first image, so that it is made inside a worker process and does not travel there.
         self._cached: np.ndarray | None = None
         self._known = np.zeros(len(reader), bool)
         self._captions: dict[int, list[str]] = {}
         self._tokens: list[Tensor | None] = [None] * len(reader)
+        # (sample, caption) of the captions that are cut.
+        self._cut: set[tuple[int, int]] = set()
 
-    def __getitem__(self, places: Sequence[tuple[int, int]]) -> tuple[Batch, _Met]:
-        met = _Met()
+    def __getitem__(self, places: Sequence[tuple[int, int]]) -> tuple[Batch, _News]:
+        met: list[tuple[int, Fault]] = []
         epochs = [epoch for epoch, _ in places]
         indices = [index for _, index in places]
         if self._cached is not None and self._known[indices].all():
@@ -146,11 +179,13 @@ class _Pairs(Dataset[tuple[Batch, _Met]]):
             images = crop_batch(images, crop_boxes(self.seed, np.array(epochs), np.array(indices), self.image_size))
         else:
             images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        met.num_truncated = self._tokenize(indices)
+        self._tokenize(indices)
         texts, captions = zip(*(self._text(epoch, index) for epoch, index in zip(epochs, indices, strict=True)), strict=True)
-        return Batch(torch.from_numpy(images), torch.stack(texts), torch.tensor([indices, captions]).T), met
+        cut = [epoch for epoch, *place in zip(epochs, indices, captions, strict=True) if tuple(place) in self._cut] if self._cut else []
+        news = _News(met, dict(Counter(epochs)), dict(Counter(cut)))
+        return Batch(torch.from_numpy(images), torch.stack(texts), torch.tensor([indices, captions]).T), news
 
-    def _readable(self, epoch: int, wanted: int, met: _Met) -> tuple[int, np.ndarray]:
+    def _readable(self, epoch: int, wanted: int, met: list[tuple[int, Fault]]) -> tuple[int, np.ndarray]:
         """The sample, or the first of its substitutes that can be read, with its image."""
         index = wanted
         for attempt in range(ATTEMPTS):
@@ -159,39 +194,43 @@ class _Pairs(Dataset[tuple[Batch, _Met]]):
                     self._captions[index] = self.reader.about(index)["captions"]
                 return index, self._image(epoch, index)
             except DamagedSample as damage:
-                met.faults.append((epoch, damage.fault(index)))
-                draw = generator(self.seed, Stream.SUBSTITUTE, epoch, wanted, attempt)
-                index = int(self.intact[draw.integers(len(self.intact))])
-        last = met.faults[-1][1]
+                met.append((epoch, damage.fault(index)))
+                draws = generator(self.seed, Stream.SUBSTITUTE, epoch, wanted, attempt)
+                index = int(self.intact[draws.integers(len(self.intact))])
+        last = met[-1][1]
         raise UserError(f"{ATTEMPTS} samples in a row cannot be read, the last being {last}. Check the storage.")
 
     def _image(self, epoch: int, index: int) -> np.ndarray:
         """uint8 [H, W, 3], before `crop`, which takes a batch at once."""
         if self.augment == "resized_crop":
-            return self.reader.crop(index, self.image_size, generator(self.seed, Stream.CROP, epoch, index), preprocess=self.preprocess)
+            draws = generator(self.seed, Stream.CROP, epoch, index)
+            return self.reader.crop(index, self.image_size, draws, preprocess=self.preprocess)
         if not self._keep:
-            return self.reader.image(index, self.image_size, preprocess=self.preprocess, draft=True)
+            return self._drafted(index)
         if self._cached is None:
             self._cached = np.empty((len(self.reader), self.image_size, self.image_size, 3), np.uint8)
         if not self._known[index]:
-            self._cached[index] = self.reader.image(index, self.image_size, preprocess=self.preprocess, draft=True)
+            self._cached[index] = self._drafted(index)
             self._known[index] = True
         return self._cached[index]
 
-    def _tokenize(self, indices: Sequence[int]) -> int:
-        """Tokenise the captions of samples that are met for the first time, all in one call: a call each costs five times as much.
+    def _drafted(self, index: int) -> np.ndarray:
+        return self.reader.image(index, self.image_size, preprocess=self.preprocess, draft=True)
 
-        Returns how many of them are cut to the context length.
-        """
+    def _tokenize(self, indices: Sequence[int]) -> None:
+        """Tokenise the captions of samples that are met for the first time, all in one call: a call each costs five times as much."""
         captions, self._captions = self._captions, {}
         new = [index for index in dict.fromkeys(indices) if self._tokens[index] is None]
         if not new:
-            return 0
+            return
         texts = [text for index in new for text in captions[index]]
         tokens = self.tokenizer(texts, self.context_length)
+        cut = truncated(self.tokenizer, texts, tokens)
+        if cut:
+            places = [(index, caption) for index in new for caption in range(len(captions[index]))]
+            self._cut.update(places[row] for row in cut)
         for index, part in zip(new, tokens.split([len(captions[index]) for index in new]), strict=True):
             self._tokens[index] = part
-        return self.tokenizer.num_truncated(texts, self.context_length)
 
     def _text(self, epoch: int, index: int) -> tuple[Tensor, int]:
         """The tokens of one of the sample's captions, and which."""
@@ -222,43 +261,18 @@ class _Steps(Sampler[list[tuple[int, int]]]):
             step += 1
 
 
-@dataclass(frozen=True)
-class StreamSettings:
-    """How a training split is read.
-
-    Attributes:
-        global_batch_size: pairs per step over all ranks.
-        num_workers: processes that decode; 0 decodes here. The batches are the same.
-        augment: `none`; `crop` (a random square of 80 to 100 % of the side of the centre square); `resized_crop` (open_clip's: 90 to 100 %
-            of the whole image's area at a random aspect ratio).
-        cache_decoded: keep decoded images where they fit into memory.
-        check: whether damaged images are found before the first step (`decode`) or when they are read (`structure`).
-        max_bad_fraction: fraction of the samples of an epoch above which damage stops the run.
-    """
-
-    global_batch_size: int
-    seed: int
-    rank: int = 0
-    world_size: int = 1
-    num_workers: int = 0
-    augment: str = "none"
-    cache_decoded: bool = True
-    check: Check = "decode"
-    max_bad_fraction: float = MAX_BAD_FRACTION
-
-
 class TrainStream:
     """The endless stream of one rank's batches from `start_step` on. Where ranks run as one process group, all make it together.
 
     Args:
         folder: a split.
-        spec: the model that reads it: its tokenizer, context length, image size and preprocessing.
+        spec: the model that reads it: size and preprocessing of images, tokenizer and context length of captions.
         record: folder of the run: keeps the set of damaged samples over a resume, and the list of faults.
         on_epoch: told at the end of each epoch what was skipped and cut; by default the console is, where something was.
 
     Raises:
-        UserError: the batch is not a multiple of the ranks, fewer samples are intact than a batch has, more than the limit are damaged, or
-            `augment` or `check` is unknown; while reading, more than the limit turn out damaged.
+        UserError: fewer samples are intact than a batch has, more than the limit are damaged, or `check` is unknown; while reading, more
+            than the limit turn out damaged.
     """
 
     def __init__(
@@ -271,17 +285,19 @@ class TrainStream:
         record: Path | None = None,
         on_epoch: Callable[[EpochReport], None] = print_report,
     ) -> None:
-        batch_size, world_size, rank = settings.global_batch_size, settings.world_size, settings.rank
-        if settings.augment not in AUGMENTATIONS:
-            raise UserError(f"augment {settings.augment!r} is unknown. Use one of: {', '.join(AUGMENTATIONS)}.")
-        if not 0 <= settings.max_bad_fraction <= 1:
-            raise UserError(f"data.max_bad_fraction is {settings.max_bad_fraction}. Use a fraction from 0 to 1.")
+        rank, world_size, batch_size = settings.rank, settings.world_size, settings.global_batch_size
         reader = ShardReader(folder)
-        if batch_size % world_size:
-            raise UserError(f"batch_size {batch_size} is not a multiple of the {world_size} ranks. Change either.")
-        list_file = None if record is None else record / f"data-faults-rank{rank}.jsonl"
-        known = _known_faults(folder, reader, settings, record, list_file)
-        order = _Order(_intact(reader, known), settings.seed)
+        known = known_faults(
+            folder,
+            reader,
+            check=settings.check,
+            max_bad_fraction=settings.max_bad_fraction,
+            record=record,
+            rank=rank,
+            threads=max(1, settings.num_workers),
+            shared=several_ranks() and dist.get_world_size() == world_size,
+        )
+        order = _Order(intact_samples(reader, known), settings.seed)
         self.num_intact = len(order.intact)
         if self.num_intact < batch_size:
             raise UserError(f"{folder} holds {self.num_intact} samples, batch_size is {batch_size}. Use a smaller batch, or more data.")
@@ -291,12 +307,13 @@ class TrainStream:
             len(reader),
             share=1 / world_size,
             max_bad_fraction=settings.max_bad_fraction,
-            file=list_file,
+            file=fault_list(record, rank),
+            context_length=spec.context_length,
             on_epoch=on_epoch if rank == 0 else _only_new(on_epoch, known),
             what=str(folder),
         )
-        self._loader: DataLoader[tuple[Batch, _Met]] = DataLoader(
-            _Pairs(reader, order.intact, spec, settings.seed, settings.augment, settings.cache_decoded),
+        self._loader: DataLoader[tuple[Batch, _News]] = DataLoader(
+            _Pairs(reader, order.intact, spec, settings),
             batch_size=None,
             sampler=_Steps(order, batch_size, rank, world_size, start_step),
             num_workers=settings.num_workers,
@@ -310,17 +327,17 @@ class TrainStream:
 
     def __iter__(self) -> Iterator[Batch]:
         step = self._start
-        for batch, met in self._loaded():
-            for epoch in sorted({epoch for epoch, _ in met.faults}):
-                self._log.add(epoch, step, [fault for of, fault in met.faults if of == epoch])
+        for batch, news in self._loaded():
+            for epoch in sorted({epoch for epoch, _ in news.faults}):
+                self._log.add(epoch, step, [fault for of, fault in news.faults if of == epoch])
+            self._log.add_captions(news.read, news.cut)
             epoch, position = divmod(step * self._batch_size, self.num_intact)
-            self._log.num_truncated += met.num_truncated
             if position + self._batch_size >= self.num_intact:
                 self._log.end_epoch(epoch)
             yield batch
             step += 1
 
-    def _loaded(self) -> Iterator[tuple[Batch, _Met]]:
+    def _loaded(self) -> Iterator[tuple[Batch, _News]]:
         try:
             yield from self._loader
         except UserError as error:  # from a worker process torch gives it a traceback in text, our line being the last
@@ -347,44 +364,6 @@ def _only_new(on_epoch: Callable[[EpochReport], None], known: Sequence[Fault]) -
     return report
 
 
-def _known_faults(folder: Path, reader: ShardReader, settings: StreamSettings, record: Path | None, list_file: Path | None) -> list[Fault]:
-    """The damaged samples that this run leaves out: as its record says, or else as a scan finds them, the same on every rank."""
-    shared = several_ranks() and dist.get_world_size() == settings.world_size
-    first = is_first_rank()
-    identity = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
-    file = None if record is None else record / "data-skipped.json"
-    recorded = on_first_rank(lambda: _load_record(file, identity)) if shared else _load_record(file, identity)
-    if recorded is not None:
-        return recorded
-    faults = scan(folder, reader, check=settings.check, threads=max(1, settings.num_workers), shared=shared)
-    if first and list_file is not None:
-        list_file.unlink(missing_ok=True)  # of an earlier start, which came no further
-        append_faults(list_file, faults, epoch=0, step=0)
-    check_limit(faults, len(reader), settings.max_bad_fraction, list_file, str(folder))
-    if first and file is not None:
-        write_json_atomic(file, {"manifest_sha256": identity, "faults": [vars(fault) for fault in faults]})
-    return faults
-
-
-def _load_record(file: Path | None, identity: str) -> list[Fault] | None:
-    """The damaged samples that the run left out so far; None where it starts afresh, or on another data set."""
-    if file is None or not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return [Fault(**fault) for fault in content["faults"]] if content["manifest_sha256"] == identity else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}). Remove it; the run then checks its data again.") from error
-
-
-def _intact(reader: ShardReader, faults: Sequence[Fault]) -> list[np.ndarray]:
-    """The samples of each shard that are not damaged."""
-    whole = np.ones(len(reader), bool)
-    whole[[fault.index for fault in faults]] = False
-    edges = np.cumsum(reader.shard_sizes)[:-1]
-    return [part[keep] for part, keep in zip(np.split(np.arange(len(reader)), edges), np.split(whole, edges), strict=True)]
-
-
 @dataclass(frozen=True)
 class EvalSplit:
     """A whole split, decoded and tokenised.
@@ -394,6 +373,7 @@ class EvalSplit:
         texts_MT: all captions of all images.
         text_to_image_M: the image of each caption.
         labels_N: class of each image, where the set has classes.
+        captions: all captions as texts.
         skipped: the damaged samples, which are left out.
         num_truncated: captions that are cut to the context length.
     """
@@ -413,16 +393,10 @@ class EvalSplit:
         return buffer.getvalue()
 
 
-def load_eval_split(
-    folder: Path,
-    spec: ModelSpec,
-    *,
-    max_bad_fraction: float = MAX_BAD_FRACTION,
-) -> EvalSplit:
-    """Read a whole split into memory, as a model of this spec sees it.
+def load_eval_split(folder: Path, spec: ModelSpec, *, max_bad_fraction: float = MAX_BAD_FRACTION) -> EvalSplit:
+    """Read a whole split into memory as the model `spec` sees it.
 
-    Damaged samples are left out and named on the console: metrics are then over the others. Captions that are cut to the context length are
-    counted there.
+    Damaged samples are left out and named on the console, metrics are then over the others; captions that are cut are counted there.
 
     Raises:
         UserError: more than `max_bad_fraction` of the samples are damaged; with the first of them.
@@ -442,18 +416,19 @@ def load_eval_split(
     check_limit(faults, len(reader), max_bad_fraction, None, str(folder))
     if not images:
         raise UserError(f"{folder}: not one sample can be read. mmlg data check says why.")
-    if is_first_rank():
-        for fault in faults:
-            print(f"left out of the evaluation: {fault}", flush=True)
     captions = [text for item in about for text in item["captions"]]
     owners = [position for position, item in enumerate(about) for _ in item["captions"]]
     labels = [item["label"] for item in about]
-    num_truncated = spec.tokenizer.num_truncated(captions, spec.context_length)
-    if num_truncated and is_first_rank():
-        print(f"{folder}: {num_truncated} of {len(captions)} captions are cut to {spec.context_length} tokens", flush=True)
+    texts_MT = spec.tokenizer(captions, spec.context_length)
+    num_truncated = len(truncated(spec.tokenizer, captions, texts_MT))
+    if is_first_rank():
+        for fault in faults:
+            print(f"left out of the evaluation: {fault}", flush=True)
+        if num_truncated:
+            print(f"{folder}: {told_truncation(num_truncated, len(captions), spec.context_length)}", flush=True)
     return EvalSplit(
         torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
-        spec.tokenizer(captions, spec.context_length),
+        texts_MT,
         torch.tensor(owners),
         None if any(label is None for label in labels) else torch.tensor(labels),
         captions,

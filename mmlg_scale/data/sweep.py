@@ -38,10 +38,8 @@ class Sweep(Dataset[Samples]):
         images, captions, counts, whole = [], [], [], []
         for index in range(first, min(first + self.item_size, len(self.reader))):
             try:
-                image, texts = (
-                    self.reader.image(index, self.image_size, preprocess=self.preprocess, draft=True),
-                    self.reader.about(index)["captions"],
-                )
+                image = self.reader.image(index, self.image_size, preprocess=self.preprocess, draft=True)
+                texts = self.reader.about(index)["captions"]
             except DamagedSample:
                 image, texts = np.zeros((self.image_size, self.image_size, 3), np.uint8), []
             images.append(image)

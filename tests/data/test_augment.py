@@ -13,9 +13,9 @@ from PIL import Image
 
 from mmlg_scale import towers
 from mmlg_scale.data.augment import crop_batch, crop_boxes, uniforms
-from mmlg_scale.data.pipeline import TrainStream
-from mmlg_scale.data.reader import _crop_box, check_decodes, decode, random_resized_crop
-from mmlg_scale.data.tokens import load_tokenizer
+from mmlg_scale.data.images import _crop_box, check_decodes, decode, random_resized_crop
+from mmlg_scale.data.pipeline import StreamSettings, TrainStream
+from tests.data.specs import spec_for
 
 
 @settings(max_examples=30, deadline=None)
@@ -128,11 +128,11 @@ def test_random_resized_crop_is_torchvisions() -> None:
 
 
 def test_resized_crops_repeat_and_differ_by_epoch(scenes: Path) -> None:
-    def images(**options: object) -> list[np.ndarray]:
-        settings = {"image_size": 24, "context_length": 16, "global_batch_size": 75, "seed": 5, "augment": "resized_crop", **options}
-        stream = iter(TrainStream(scenes / "train", load_tokenizer(scenes), **settings))  # type: ignore[arg-type]
+    def images(start_step: int = 0, cache_decoded: bool = True) -> list[np.ndarray]:
+        settings = StreamSettings(global_batch_size=75, seed=5, augment="resized_crop", cache_decoded=cache_decoded)
+        stream = iter(TrainStream(scenes / "train", spec_for(scenes, image_size=24), settings, start_step=start_step))
         found = np.empty((2, 150, 3, 24, 24), np.uint8)
-        for step in range(int(settings.get("start_step", 0)), 4):  # type: ignore[call-overload]
+        for step in range(start_step, 4):
             batch = next(stream)
             found[step // 2, batch.indices_B.numpy()] = batch.image_uint8_BCHW.numpy()
         return list(found)

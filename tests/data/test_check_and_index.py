@@ -27,7 +27,7 @@ from mmlg_scale.data.indexing import index_dataset, index_shard
 from mmlg_scale.data.manifest import load_manifest, new_dataset
 from mmlg_scale.data.reader import HASH, HEADER, IMAGE, ShardReader, header_problem
 from mmlg_scale.data.scenes import write_scenes
-from mmlg_scale.data.tokens import BytePairTokenizer, load_tokenizer
+from mmlg_scale.data.tokens import load_tokenizer
 from mmlg_scale.errors import UserError
 from tests.data.damage import KINDS, overwrite
 
@@ -134,7 +134,6 @@ def test_shards_from_elsewhere_become_a_data_set(tmp_path: Path, capsys: pytest.
     assert captions(root, "val") == [[f"caption {number}"] for number in range(20, 30)]
     assert captions(root, "test") == [[f"caption {number}"] for number in range(30, 50)]
     assert ShardReader(root / "val").image_bytes(3) == image(23, "jpg")
-    assert isinstance(load_tokenizer(root), BytePairTokenizer)
     assert main(["data", "check", str(root)]) == 0
     assert main(["data", "index", str(root)]) == 0  # again, with the default of one shard each
     assert len(captions(root, "train")) == 30
@@ -180,9 +179,17 @@ def test_many_ways_to_name_and_caption(tmp_path: Path) -> None:
         assert ShardReader(root / "train").about(2)["label"] == 4
         assert ShardReader(root / "train").image_bytes(6) == members["six.jpg"]
         found = {cause: count for cause, count in problems.items() if count}
-        assert found == {"members that stand twice": 3, "samples without an image": 3, "samples without a caption": 6}
+        assert {cause.split(" (")[0]: count for cause, count in found.items()} == {
+            "members that are there twice": 3,
+            "samples without an image": 3,
+            "samples without a caption": 6,
+            "members with a dot in their name before the extension, where webdataset ends the key": 3,
+            "members of other kinds": 3,
+        }
         assert scan(root / "train", ShardReader(root / "train")) == []
-        assert load_tokenizer(root).vocab_size == 4 + len({"one", "two", "three", "drei", "vi\u00e9r", "long", "umlaut", "first"})
+        tokenizer = load_tokenizer(root)
+        assert tokenizer is not None
+        assert tokenizer.vocab_size == 4 + len({"one", "two", "three", "drei", "vi\u00e9r", "long", "umlaut", "first"})
 
 
 def test_webdatasets_own_shards_are_read_as_it_reads_them(tmp_path: Path) -> None:

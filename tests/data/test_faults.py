@@ -18,12 +18,12 @@ import torch.multiprocessing
 
 from mmlg_scale.data.faults import CACHE_FILE, EpochReport, scan
 from mmlg_scale.data.manifest import load_manifest
-from mmlg_scale.data.pipeline import Batch, TrainStream, load_eval_split
+from mmlg_scale.data.pipeline import Batch, StreamSettings, TrainStream, load_eval_split
 from mmlg_scale.data.reader import CUT, ENCODING, HEADER, IMAGE, JSON, MISSING, READ, DamagedSample, ShardReader
 from mmlg_scale.data.scenes import write_scenes
-from mmlg_scale.data.tokens import load_tokenizer
 from mmlg_scale.errors import UserError
 from tests.data.damage import KINDS
+from tests.data.specs import spec_for
 
 NUM, PER_SHARD, BATCH = 60, 12, 10
 
@@ -41,8 +41,9 @@ def copy(original: Path, tmp_path: Path) -> Path:
 
 
 def stream(root: Path, **options: object) -> TrainStream:
-    settings = {"image_size": 32, "context_length": 16, "global_batch_size": BATCH, "seed": 5, "max_bad_fraction": 1.0, **options}
-    return TrainStream(root / "train", load_tokenizer(root), **settings)  # type: ignore[arg-type]
+    own = {key: options.pop(key) for key in ("start_step", "record", "on_epoch") if key in options}
+    settings = StreamSettings(**{"global_batch_size": BATCH, "seed": 5, "max_bad_fraction": 1.0, **options})  # type: ignore[arg-type]
+    return TrainStream(root / "train", spec_for(root), settings, **own)  # type: ignore[arg-type]
 
 
 def flatten(lists: Iterable[list[int]]) -> list[int]:
@@ -171,7 +172,7 @@ def test_above_the_limit_the_run_stops_with_the_list(damaged: tuple[Path, dict[i
 def test_default_limit_is_one_percent(copy: Path) -> None:
     KINDS["json cut"][0](copy / "train", 0, 0)
     with pytest.raises(UserError, match=r"1 damaged samples \(unreadable JSON 1\) are more than data.max_bad_fraction 0.01"):
-        TrainStream(copy / "train", load_tokenizer(copy), image_size=32, context_length=16, global_batch_size=BATCH, seed=0)
+        TrainStream(copy / "train", spec_for(copy), StreamSettings(global_batch_size=BATCH, seed=0))
 
 
 def test_the_skipped_set_survives_a_resume(copy: Path, tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_without_decoding_images_are_found_when_they_are_read(copy: Path) -> Non
     steps = read(copy, NUM // BATCH, check="structure", on_epoch=reports.append)
     assert PER_SHARD + 7 not in flatten(steps)
     assert len(set(flatten(steps))) == NUM - 1
-    assert reports == [EpochReport(0, NUM, {IMAGE: 1}, None)]
+    assert reports == [EpochReport(0, NUM, {IMAGE: 1}, None, num_captions=NUM, num_truncated=0, context_length=16)]
     assert json.loads((copy / "train" / CACHE_FILE).read_text())["shards"]["shard-000001.tar"]["decode"] is False
     assert scan(copy / "train", ShardReader(copy / "train"))[0].index == PER_SHARD + 7  # decoding looks again
     with pytest.raises(UserError, match=r"data.check 'none' is unknown"):
@@ -285,11 +286,11 @@ def test_storage_that_fails_is_not_remembered(copy: Path) -> None:
 
 
 def test_an_evaluation_leaves_damage_out_and_says_so(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = load_eval_split(copy / "test", load_tokenizer(copy), 32, 16)
+    whole = load_eval_split(copy / "test", spec_for(copy))
     KINDS["image cut"][0](copy / "test", 0, 3)
     with pytest.raises(UserError, match="1 damaged samples"):
-        load_eval_split(copy / "test", load_tokenizer(copy), 32, 16)
-    part = load_eval_split(copy / "test", load_tokenizer(copy), 32, 16, max_bad_fraction=0.1)
+        load_eval_split(copy / "test", spec_for(copy))
+    part = load_eval_split(copy / "test", spec_for(copy), max_bad_fraction=0.1)
     assert [(fault.index, fault.cause) for fault in part.skipped] == [(3, IMAGE)]
     kept = [index for index in range(10) if index != 3]
     assert torch.equal(part.images_uint8_NCHW, whole.images_uint8_NCHW[kept])

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mmlg_scale.cli import main
-from mmlg_scale.data.pack import pack_folders, pack_table
+from mmlg_scale.data.pack import PackSettings, pack_folders, pack_table
 from mmlg_scale.data.pack_json import pack_json
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.errors import UserError
@@ -52,7 +52,7 @@ def coco(folder: Path, count: int) -> Path:
 
 def test_coco_captions(tmp_path: Path) -> None:
     source = coco(tmp_path / "in", 20)
-    assert main(["data", "pack", str(source), "--images", str(tmp_path / "in" / "train2017"), "--out", str(tmp_path / "out")]) == 0
+    pack_json(source, tmp_path / "out", images=tmp_path / "in" / "train2017")
     found = {split: contents(tmp_path / "out", split) for split in ("train", "val", "test")}
     assert [len(part) for part in found.values()] == [17, 1, 2]
     expected = {
@@ -73,7 +73,7 @@ def test_coco_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (lambda c: c["annotations"].clear(), r"images\[0\]: 000.jpg has no captions"),
         (lambda c: c["annotations"][3].update(caption=" "), r"annotations\[3\]: empty caption"),
         (lambda c: [note.pop("caption") for note in c["annotations"]], "Give captions_"),
-        (lambda c: c["images"][2].update(file_name="000.jpg"), "000.jpg stands there twice"),
+        (lambda c: c["images"][2].update(file_name="000.jpg"), "000.jpg is there twice"),
         (lambda c: c["images"][2].update(file_name="x.jpg"), r"images\[2\]: no image .*x.jpg"),
         (lambda c: c.pop("images"), "has no list of images"),
     ):
@@ -107,7 +107,7 @@ def karpathy(path: Path, counts: dict[str, int], dataset: str, filepath: str | N
 def test_karpathy_splits_are_obeyed(tmp_path: Path, restval: str, sizes: tuple[int, int, int]) -> None:
     source = karpathy(tmp_path / "in" / "k.json", {"train": 6, "restval": 3, "val": 2, "test": 2}, "mine", "val2014")
     paths = write_jpegs(tmp_path / "in" / "val2014", 13)
-    pack_json(source, tmp_path / "out", images=tmp_path / "in", restval=restval, tokenizer="bpe")
+    pack_json(source, tmp_path / "out", images=tmp_path / "in", restval=restval)
     entries = json.loads(source.read_text())["images"]
     for split, size in zip(("train", "val", "test"), sizes, strict=True):
         wanted = {split} | ({"restval"} if split == "train" and restval == "train" else set())
@@ -145,10 +145,9 @@ def test_known_splits_have_their_counts(tmp_path: Path, dataset: str, counts: di
 def test_other_counts_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = karpathy(tmp_path / "k.json", {"train": 4, "val": 1, "test": 1}, "flickr30k")
     write_jpegs(tmp_path / "images", 6)
-    command = ["data", "pack", str(source), "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out")]
-    assert main(command) == 2
-    assert "say --allow-other-counts" in capsys.readouterr().err
-    assert main([*command, "--allow-other-counts"]) == 0
+    with pytest.raises(UserError, match="say --allow-other-counts"):
+        pack_json(source, tmp_path / "out", images=tmp_path / "images")
+    pack_json(source, tmp_path / "out", images=tmp_path / "images", allow_other_counts=True)
     assert "not comparable with published results" in capsys.readouterr().out
     assert len(contents(tmp_path / "out", "train")) == 4
 
@@ -181,8 +180,9 @@ def test_a_cut_jpeg_is_found_before_anything_is_written_or_skipped(tmp_path: Pat
     with pytest.raises(UserError, match=r"t.csv row 10: .*004.jpg is no readable image .*truncated.* --skip-bad"):
         pack_table(table, out)
     assert not out.exists()
-    assert main(["data", "pack", str(table), "--out", str(out), "--skip-bad"]) == 0
-    assert "left out 2 images" in capsys.readouterr().out
+    skip = PackSettings(skip_bad=True)
+    pack_table(table, out, skip)
+    assert "left out 2 files" in capsys.readouterr().out
     listed = json.loads((out / "skipped.json").read_text())
     assert len(listed) == 2
     assert "row 10" in listed[0]
@@ -194,12 +194,12 @@ def test_a_cut_jpeg_is_found_before_anything_is_written_or_skipped(tmp_path: Pat
     source = karpathy(tmp_path / "k.json", {"train": 18, "val": 1, "test": 1}, "mine")
     with pytest.raises(UserError, match=r"images\[4\]: .*004.jpg is no readable image"):
         pack_json(source, tmp_path / "json", images=tmp_path / "in")
-    pack_json(source, tmp_path / "json", images=tmp_path / "in", skip_bad=True)
+    pack_json(source, tmp_path / "json", skip, images=tmp_path / "in")
     assert paths[4].read_bytes() not in contents(tmp_path / "json", "train")
 
     for name in ("cat", "dog"):
         cut(write_jpegs(tmp_path / "classes" / name, 10)[7])
     with pytest.raises(UserError, match=r"cat/007.jpg is no readable image"):
         pack_folders(tmp_path / "classes", tmp_path / "folders", templates=["a {}"])
-    pack_folders(tmp_path / "classes", tmp_path / "folders", templates=["a {}"], skip_bad=True)
+    pack_folders(tmp_path / "classes", tmp_path / "folders", skip, templates=["a {}"])
     assert sum(len(ShardReader(tmp_path / "folders" / split)) for split in ("train", "val", "test")) == 18

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from mmlg_scale import towers
-from mmlg_scale.data.pipeline import Batch, TrainStream, epoch_order, load_eval_split
-from mmlg_scale.data.reader import ShardReader, decode
-from mmlg_scale.data.tokens import WordTokenizer, load_tokenizer, word_tokenizer_files
+from mmlg_scale.data.images import decode
+from mmlg_scale.data.pipeline import Batch, StreamSettings, TrainStream, epoch_order, load_eval_split
+from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.errors import UserError
+from tests.data.specs import spec_for
 
 
-def batches(root: Path, count: int, **options: object) -> list[Batch]:
-    settings = {"image_size": 32, "context_length": 16, "global_batch_size": 24, "seed": 5, "augment": "crop", **options}
-    return list(islice(TrainStream(root / "train", load_tokenizer(root), **settings), count))  # type: ignore[arg-type]
+def batches(root: Path, count: int, *, start_step: int = 0, **options: object) -> list[Batch]:
+    settings = StreamSettings(**{"global_batch_size": 24, "seed": 5, "augment": "crop", **options})  # type: ignore[arg-type]
+    return list(islice(TrainStream(root / "train", spec_for(root), settings, start_step=start_step), count))
 
 
 def assert_same(left: Batch, right: Batch) -> None:
@@ -83,7 +83,7 @@ def test_captions_vary_between_epochs(scenes: Path) -> None:
     for batch in batches(scenes, 50, augment="none"):
         for index, text in zip(batch.indices_B.tolist(), batch.text_BT.tolist(), strict=True):
             seen.setdefault(index, set()).add(tuple(text))
-    reader, tokenizer = ShardReader(scenes / "train"), load_tokenizer(scenes)
+    reader, tokenizer = ShardReader(scenes / "train"), spec_for(scenes).tokenizer
     for index, texts in seen.items():
         assert texts <= {tuple(row) for row in tokenizer(reader.about(index)["captions"], 16).tolist()}
     assert np.mean([len(texts) for texts in seen.values()]) > 2.5  # of three, after eight epochs
@@ -124,24 +124,9 @@ def test_an_image_that_does_not_decode_is_named(scenes: Path, tmp_path: Path) ->
     assert np.array_equal(reader.image(46, 32), ShardReader(scenes / "train").image(46, 32))
 
 
-def test_without_a_tokenizer_folder_captions_are_open_clips_byte_pairs(tmp_path: Path) -> None:
-    texts = ["a diagram", "Two cats & a dog", "long " * 90]
-    expected = towers.open_clip.get_tokenizer("ViT-B-32")(texts)
-    for tokenizer in (load_tokenizer(None), load_tokenizer(tmp_path)):
-        assert torch.equal(tokenizer(texts, 77), expected)
-        assert tokenizer.vocab_size == 49408
-        assert tokenizer.files == {}
-
-
-def test_vocabulary_is_made_of_cleaned_words() -> None:
-    tokenizer = WordTokenizer(word_tokenizer_files(["Don\u2019t &lt;go&gt;"]))
-    # [PAD] <unk> <start> ' < > don go t <end>
-    assert tokenizer(["don't go <3"], 8).tolist() == [[2, 6, 3, 8, 7, 4, 1, 9]]
-
-
 def test_evaluation_split_maps_captions_to_images(scenes: Path) -> None:
-    tokenizer = load_tokenizer(scenes)
-    split = load_eval_split(scenes / "test", tokenizer, 32, 16)
+    spec = spec_for(scenes)
+    split = load_eval_split(scenes / "test", spec)
     reader = ShardReader(scenes / "test")
     assert split.labels_N is not None
     assert split.labels_N.tolist() == [reader.about(index)["label"] for index in range(30)]
@@ -149,43 +134,8 @@ def test_evaluation_split_maps_captions_to_images(scenes: Path) -> None:
     for position, text in enumerate(split.captions):
         owner = int(split.text_to_image_M[position])
         assert text in reader.about(owner)["captions"]
-        assert torch.equal(split.texts_MT[position], tokenizer([text], 16)[0])
+        assert torch.equal(split.texts_MT[position], spec.tokenizer([text], 16)[0])
+    assert split.num_truncated == 0
     image = decode(split.image_png(4), 32)
     assert np.array_equal(image, decode(reader.image_bytes(4), 32))
     assert torch.equal(split.images_uint8_NCHW[4], torch.from_numpy(image.copy()).permute(2, 0, 1))
-
-
-def test_decoding_equals_open_clips_transform(tmp_path: Path) -> None:
-    from PIL import Image
-
-    pixels = np.random.default_rng(0).integers(0, 256, size=(50, 80, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "x.png")
-    transform = towers.open_clip.image_transform(32, is_train=False)
-    expected = transform(Image.open(tmp_path / "x.png"))
-    found = towers.Preprocess()(torch.from_numpy(decode((tmp_path / "x.png").read_bytes(), 32).copy()).permute(2, 0, 1)[None])[0]
-    assert (found - expected).abs().max() < 2e-2  # one grey level
-
-
-def test_open_clip_gives_the_same_tokens(scenes: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(scenes)
-    from tests.training.tiny import CONFIG
-
-    config = towers.model_config({**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "context_length": 9, "vocab_size": tokenizer.vocab_size}})
-    state = towers.build_clip(config, seed=0).state_dict()
-    towers.export(state, config, tmp_path / "model", tokenizer_files=tokenizer.files)
-    theirs = towers.open_clip.get_tokenizer(f"local-dir:{tmp_path / 'model'}")
-    texts = [
-        "a big red circle",
-        "A  Small blue RING, left of a zebra!",
-        "the large red cross is to the left of the big green ring",
-        "",
-        "red &amp; blue",  # open_clip decodes entities and mends broken encodings first
-        "caf\u00c3\u00a9 a\u00a0big\u200b \u201cred\u201d circle",
-        "a <end_of_text> red [PAD] circle <unk>",
-        "the circle is red\x1b[36m",
-    ]
-    ours = tokenizer(texts, 9)
-    assert torch.equal(ours, theirs(texts))
-    assert ours.max() == tokenizer.vocab_size - 1
-    assert (ours.max(dim=1).values == tokenizer.vocab_size - 1).all()  # the end token survives truncation
-    assert ours[0].tolist()[-3:] == [0, 0, 0]

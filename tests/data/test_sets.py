@@ -14,12 +14,12 @@ import webdataset
 from PIL import Image
 
 from mmlg_scale.data.manifest import Sample, load_manifest, new_dataset, write_split
-from mmlg_scale.data.pack import pack_folders, pack_table
+from mmlg_scale.data.pack import PackSettings, pack_folders, pack_table
 from mmlg_scale.data.pipeline import load_eval_split
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.data.scenes import COLOURS, SHAPES, SIZES, all_scenes, captions, classnames, render, write_scenes
-from mmlg_scale.data.tokens import load_tokenizer
 from mmlg_scale.errors import UserError
+from tests.data.specs import spec_for
 
 
 def hashes(root: Path) -> list[str]:
@@ -68,8 +68,9 @@ def test_splits_share_no_scene_and_captions_agree(scenes: Path) -> None:
 
 def test_labels_name_the_main_object(scenes: Path) -> None:
     classes = json.loads((scenes / "classes.json").read_text())
-    tokenizer = load_tokenizer(scenes)
-    split = load_eval_split(scenes / "train", tokenizer, 32, 16)
+    spec = spec_for(scenes)
+    tokenizer = spec.tokenizer
+    split = load_eval_split(scenes / "train", spec)
     assert split.labels_N is not None
     sizes = set()
     for index, label in enumerate(split.labels_N.tolist()):
@@ -172,7 +173,7 @@ def test_a_table_is_packed_with_all_captions_of_an_image(tmp_path: Path) -> None
     rows = [f"images/{i}.png\tcaption {i} {n}" for i in range(20) for n in range(1 + i % 3)]
     table = tmp_path / "in" / "table.tsv"
     table.write_text("filepath\tcaption\n" + "\n".join(rows) + "\n")
-    pack_table(table, tmp_path / "out", seed=1)
+    pack_table(table, tmp_path / "out", PackSettings(seed=1))
     seen = {}
     for split, size in (("train", 17), ("val", 1), ("test", 2)):
         reader = ShardReader(tmp_path / "out" / split)
@@ -204,7 +205,7 @@ def test_a_missing_image_is_named_with_its_row_and_nothing_is_written(tmp_path: 
 def test_folders_become_classes(tmp_path: Path) -> None:
     for name in ("cat", "hot_dog"):
         write_images(tmp_path / "in" / name, 10)
-    pack_folders(tmp_path / "in", tmp_path / "out", templates=["a {}.", "one {} here"], seed=0, resize=16)
+    pack_folders(tmp_path / "in", tmp_path / "out", PackSettings(resize=16), templates=["a {}.", "one {} here"])
     assert json.loads((tmp_path / "out" / "classes.json").read_text())["classnames"] == ["cat", "hot dog"]
     labels = []
     for split in ("train", "val", "test"):
@@ -229,7 +230,7 @@ def test_splits_in_folders_are_obeyed(tmp_path: Path) -> None:
     for split, count in counts.items():
         for name in ("car", "train"):
             write_images(tmp_path / "in" / split / name, count)
-    pack_folders(tmp_path / "in", tmp_path / "out", templates=["a {}"], seed=0)
+    pack_folders(tmp_path / "in", tmp_path / "out", templates=["a {}"])
     for split, count in counts.items():
         reader = ShardReader(tmp_path / "out" / split)
         assert sorted((reader.about(i)["label"], reader.about(i)["captions"]) for i in range(len(reader))) == (
