@@ -157,8 +157,8 @@ def run_family(settings: recipe.Recipe, runtime: Runtime, out: Path, *, launcher
     """Run what is not complete in `out` and write family.json and report.html; returns the family.
 
     Raises:
-        UserError: the recipe does not fit the data or the architecture; `out` holds a family of another ancestor or data set (names the keys
-            that differ); a step failed.
+        UserError: the recipe does not fit the data or the architecture; `out` holds a family of another ancestor or data set (names the
+            keys that differ); a step failed.
     """
     out = out.absolute()
     console = Console(stderr=True)

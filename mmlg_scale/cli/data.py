@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 from mmlg_scale.cli.parsing import make_parser, parse, progress
+from mmlg_scale.data import RESTVAL, SPLITS
 from mmlg_scale.errors import UserError
 
-
 TOKENIZER_HELP = (
-    "What the set offers to models trained from scratch on it; models that have a tokenizer use their own. none: open_clip's byte pairs, and "
-    "any model is welcome; words: a vocabulary of the captions' words, for toy models; bpe: byte pairs, and other models are refused; or a "
-    "model folder or a tokenizer.json."
+    "What the set offers to models trained from scratch on it; models that have a tokenizer use their own. none: open_clip's byte pairs, "
+    "and any model fits; words: a vocabulary of the captions' words, for toy models; bpe: byte pairs, and models with another tokenizer "
+    "are refused; or a model folder or a tokenizer.json."
 )
 
 
@@ -67,28 +67,27 @@ def pack(arguments: list[str]) -> int:
     parser.add_argument("--resize", type=int | None, default=None, help="Resize images to this many pixels (shorter side, centre crop).")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the split.")
     parser.add_argument("--images", type=str | None, default=None, help="Folder that a JSON file's image names are relative to.")
-    parser.add_argument(
-        "--restval", type=str, default="train", choices=["train", "drop"], help="What becomes of a Karpathy file's restval images."
-    )
+    parser.add_argument("--restval", type=str, default="train", choices=RESTVAL, help="What becomes of a Karpathy file's restval images.")
     parser.add_argument(
         "--allow-other-counts", action="store_true", help="Take a Karpathy file whose splits have other sizes than are known of its set."
     )
     parser.add_argument("--skip-bad", action="store_true", help="Leave out images that are missing or do not decode, and list them.")
     args = parse(parser, arguments)
-    from mmlg_scale.data.pack import pack_folders, pack_table
+    from mmlg_scale.data.pack import PackSettings, pack_folders, pack_table
     from mmlg_scale.data.pack_json import pack_json
 
-    source, out = Path(args.source), Path(args.out)
-    common = {key: getattr(args, key) for key in ("seed", "tokenizer", "resize", "skip_bad")}
-    common |= {"shares": {"val": args.val, "test": args.test}, "progress": progress("pack")}
+    source, out, bar = Path(args.source), Path(args.out), progress("pack")
+    keys = ("val", "test", "seed", "tokenizer", "resize", "skip_bad")
+    settings = PackSettings(**{key: getattr(args, key) for key in keys})
     if source.is_dir():
-        pack_folders(source, out, templates=args.templates, **common)
+        pack_folders(source, out, settings, templates=args.templates, progress=bar)
     elif source.suffix.lower() == ".json":
         if args.images is None:
             raise UserError("--images is missing. Give the folder that the image names in the JSON file are relative to.")
-        pack_json(source, out, images=Path(args.images), restval=args.restval, allow_other_counts=args.allow_other_counts, **common)
+        more = {"restval": args.restval, "allow_other_counts": args.allow_other_counts}
+        pack_json(source, out, settings, images=Path(args.images), progress=bar, **more)
     else:
-        pack_table(source, out, image_column=args.image_column, caption_column=args.caption_column, **common)
+        pack_table(source, out, settings, image_column=args.image_column, caption_column=args.caption_column, progress=bar)
     return 0
 
 
@@ -98,7 +97,7 @@ def check(arguments: list[str]) -> int:
         "data check", "Check a data set: manifest, sizes, SHA-256, sample headers, captions, images. Exit code 1: damaged."
     )
     parser.add_argument("folder", type=str, help="The data set.")
-    parser.add_argument("--split", type=str, nargs="+", default=None, choices=["train", "val", "test"], help="Only these splits.")
+    parser.add_argument("--split", type=str, nargs="+", default=None, choices=SPLITS, help="Only these splits.")
     parser.add_argument("--decode", action="store_true", default=True, help="Decode every image (the default).")
     parser.add_argument("--no-decode", dest="decode", action="store_false", help="Do not decode images.")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="Threads that read and decode.")

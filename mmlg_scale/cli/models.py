@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmlg_scale.cli.parsing import make_parser, parse
 from mmlg_scale.cli.runs import WIDTH_HELP
+from mmlg_scale.data import SPLITS
 from mmlg_scale.errors import UserError
 from mmlg_scale.recipe import MODALITIES
 
@@ -49,7 +50,7 @@ def evaluate(arguments: list[str]) -> int:
     parser = make_parser("eval", "Retrieval (and, where the set has classes, zero-shot) metrics of an open_clip folder.")
     parser.add_argument("model", type=str, help="A folder that open_clip loads by local-dir:.")
     parser.add_argument("--data", type=str, required=True, help="A data set folder (mmlg data scenes / pack).")
-    parser.add_argument("--split", type=str, default="test", choices=["train", "val", "test"], help="Which split.")
+    parser.add_argument("--split", type=str, default="test", choices=SPLITS, help="Which split.")
     parser.add_argument("--out", type=str | None, default=None, help="Write the metrics to this JSON file too.")
     args = parse(parser, arguments)
     from mmlg_scale.evaluation.evaluate import evaluate_folder

@@ -1,1 +1,5 @@
-"""Image-text pairs: making data sets, packing them into webdataset shards, and reading them at an exact position."""
+"""Data: making, packing, indexing, checking and reading webdataset shards of image-text pairs."""
+
+SPLITS = ("train", "val", "test")
+RESTVAL = ("train", "drop")
+"""What may become of the restval images of a Karpathy file."""

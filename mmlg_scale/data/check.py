@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmlg_scale.data import SPLITS
 from mmlg_scale.data.faults import scan
-from mmlg_scale.data.manifest import SPLITS, Progress, load_manifest
+from mmlg_scale.data.manifest import Progress, load_manifest
 from mmlg_scale.data.reader import CUT, HASH, MISSING, REMEDIES, Fault, ShardReader
 from mmlg_scale.errors import UserError
 

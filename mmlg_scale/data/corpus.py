@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from mmlg_scale.data import SPLITS
 from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, print_report
-from mmlg_scale.data.manifest import SPLITS
 from mmlg_scale.data.pipeline import EvalSplit, StreamSettings, TrainStream, load_eval_split
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.data.sweep import Sweep

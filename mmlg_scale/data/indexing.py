@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmlg_scale.data.manifest import FORMAT_VERSION, SPLITS, Progress
+from mmlg_scale.data import SPLITS
+from mmlg_scale.data.manifest import FORMAT_VERSION, Progress
 from mmlg_scale.data.reader import DamagedSample, ShardReader
 from mmlg_scale.data.tokens import BPE, NONE, read_offer, recorded_offer, remove_tokenizer
 from mmlg_scale.errors import UserError

@@ -32,11 +32,11 @@ from typing import Any
 
 import webdataset as wds
 
+from mmlg_scale.data import SPLITS
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_json_atomic
 
 FORMAT_VERSION = 1
-SPLITS = ("train", "val", "test")
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 

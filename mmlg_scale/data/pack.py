@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mmlg_scale.data import SPLITS
 from mmlg_scale.data.images import check_decodes, decode
-from mmlg_scale.data.manifest import SPLITS, Progress, Sample, new_dataset, write_split
+from mmlg_scale.data.manifest import Progress, Sample, new_dataset, write_split
 from mmlg_scale.data.tokens import NONE, read_offer
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_json_atomic

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmlg_scale.data.manifest import SPLITS, Progress
+from mmlg_scale.data import RESTVAL, SPLITS
+from mmlg_scale.data.manifest import Progress
 from mmlg_scale.data.pack import DEFAULTS, ImageCheck, Item, PackSettings, digest, draw, group, write_groups
 from mmlg_scale.errors import UserError
-
-RESTVAL = ("train", "drop")
 
 KNOWN_COUNTS: dict[tuple[str, str], list[tuple[int, int, int]]] = {
     ("flickr30k", "train"): [(29_000, 1_014, 1_000), (29_783, 1_000, 1_000)],

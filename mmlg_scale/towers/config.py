@@ -147,8 +147,8 @@ def _defaults(fields: type) -> dict[str, Any]:
 def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """(key, value in `one`, value in `other`) of the first field in which two architectures differ; None where they agree.
 
-    Fields left out count with open_clip's defaults, but for a vocab_size that `other` leaves out, which is any. What changes no weight and no
-    function (a tokenizer's name, dropout in training) is not compared.
+    Fields left out count with open_clip's defaults, but for a vocab_size that `other` leaves out, which is any. What changes no weight and
+    no function (a tokenizer's name, dropout in training) is not compared.
     """
     pairs: list[tuple[str, Any, Any]] = [("embed_dim", one["embed_dim"], other["embed_dim"])]
     pairs.append(("quick_gelu", one.get("quick_gelu", False), other.get("quick_gelu", False)))
