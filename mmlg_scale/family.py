@@ -58,7 +58,7 @@ class Plan:
     """
 
     def __init__(self, settings: recipe.Recipe, runtime: Runtime, out: Path, *, image_size: int) -> None:
-        self.runtime, self.out = runtime, out
+        self.given, self.runtime, self.out = settings, runtime, out
         self.data = Path(settings.data.path) if settings.data.path is not None else out / "data"
         self.settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, path=str(self.data)))
         self.ancestor = out / "ancestor"
@@ -335,7 +335,7 @@ def assemble(plan: Plan) -> dict[str, Any]:
         },
         "descendants": [_entry(member.step.folder, member.role) for member in plan.members if isinstance(member.role, DescendantRole)],
         "environment": environment(plan.runtime),
-        "recipe": to_content(settings, plan.runtime),
+        "recipe": to_content(plan.given, plan.runtime),
     }
     return summarise(family)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def figures(out: Path) -> dict[str, Any]:
 
 
 def kill_when(process: subprocess.Popen[str], appears: Path, unless: Path) -> None:
-    """SIGKILL the command as soon as a checkpoint of a stage stands, and check that the stage was not over."""
+    """SIGKILL the command as soon as a checkpoint of a stage is there, and check that the stage was not over."""
     end = time.monotonic() + 120
     while not list(appears.glob("step-*")):
         assert process.poll() is None, process.communicate()[0]
@@ -114,20 +115,133 @@ def test_family_json_report_and_metrics(undisturbed: Path) -> None:
     assert list((undisturbed / "ancestor" / "tensorboard").iterdir())
 
 
-def test_a_second_start_repeats_nothing_and_another_recipe_is_refused(recipe_file: Path, undisturbed: Path, tmp_path: Path) -> None:
-    results = sorted(undisturbed.rglob("result.json"))
-    stamps = [path.stat().st_mtime_ns for path in results]
-    assert len(results) == 7
-    before = figures(undisturbed)
-    finish(start(recipe_file, undisturbed))
-    assert [path.stat().st_mtime_ns for path in results] == stamps
-    assert figures(undisturbed) == before
-    other = tmp_path / "other.yaml"
-    other.write_text(yaml.safe_dump({**RECIPE, "seed": 5}))
-    process = start(other, undisturbed)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "holds another recipe's run (differs in: recipe)" in said
+def run_again(out: Path, recipe: Path, content: dict[str, Any], *options: str) -> tuple[int, str]:
+    """Exit code and console of the command with another recipe in the same folder."""
+    recipe.write_text(yaml.safe_dump(content))
+    argv = [sys.executable, "-m", "mmlg_scale", "family", str(recipe), "--out", str(out), *options]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def stamps(out: Path) -> dict[str, tuple[int, dict[str, Any]]]:
+    """When each step ended, and the digests of what it read."""
+    return {
+        str(path.parent.relative_to(out)): (path.stat().st_mtime_ns, json.loads((path.parent / "run.json").read_text())["inputs"])
+        for path in out.rglob("result.json")
+        if "superseded" not in path.parts
+    }
+
+
+def test_a_second_start_repeats_nothing(recipe_file: Path, undisturbed: Path) -> None:
+    before, numbers = stamps(undisturbed), figures(undisturbed)
+    assert len(before) == 7
+    said = finish(start(recipe_file, undisturbed))
+    assert stamps(undisturbed) == before
+    assert figures(undisturbed) == numbers
+    assert all(f"{step}: kept" in said for step in ("data", "ancestor", "learngene", "i2-t2-scratch", "i2-mmlg"))
+
+
+ADAPTATION = {"training": {"steps": 6, "batch_size": 32, "eval_every": 2}}
+CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "a size more": ({"family": {**RECIPE["family"], "sizes": [*RECIPE["family"]["sizes"], {"image_layers": 3, "text_layers": 1}]}}, set()),
+    "a size out of the sum": (
+        {"family": {**RECIPE["family"], "sizes": [{"image_layers": 2, "text_layers": 2, "in_sum": False}, RECIPE["family"]["sizes"][1]]}},
+        set(),
+    ),
+    "metric": ({"evaluation": {"metric": "mean_recall@5"}}, set()),
+    "adaptation": ({"adaptation": ADAPTATION}, {"descendants/i2-t2-mmlg"}),
+    "a baseline": ({"baselines": {**RECIPE["baselines"], "even": ADAPTATION["training"]}}, {"descendants/i2-t2-even"}),
+    "a baseline less": ({"baselines": {**RECIPE["baselines"], "distil": None}}, set()),
+    "runtime": ({"runtime": {"num_workers": 1, "log_every": 5, "trackers": ["jsonl"], "threads": None, "parallel": 1}}, set()),
+    "extraction": (
+        {"extraction": {**RECIPE["extraction"], "stem_rate": 0.25}},
+        {"learngene", "descendants/i2-t2-mmlg", "descendants/i2-mmlg"},
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_recipe_runs_again_what_depends_on_the_change(change: str, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "family"
+    shutil.copytree(undisturbed, out)
+    shutil.rmtree(out / "ancestor" / "tensorboard")
+    before = stamps(out)
+    changed, again = CHANGES[change]
+    code, said = run_again(out, tmp_path / "r.yaml", {**RECIPE, **changed})
+    assert code == 0, said
+    after = stamps(out)
+    rerun = {step for step in before if after[step][0] != before[step][0]}
+    assert rerun == again
+    assert {step for step in before if after[step][1] != before[step][1]} == again - {"learngene", "descendants/i2-t2-even"} - (
+        {"descendants/i2-t2-mmlg"} if change == "adaptation" else set()
+    )
+    assert {path.name for path in (out / "superseded").glob("*")} == {f"{Path(step).name}-1" for step in again}
+    family = json.loads((out / "family.json").read_text())
+    assert family["metric"] == changed.get("evaluation", {}).get("metric", "mean_recall@1")
+    if change == "a size more":
+        assert set(after) - set(before) == {f"descendants/i3-t1-{init}" for init in ("mmlg", "scratch", "even", "distil")}
+    if change in ("a size out of the sum", "a baseline less"):
+        assert set(after) == set(before)
+        listed = {entry["name"] for entry in family["descendants"]}
+        assert "i2-t2-distil" not in listed
+        assert "i2-t2-mmlg" in listed
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seed": 5}, "seed was 0, now 5"),
+        ({"ancestor": {**RECIPE["ancestor"], "steps": 61}}, "ancestor.steps was 60, now 61"),
+        ({"data": {"scenes": {**RECIPE["data"]["scenes"], "num_val": 25}}}, "data.scenes.num_val was 24, now 25"),
+        ({"engine": {"precision": "bf16"}}, 'engine.precision was "fp32", now "bf16"'),
+    ],
+)
+def test_another_ancestor_or_data_set_is_refused_by_its_keys(changed: dict[str, Any], said: str, undisturbed: Path, tmp_path: Path) -> None:
+    before = stamps(undisturbed)
+    code, lines = run_again(undisturbed, tmp_path / "r.yaml", {**RECIPE, **changed})
+    assert code == 2
+    assert lines.count("\n") == 1
+    assert said in lines
+    assert stamps(undisturbed) == before
+
+
+def test_an_ancestor_that_exists_is_taken_with_its_cost(undisturbed: Path, tmp_path: Path) -> None:
+    """--ancestor DIR: no second training, the same learngene, the ancestor's cost from the run it came from; unknown for bare models."""
+    data = ("--data.path", str(undisturbed / "data"))
+    code, said = run_again(tmp_path / "one", tmp_path / "r.yaml", RECIPE, *data, "--ancestor", str(undisturbed / "ancestor"))
+    assert code == 0, said
+    original, found = (json.loads((where / "family.json").read_text()) for where in (undisturbed, tmp_path / "one"))
+    assert found["ancestor"]["flops"] == original["ancestor"]["flops"] > 0
+    assert found["ancestor"]["metrics"] == original["ancestor"]["metrics"]
+    assert found["cost_ratio_with_ancestor"] == pytest.approx(original["cost_ratio_with_ancestor"])
+    result = json.loads((tmp_path / "one" / "ancestor" / "result.json").read_text())
+    assert result["steps"] == 0
+    files = [where / "learngene" / "learngene.safetensors" for where in (undisturbed, tmp_path / "one")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    shutil.copytree(undisturbed / "ancestor" / "model", tmp_path / "bare")
+    small = {**RECIPE, "baselines": {"scratch": RECIPE["baselines"]["scratch"], "even": None, "distil": None}}
+    code, said = run_again(tmp_path / "two", tmp_path / "r.yaml", small, *data, "--ancestor", str(tmp_path / "bare"))
+    assert code == 0, said
+    family = json.loads((tmp_path / "two" / "family.json").read_text())
+    assert family["ancestor"]["flops"] is None
+    assert family["cost_ratio_with_ancestor"] is None
+    assert family["cost_ratio"] > 0
+    assert any("unknown" in note for note in family["notes"])
+
+
+def test_two_families_at_once(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = start(recipe_file, out)
+    while not (out / "run.json").exists():
+        assert first.poll() is None
+        time.sleep(0.02)
+    second = start(recipe_file, out)
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert f"is in use by process {first.pid}" in said
+    assert said.count("\n") == 1
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
 
 
 def test_descendants_are_open_clip_models(undisturbed: Path) -> None:
