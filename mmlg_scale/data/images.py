@@ -185,6 +185,6 @@ def _crop_box(
                 box_width,
                 box_height,
             )
-    box_width = min(width, max(1, round(height * ratio[1])))
-    box_height = min(height, max(1, round(width / ratio[0])))
+    box_width = min(width, round(height * ratio[1]))
+    box_height = min(height, round(width / ratio[0]))
     return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
