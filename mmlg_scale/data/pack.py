@@ -168,8 +168,9 @@ def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, 
                 )
             yield last, dict(zip(names, fields + [""] * (len(names) - len(fields)), strict=True))
     except csv.Error as error:
+        what = "a field is too long" if "limit" in str(error) else "the quotes are wrong"
         raise UserError(
-            f"{table} row {last + 1}: the quotes are wrong, read up to line {reader.line_num} ({error}). "
+            f"{table} row {last + 1}: {what}, read up to line {reader.line_num} ({error}). "
             "A field that begins with a quote ends with one, and quotes inside it are doubled."
         ) from error
 
@@ -321,7 +322,7 @@ def write_groups(
         if skipped:
             write_json_atomic(root / "skipped.json", list(skipped))
     if skipped:
-        print(f"left out {len(skipped)} files, listed in {out / 'skipped.json'}. First: {skipped[0]}")
+        print(f"left out {len(skipped)} files and folders, listed in {out / 'skipped.json'}. First: {skipped[0]}")
 
 
 def _sample(position: int, item: Item, resize: int | None) -> Sample:
