@@ -15,7 +15,8 @@ from PIL import Image, ImageChops
 
 from mmlg_scale import towers
 from mmlg_scale.data import images as images_module
-from mmlg_scale.data.images import check_decodes, decode, open_image, random_resized_crop
+from mmlg_scale.data.images import as_shown, check_decodes, decode, open_image, random_resized_crop
+from mmlg_scale.data.pack import PackSettings, pack_table
 from mmlg_scale.data.pipeline import StreamSettings, TrainStream, load_eval_split
 from mmlg_scale.data.reader import ShardReader
 from tests.data.specs import spec_for
@@ -203,3 +204,63 @@ def test_streams_sweeps_and_evaluations_obey_the_models_geometry(scenes: Path, r
     assert np.array_equal(Sweep(reader, spec, item_size=4)[1].image_uint8_NCHW[2].numpy(), wanted(reader, 6))
     split = load_eval_split(scenes / "test", spec)
     assert np.array_equal(split.images_uint8_NCHW[7].numpy(), wanted(ShardReader(scenes / "test"), 7))
+
+
+def stored_otherwise() -> dict[str, tuple[bytes, Image.Image]]:
+    """Name -> an image that programs show otherwise than it is stored, and what they show."""
+    slope = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (40, 1))
+    rgb = Image.fromarray(np.stack([slope, slope[:, ::-1], np.full_like(slope, 70)], axis=-1))
+    deep = (slope.astype(np.uint16) << 8) | slope
+    hole = np.zeros((40, 64), np.uint8)
+    hole[10:30, 10:30] = 255
+    logo = Image.fromarray(np.dstack([np.zeros((40, 64, 3), np.uint8), hole]))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a camera that was turned to the left
+    palette = rgb.quantize(30)
+    return {
+        "turned upright": (encoded(rgb, "JPEG", quality=95, exif=exif), rgb.transpose(Image.Transpose.ROTATE_270)),
+        "16 to 8 bits": (encoded(Image.fromarray(deep), "PNG"), Image.fromarray(slope)),
+        "over white": (encoded(logo, "PNG"), Image.fromarray(255 - hole)),
+        "without a palette": (encoded(palette, "PNG"), palette.convert("RGB")),
+    }
+
+
+def test_what_viewers_show_otherwise_is_packed_as_they_show_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = stored_otherwise()
+    for name, (payload, wanted) in images.items():
+        shown = as_shown(payload)
+        assert shown is not None
+        assert shown[1] == [name]
+        found = Image.open(io.BytesIO(shown[0]))
+        assert found.size == wanted.size
+        assert np.abs(np.asarray(found.convert("RGB")).astype(int) - np.asarray(wanted.convert("RGB"))).max() <= (
+            8 if name == "turned upright" else 0
+        )
+        assert as_shown(shown[0]) is None
+    for name, payload in payloads(20, 30).items():
+        if name in ("RGB", "L", "JPEG", "grey JPEG", "CMYK JPEG", "BMP"):
+            assert as_shown(payload) is None, name
+    opaque = Image.fromarray(np.full((9, 9, 4), 255, np.uint8))
+    assert as_shown(encoded(opaque, "PNG")) is None
+
+    rows = []
+    for number, (payload, _) in enumerate([*images.values(), *[(payloads(20, 30)["RGB"], None)] * 3]):
+        path = tmp_path / f"{number}.{'jpg' if payload.startswith(bytes([255])) else 'png'}"
+        path.write_bytes(payload)
+        rows.append(f"{path.name},x,{'val' if number == 5 else 'test' if number == 6 else 'train'}")
+    table = tmp_path / "t.csv"
+    table.write_text("filepath,caption,split\n" + "\n".join(rows) + "\n")
+    pack_table(table, tmp_path / "shown")
+    assert capsys.readouterr().out == (
+        "images packed as viewers show them, not as they are stored: 16 to 8 bits 1, over white 1, turned upright 1, without a palette 1\n"
+    )
+    reader = ShardReader(tmp_path / "shown" / "train")
+    wanted_bytes = [as_shown(payload) for payload, _ in images.values()]
+    assert [reader.image_bytes(index) for index in range(4)] == [shown[0] for shown in wanted_bytes if shown is not None]
+    assert reader.image_bytes(4) == payloads(20, 30)["RGB"]
+    assert np.array_equal(reader.image(2, 40), decode(encoded(images["over white"][1], "PNG"), 40))
+
+    pack_table(table, tmp_path / "stored", PackSettings(as_shown=False))
+    assert capsys.readouterr().out == ""
+    reader = ShardReader(tmp_path / "stored" / "train")
+    assert [reader.image_bytes(index) for index in range(4)] == [payload for payload, _ in images.values()]
