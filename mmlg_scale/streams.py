@@ -1,7 +1,8 @@
 """Named streams of random numbers. Every random choice is a function of (seed, stream, position), and no two streams share one.
 
-numpy's SeedSequence pads short keys with zeros, so that the keys (seed, a) and (seed, a, 0) are the same: a number that names the stream
-ends every key but the first's, and no key has more parts than the four that SeedSequence keeps apart without hashing them together.
+numpy's SeedSequence pads keys of fewer than four words with zeros, so that (seed, a) and (seed, a, 0) are the same key; longer keys it
+hashes, which keeps them apart as well as any hash does. So the one hazard is a key that is another one followed by zeros, and every key but
+an epoch order's ends in a number that is not zero: its stream's.
 """
 
 from __future__ import annotations

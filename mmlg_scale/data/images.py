@@ -68,6 +68,40 @@ def check_decodes(payload: bytes) -> None:
     load_cheaply(payload)
 
 
+UPRIGHT, OPAQUE, SHALLOW, PLAIN_COLOURS = "turned upright", "over white", "16 to 8 bits", "without a palette"
+ORIENTATION = 0x0112
+
+
+def as_shown(payload: bytes) -> tuple[bytes, list[str]] | None:
+    """The image as a viewer shows it, as a PNG, and what was done to it; None where every program shows the same.
+
+    open_clip, and so `decode`, takes pixels as they are stored: lying photographs whose EXIF data say so, the colours that transparency
+    hides, white for nearly all of 16 bits, and palettes without interpolation.
+    """
+    with open_image(payload) as opened:
+        image, done = opened, list[str]()
+        if opened.getexif().get(ORIENTATION, 1) in range(2, 9):
+            image = ImageOps.exif_transpose(opened)
+            done.append(UPRIGHT)
+        if image.mode.startswith("I"):
+            values = np.asarray(image).astype(np.int64)
+            image = Image.fromarray(((values.clip(0, 65_535) + 128) // 257).astype(np.uint8))
+            done.append(SHALLOW)
+        elif image.has_transparency_data and (rgba := image.convert("RGBA")).getextrema()[3][0] < 255:
+            white = Image.new("RGBA", image.size, "white")
+            white.alpha_composite(rgba)
+            image = white.convert("RGB")
+            done.append(OPAQUE)
+        elif image.mode in ("1", "P"):
+            image = image.convert("L" if image.mode == "1" else "RGB")
+            done.append(PLAIN_COLOURS)
+        if not done:
+            return None
+        buffer = io.BytesIO()
+        image.convert(image.mode if image.mode in ("L", "LA", "RGBA") else "RGB").save(buffer, "PNG", exif=b"")
+        return buffer.getvalue(), done
+
+
 def decode(payload: bytes, image_size: int, *, preprocess: Preprocess = PLAIN, draft: bool = False) -> np.ndarray:
     """Resize, crop or pad, convert to RGB, as open_clip's evaluation transform does with this preprocessing: uint8 [H, W, 3].
 
@@ -185,6 +219,6 @@ def _crop_box(
                 box_width,
                 box_height,
             )
-    box_width = min(width, max(1, round(height * ratio[1])))
-    box_height = min(height, max(1, round(width / ratio[0])))
+    box_width = min(width, round(height * ratio[1]))
+    box_height = min(height, round(width / ratio[0]))
     return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height

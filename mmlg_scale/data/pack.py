@@ -9,7 +9,7 @@ import csv
 import hashlib
 import io
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mmlg_scale.data import SPLITS
-from mmlg_scale.data.images import check_decodes, decode
+from mmlg_scale.data.images import as_shown, check_decodes, decode
 from mmlg_scale.data.manifest import Progress, Sample, new_dataset, write_split
 from mmlg_scale.data.tokens import NONE, read_offer
 from mmlg_scale.errors import UserError
@@ -38,6 +38,8 @@ class PackSettings:
         tokenizer: what the set offers to models trained from scratch: none, words (of the training captions), bpe (byte pairs), or the path
             of a model folder or a tokenizer.json.
         resize: pixels of the shorter side to which images are resized, with a centre crop; None: they are packed as they are.
+        as_shown: pack an image that programs show otherwise than it is stored (on its side, transparent, 16 bits, a palette) as a PNG of
+            what they show, and say how many these are; otherwise every image is packed as it is.
         skip_bad: leave out images that are missing or do not decode, and list them in OUT/skipped.json; otherwise they are errors.
     """
 
@@ -47,6 +49,7 @@ class PackSettings:
     tokenizer: str = NONE
     resize: int | None = None
     skip_bad: bool = False
+    as_shown: bool = True
 
 
 DEFAULTS = PackSettings()
@@ -169,8 +172,9 @@ def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, 
                 )
             yield last, dict(zip(names, fields + [""] * (len(names) - len(fields)), strict=True))
     except csv.Error as error:
+        what = "a field is too long" if "limit" in str(error) else "the quotes are wrong"
         raise UserError(
-            f"{table} row {last + 1}: the quotes are wrong, read up to line {reader.line_num} ({error}). "
+            f"{table} row {last + 1}: {what}, read up to line {reader.line_num} ({error}). "
             "A field that begins with a quote ends with one, and quotes inside it are doubled."
         ) from error
 
@@ -304,31 +308,39 @@ def write_groups(
     Raises:
         UserError: an unknown tokenizer, a split without images, or what `new_dataset` raises.
     """
-    offer, resize = read_offer(settings.tokenizer), settings.resize
+    offer, converted = read_offer(settings.tokenizer), Counter[str]()
     for split, items in groups.items():
         if not items:
             raise UserError(f"split {split} has no images. Every data set needs train, val and test.")
     drawn = {"seed": settings.seed, "shares": {"val": settings.val, "test": settings.test}}
-    with new_dataset(out, "packed", {**args, **drawn, "tokenizer": offer.name, "resize": resize}) as root:
+    kept = {} if settings.as_shown else {"as_shown": False}  # sets of earlier versions have no such key
+    with new_dataset(out, "packed", {**args, **drawn, **kept, "tokenizer": offer.name, "resize": settings.resize}) as root:
         if root is None:
             return
         for split, items in groups.items():
-            write_split(
-                root, split, (_sample(i, item, resize) for i, item in enumerate(progress(items))), samples_per_shard=SAMPLES_PER_SHARD
-            )
+            samples = (_sample(position, item, settings, converted) for position, item in enumerate(progress(items)))
+            write_split(root, split, samples, samples_per_shard=SAMPLES_PER_SHARD)
         offer.write(root, lambda: (text for item in groups["train"] for text in item.captions))
         if classes is not None:
             write_json_atomic(root / "classes.json", dict(classes))
         if skipped:
             write_json_atomic(root / "skipped.json", list(skipped))
     if skipped:
-        print(f"left out {len(skipped)} files, listed in {out / 'skipped.json'}. First: {skipped[0]}")
+        print(f"left out {len(skipped)} files and folders, listed in {out / 'skipped.json'}. First: {skipped[0]}")
+    if converted:
+        told = ", ".join(f"{what} {count}" for what, count in sorted(converted.items()))
+        print(f"images packed as viewers show them, not as they are stored: {told}")
 
 
-def _sample(position: int, item: Item, resize: int | None) -> Sample:
+def _sample(position: int, item: Item, settings: PackSettings, converted: Counter[str]) -> Sample:
+    """The sample, and in `converted` what was done to its image."""
     payload, extension = item.path.read_bytes(), item.path.suffix.lower().removeprefix(".")
-    if resize is not None:
+    shown = as_shown(payload) if settings.as_shown else None
+    if shown is not None:
+        payload, extension = shown[0], "png"
+        converted.update(shown[1])
+    if settings.resize is not None:
         buffer = io.BytesIO()
-        Image.fromarray(decode(payload, resize)).save(buffer, "PNG")
+        Image.fromarray(decode(payload, settings.resize)).save(buffer, "PNG")
         payload, extension = buffer.getvalue(), "png"
     return Sample(f"{position:08d}", payload, extension, item.captions, item.label)

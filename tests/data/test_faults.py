@@ -133,13 +133,20 @@ def _rank(rank: int, port: int, root: str, out: str) -> None:
     part = stream(Path(root), rank=rank, world_size=2, num_workers=2 * rank, record=Path(out))
     steps = [batch.indices_B.tolist() for batch in islice(part, 10)]
     (Path(out) / f"{rank}.json").write_text(json.dumps(steps))
+    errors = []
+    for options in ({"record": Path(out) / "damaged"}, {"max_bad_fraction": 0.01}):
+        with pytest.raises(UserError) as raised:
+            stream(Path(root), rank=rank, world_size=2, **options)
+        errors.append(str(raised.value))
+    (Path(out) / f"{rank}.errors").write_text(json.dumps(errors))
     dist.destroy_process_group()
 
 
 def test_two_processes_share_the_scan(damaged: tuple[Path, dict[int, str]], tmp_path: Path) -> None:
     root, expected = damaged
     out = tmp_path / "run"
-    out.mkdir()
+    (out / "damaged").mkdir(parents=True)
+    (out / "damaged" / "data-skipped.json").write_text("{")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -150,6 +157,10 @@ def test_two_processes_share_the_scan(damaged: tuple[Path, dict[int, str]], tmp_
     assert_epochs(joined, set(range(NUM)) - set(expected))
     assert len((out / "data-faults-rank0.jsonl").read_text().splitlines()) == len(expected)
     cached = json.loads((root / "train" / CACHE_FILE).read_text())["shards"]
+    errors = [json.loads((out / f"{rank}.errors").read_text()) for rank in (0, 1)]
+    assert errors[0] == errors[1]  # none is left waiting for the other
+    assert "data-skipped.json is damaged" in errors[0][0]
+    assert f"{len(expected)} damaged samples" in errors[0][1]
     missing = list(expected.values()).count(MISSING)  # not kept: it may come back
     assert sum(len(state["faults"]) for state in cached.values()) == len(expected) - missing  # of both ranks' shards
 

@@ -182,7 +182,7 @@ def test_a_cut_jpeg_is_found_before_anything_is_written_or_skipped(tmp_path: Pat
     assert not out.exists()
     skip = PackSettings(skip_bad=True)
     pack_table(table, out, skip)
-    assert "left out 2 files" in capsys.readouterr().out
+    assert "left out 2 files and folders" in capsys.readouterr().out
     listed = json.loads((out / "skipped.json").read_text())
     assert len(listed) == 2
     assert "row 10" in listed[0]

@@ -1,0 +1,114 @@
+"""Tables, folders and shards whose content would be lost without a word."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mmlg_scale.data.indexing import index_dataset, index_shard, print_index
+from mmlg_scale.data.pack import PackSettings, _rows, pack_folders, pack_table
+from mmlg_scale.data.reader import ShardReader
+from mmlg_scale.errors import UserError
+from tests.data.test_check_and_index import image, write_tar
+from tests.data.test_sets import write_images
+
+COLUMNS = ("filepath", "caption")
+
+
+def read(text: str, name: str) -> list[tuple[str, str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(text.encode())
+        return [(row["filepath"], row["caption"]) for _, row in _rows(path, COLUMNS)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    captions=st.lists(st.text(st.sampled_from('ab ,"\t\n\u00e9'), min_size=1, max_size=20), max_size=6),
+    delimiter=st.sampled_from(",\t"),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
+def test_whatever_was_written_with_quotes_is_read(captions: list[str], delimiter: str, quoting: int) -> None:
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, delimiter=delimiter, quoting=quoting)  # type: ignore[arg-type]
+    rows = [(f"{number}.png", caption) for number, caption in enumerate(captions)]
+    writer.writerows([COLUMNS, *rows])
+    assert read(buffer.getvalue(), "t.tsv" if delimiter == "\t" else "t.csv") == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "said"),
+    [
+        ("t.csv", ["0.png,a red cat, asleep"], "row 2: 3 fields, the header has 2. Put a caption that holds commas in quotes"),
+        ("t.csv", ["0.png,a cat", "1.png,a dog,"], "row 3: 3 fields, the header has 2"),
+        ("t.tsv", ["0.png\ta cat\tasleep"], "row 2: 3 fields, the header has 2. Put a caption that holds tabs in quotes"),
+        # An open quote: closed by another one inside a row, at the end of a row, or never.
+        (
+            "t.tsv",
+            ["0.png\tx", '1.png\t"wow , he said', "2.png\ty", '3.png\tan 8" pizza'],
+            "row 3: the quotes are wrong, read up to line 5",
+        ),
+        ("t.tsv", ["0.png\tx", '1.png\t"wow , he said', "2.png\ty", '3.png\tno, 8"', "4.png\tz"], "rows 3 to 5: .* over the row of 2.png"),
+        ("t.csv", ["0.png,x", '1.png,"wow he said', "2.png,y", '3.png,no 8"', "4.png,z"], "rows 3 to 5: .* over the row of 2.png"),
+        ("t.csv", ["0.png,x", '1.png,"wow', "2.JPG,y"], "row 3: the quotes are wrong, read up to line 4"),
+        ("t.csv", ['0.png,"wow" he said'], "row 2: the quotes are wrong, read up to line 2"),
+        ("t.csv", ["0.png,x", f"1.png,{'x' * 140_000}"], "row 3: a field is too long, read up to line 3 .field larger than field limit"),
+    ],
+)
+def test_rows_that_would_be_cut_or_swallowed_are_refused(name: str, rows: list[str], said: str, tmp_path: Path) -> None:
+    write_images(tmp_path, 5)
+    table = tmp_path / name
+    table.write_text("\n".join(["\t".join(COLUMNS) if name.endswith("tsv") else ",".join(COLUMNS), *rows]) + "\n")
+    with pytest.raises(UserError, match=said) as raised:
+        pack_table(table, tmp_path / "out")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_classes_that_are_left_out_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cat", "dog"):
+        write_images(tmp_path / "in" / name, 10)
+        Image.new("RGB", (9, 9)).save(tmp_path / "in" / name / "a.gif")
+        (tmp_path / "in" / name / "more.png").mkdir()
+        (tmp_path / "in" / name / ".hidden").write_text("")
+    Image.new("RGB", (9, 9)).save(write_images(tmp_path / "bad" / "cat", 5)[0].parents[1] / "a.gif")
+    (tmp_path / "bad" / "dog").mkdir()
+    with pytest.raises(UserError, match="dog holds no images"):
+        pack_folders(tmp_path / "bad", tmp_path / "out", templates=["a {}"])
+    pack_folders(tmp_path / "in", tmp_path / "out", PackSettings(val=0.1, test=0.1), templates=["a {}"])
+    assert [len(ShardReader(tmp_path / "out" / split)) for split in ("train", "val", "test")] == [16, 2, 2]
+    listed = json.loads((tmp_path / "out" / "skipped.json").read_text())
+    assert [line.removeprefix(f"{tmp_path}/in/") for line in listed] == [
+        f"{name}/{rest}"
+        for name in ("cat", "dog")
+        for rest in (
+            "a.gif does not end in .png, .jpg, .jpeg, .webp, .bmp. Convert it.",
+            "more.png is a folder inside the folder of a class. Move its images there.",
+        )
+    ]
+    out = capsys.readouterr().out
+    assert f"left out 4 files and folders, listed in {tmp_path / 'out' / 'skipped.json'}. First: {listed[0]}" in out
+
+
+def test_keys_with_dots_and_other_members_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members = {}
+    for number in range(6):
+        key = f"{number}.v2" if number % 2 else str(number)
+        members |= {f"{key}.jpg": image(number, "jpg"), f"{key}.txt": b"thing", f"{key}.cls": b"1"}
+    for split in ("train", "val", "test"):
+        write_tar(tmp_path / split / "0.tar", members)
+    counts, problems = index_dataset(tmp_path)
+    assert counts == {"train": 3, "val": 3, "test": 3}
+    assert index_shard(tmp_path / "train" / "0.tar").problems.total() == 12
+    print_index(counts, problems, tmp_path)
+    out = capsys.readouterr().out.splitlines()
+    assert "left out: 18 members with a dot in their name before the extension, where webdataset ends the key" in out[2]
+    assert out[1] == "left out: 18 members of other kinds"
