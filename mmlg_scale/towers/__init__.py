@@ -1,6 +1,6 @@
 """The one place that talks to open_clip: configurations, building, running towers block by block, loading and exporting.
 
-Only open_clip's plain VisionTransformer and TextTransformer are carried; every other configuration is refused in one line.
+Only open_clip's plain VisionTransformer and TextTransformer are supported; every other configuration is refused in one line.
 """
 
 from mmlg_scale.towers.bundle import Bundle, ModelSpec, export, export_tower, load_ancestor, load_clip, load_tower
@@ -14,6 +14,7 @@ from mmlg_scale.towers.config import (
     num_patches,
     open_clip_version,
     patch_dropout,
+    vocab_size,
     width,
     with_logit_bias,
     with_sizes,
@@ -38,6 +39,7 @@ from mmlg_scale.towers.run import (
 )
 from mmlg_scale.towers.state import BLOCK_PREFIX, join_state, split_state
 from mmlg_scale.towers.tokenizer import (
+    TOKENIZER_FILES,
     BytePairTokenizer,
     FileTokenizer,
     Tokenizer,
@@ -53,6 +55,7 @@ __all__ = [
     "CLIP",
     "INITIAL_LOGIT_SCALE",
     "MAX_LOGIT_SCALE",
+    "TOKENIZER_FILES",
     "Block",
     "Bundle",
     "BytePairTokenizer",
@@ -93,6 +96,7 @@ __all__ = [
     "split_state",
     "tokenizer_from_files",
     "told",
+    "vocab_size",
     "width",
     "with_logit_bias",
     "with_sizes",

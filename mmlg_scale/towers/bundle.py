@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,15 +16,38 @@ import torch
 from torch import Tensor
 
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import write_json_atomic
-from mmlg_scale.towers.config import context_length, first_difference, image_size, model_config, with_sizes
+from mmlg_scale.files import folder_atomic, require_space
+from mmlg_scale.towers import hugging_face
+from mmlg_scale.towers.config import context_length, first_difference, image_size, model_config, vocab_size, with_sizes
+from mmlg_scale.towers.foreign import is_folder, one_line, read_json, read_tensors, read_text, require_folder, shown
 from mmlg_scale.towers.library import CLIPTextCfg, CLIPVisionCfg, TextTransformer, VisionTransformer, open_clip
 from mmlg_scale.towers.preprocess import Preprocess
-from mmlg_scale.towers.tokenizer import BytePairTokenizer, Tokenizer, tokenizer_from_files
-from mmlg_scale.towers.weights import load_weights
+from mmlg_scale.towers.tokenizer import (
+    MAX_TOKENIZER_BYTES,
+    TOKENIZER_FILES,
+    BytePairTokenizer,
+    Tokenizer,
+    tokenizer_from_files,
+    told,
+)
+from mmlg_scale.towers.weights import OPEN_CLIP_CONFIG, finite, fit_state, load_weights, read_state, warn_of_activation
 
-CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = OPEN_CLIP_CONFIG, "open_clip_model.safetensors"
 TOWER_FILE, TOWER_WEIGHTS_FILE = "tower.json", "open_clip_tower.safetensors"
+MODALITIES = ("image", "text")
+# open_clip's own order.
+OPEN_CLIP_WEIGHTS = (
+    WEIGHTS_FILE,
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+_SCALARS = ("logit_scale", "logit_bias")
+_AGAIN = "Take the one that the model was published with."
 
 
 @dataclass(frozen=True)
@@ -68,11 +89,23 @@ class ModelSpec:
         Raises:
             UserError: something in it is not supported.
         """
+        for key, kind in (("model_config", dict), ("preprocess", dict), ("tokenizer_files", dict)):
+            if not isinstance(header.get(key), kind):
+                raise UserError(f"{where}: {key} is missing or no object. Write the file again.")
         return cls(
-            model_config(header["model_config"]),
+            model_config(header["model_config"], where=f"{where}: model_config"),
             Preprocess.from_config(header["preprocess"], where),
-            tokenizer_from_files(header["tokenizer_files"]),
+            tokenizer_from_files(header["tokenizer_files"], where),
         )
+
+    def require_tokenizer(self, where: str) -> None:
+        """Raise UserError where the tokenizer gives ids that the model has no embedding for; `where` starts the message."""
+        embedded = vocab_size(self.config)
+        if self.tokenizer.vocab_size > embedded:
+            raise UserError(
+                f"{where}: the tokenizer ({told(self.tokenizer)}) has ids up to {self.tokenizer.vocab_size - 1}, the model's vocabulary "
+                f"ends at {embedded - 1}. Give the model folder with the tokenizer that the model was trained with."
+            )
 
     def digest(self) -> str:
         """SHA-256 of the header."""
@@ -97,30 +130,42 @@ class Bundle(NamedTuple):
 def export(model: Bundle, out: Path, *, overwrite: bool = False) -> None:
     """Write the folder that ``open_clip.create_model_and_transforms("local-dir:OUT")`` loads; whole or not at all.
 
-    Tokenizer files lie beside the weights, so that ``open_clip.get_tokenizer("local-dir:OUT")`` finds them.
+    Tokenizer files lie beside the weights, so that ``open_clip.get_tokenizer("local-dir:OUT")`` finds them. `overwrite` replaces the files
+    of the export that is there, in one step (`folder_atomic`); whatever else lies in OUT stays.
 
     Raises:
-        UserError: OUT exists and is no export, or `overwrite` is not given.
+        UserError: OUT holds files and is no export, or `overwrite` is not given; it cannot be written, or the disk is full.
     """
     spec = model.spec
     config = json.loads(json.dumps(spec.config))
     if spec.tokenizer.files:
         config["text_cfg"]["hf_tokenizer_name"] = "tokenizer"
-    tensors = {name: tensor.reshape(()) if name in ("logit_scale", "logit_bias") else tensor for name, tensor in model.state.items()}
+    tensors = {name: tensor.reshape(()) if name in _SCALARS else tensor for name, tensor in model.state.items()}
     size = spec.image_size
     preprocess = {"size": [size, size], "mode": "RGB", **spec.preprocess.to_config()}
-    files = {CONFIG_FILE: {"model_cfg": config, "preprocess_cfg": preprocess}}
-    _write_folder(out, files, WEIGHTS_FILE, tensors, spec.tokenizer.files, overwrite)
+    files = {CONFIG_FILE: _as_json({"model_cfg": config, "preprocess_cfg": preprocess}), **spec.tokenizer.files}
+    _write_folder(out, files, WEIGHTS_FILE, tensors, overwrite)
 
 
 def export_tower(model: Bundle, modality: str, out: Path, *, overwrite: bool = False) -> None:
-    """Write one tower: ``open_clip_tower.safetensors``, which loads strictly into open_clip's tower class, and ``tower.json``."""
+    """Write one tower: ``open_clip_tower.safetensors``, which loads strictly into open_clip's tower class, and ``tower.json``.
+
+    Raises:
+        UserError: as `export`; `modality` is neither image nor text.
+    """
+    if modality not in MODALITIES:
+        raise UserError(f"modality {modality!r} is unknown. Use one of: {', '.join(MODALITIES)}.")
     spec, is_image = model.spec, modality == "image"
     tensors = {name: model.state[f"visual.{name}" if is_image else name] for name in _meta_tower(spec.config, modality).state_dict()}
     description: dict[str, Any] = {"modality": modality, "model_cfg": spec.config}
     if is_image:
         description["preprocess_cfg"] = spec.preprocess.to_config()
-    _write_folder(out, {TOWER_FILE: description}, TOWER_WEIGHTS_FILE, tensors, {} if is_image else spec.tokenizer.files, overwrite)
+    files = {TOWER_FILE: _as_json(description), **({} if is_image else spec.tokenizer.files)}
+    _write_folder(out, files, TOWER_WEIGHTS_FILE, tensors, overwrite)
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
 def _meta_tower(config: Mapping[str, Any], modality: str) -> VisionTransformer | TextTransformer:
@@ -136,52 +181,95 @@ def _build_tower(config: Mapping[str, Any], modality: str) -> VisionTransformer 
 
 
 def load_tower(folder: Path) -> VisionTransformer | TextTransformer:
-    """The open_clip tower that `export_tower` wrote."""
-    from safetensors.torch import load_file
+    """The open_clip tower that `export_tower` wrote, in fp32.
 
-    description = json.loads((folder / TOWER_FILE).read_text())
-    tower = _build_tower(description["model_cfg"], description["modality"])
-    tower.load_state_dict(load_file(folder / TOWER_WEIGHTS_FILE), strict=True)
+    Raises:
+        UserError: a file is missing or damaged, the architecture is not supported, or the weights are not those of the architecture.
+    """
+    require_folder(folder)
+    where, path = folder / TOWER_FILE, folder / TOWER_WEIGHTS_FILE
+    description = read_json(where, "description of a tower", "Give a folder that mmlg descend wrote for one tower.")
+    modality = description.get("modality")
+    if modality not in MODALITIES:
+        raise UserError(f"{where}: modality is {shown(modality)!r}. Use one of: {', '.join(MODALITIES)}.")
+    config = model_config(description.get("model_cfg"), where=f"{where}: model_cfg")
+    found, _ = read_tensors(path)
+    expected = {name: tuple(tensor.shape) for name, tensor in _meta_tower(config, modality).state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    for name in sorted({*expected, *shapes}):
+        if expected.get(name) != shapes.get(name):
+            raise UserError(
+                f"{path}: {shown(name)} has shape {shapes.get(name, 'none')}, {TOWER_FILE} asks for {expected.get(name, 'none')}. "
+                "Write the tower again."
+            )
+    state = {name: finite(name, tensor, path) for name, tensor in found.items()}
+    tower = _build_tower(config, modality)
+    tower.load_state_dict(state, strict=True)
     return tower
 
 
-def _write_folder(
-    out: Path,
-    json_files: Mapping[str, Any],
-    weights_name: str,
-    tensors: Mapping[str, Tensor],
-    other_files: Mapping[str, str],
-    overwrite: bool,
-) -> None:
+def _write_folder(out: Path, files: Mapping[str, str], weights_name: str, tensors: Mapping[str, Tensor], overwrite: bool) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    is_export = (out / CONFIG_FILE).exists() or (out / TOWER_FILE).exists()
-    if out.exists() and not (is_export and overwrite) and any(out.iterdir()):
-        raise UserError(f"{out} exists. Give another --out" + (", or --overwrite to replace the export." if is_export else "."))
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        for name, content in json_files.items():
-            write_json_atomic(temporary / name, content)
-        for name, content in other_files.items():
-            (temporary / name).write_text(content, encoding="utf-8")
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary / weights_name)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        replaced = _replaced(out, {*files, weights_name}, overwrite)
+        require_space(out.absolute().parent, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), "an export")
+        with folder_atomic(out, replaced) as temporary:
+            for name, content in files.items():
+                (temporary / name).write_text(content, encoding="utf-8", newline="")
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / weights_name)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{out} cannot be written ({one_line(error)}). Give another --out.") from error
+
+
+def _replaced(out: Path, written: set[str], overwrite: bool) -> set[str]:
+    """The files in `out` that an earlier export wrote, and which the new one replaces.
+
+    Raises:
+        UserError: `out` is no folder or holds something that may not be replaced.
+    """
+    if not out.exists() and not out.is_symlink():
+        return set()
+    if not out.is_dir():
+        raise UserError(f"{out} is there and is no folder. Give another --out.")
+    present = {path.name for path in out.iterdir()}
+    is_export = bool(present & {CONFIG_FILE, TOWER_FILE})
+    if present and not (is_export and overwrite):
+        raise UserError(f"{out} exists. Give another --out" + (", or --overwrite to replace the export." if is_export else "."))
+    own = {CONFIG_FILE, WEIGHTS_FILE, TOWER_FILE, TOWER_WEIGHTS_FILE}
+    if _has_own_tokenizer(out):
+        own |= {"tokenizer.json", "tokenizer_config.json"}
+    foreign = sorted(present & written - own)
+    if foreign:
+        raise UserError(f"{out / foreign[0]} was not written with the export that is there. Move it away, or give another --out.")
+    return own
+
+
+def _has_own_tokenizer(out: Path) -> bool:
+    """Whether the export in `out` came with tokenizer files: a tokenizer.json beside one that did not is a person's own."""
+    for name in (CONFIG_FILE, TOWER_FILE):
+        try:
+            content = json.loads((out / name).read_text(encoding="utf-8"))
+            if name == TOWER_FILE:
+                return bool(content["modality"] == "text")
+            return bool(content["model_cfg"]["text_cfg"].get("hf_tokenizer_name"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+    return False
 
 
 def load_ancestor(path: Path, config: Mapping[str, Any]) -> Bundle:
     """An ancestor: a model folder (`load_clip`), or a file of weights for the architecture `config`, which has byte pairs.
 
+    Of a Hugging Face folder whose config.json says nothing of a model, the architecture is `config`.
+
     Raises:
         UserError: as `load_clip` and `load_weights`; the folder's architecture is not that of `config`.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         return Bundle(ModelSpec(dict(config)), load_weights(path, config))
-    model = load_clip(path)
+    model = _load_folder(path, config)
     difference = first_difference(model.spec.config, config)
     if difference is not None:
         key, theirs, ours = difference
@@ -190,22 +278,105 @@ def load_ancestor(path: Path, config: Mapping[str, Any]) -> Bundle:
 
 
 def load_clip(folder: Path) -> Bundle:
-    """The model in a folder that `export` or open_clip wrote.
+    """The model in a folder that `export`, open_clip or Hugging Face's transformers wrote.
 
     Raises:
-        UserError: the folder lacks a file, or its architecture is not supported.
+        UserError: no folder; a file is missing or damaged; the architecture, preprocessing or tokenizer is not supported; or the weights
+            are not those of the architecture.
     """
-    from safetensors.torch import load_file
+    require_folder(folder)
+    return _load_folder(folder, None)
 
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} holds no {name}: not an open_clip model folder. Give one that mmlg train or open_clip wrote.")
-    content = json.loads((folder / CONFIG_FILE).read_text())
-    config = content["model_cfg"]
-    files = {}
-    if config["text_cfg"].pop("hf_tokenizer_name", None):
-        files = {name: (folder / name).read_text(encoding="utf-8") for name in ("tokenizer.json", "tokenizer_config.json")}
-    state = load_file(folder / WEIGHTS_FILE)
-    state |= {name: state[name].reshape(1) for name in ("logit_scale", "logit_bias") if name in state}
-    preprocess = Preprocess.from_config(content.get("preprocess_cfg"), str(folder / CONFIG_FILE))
-    return Bundle(ModelSpec(model_config(config), preprocess, tokenizer_from_files(files)), state)
+
+def _load_folder(folder: Path, config: Mapping[str, Any] | None) -> Bundle:
+    for name in (CONFIG_FILE, hugging_face.CONFIG_FILE):
+        path = folder / name
+        if path.exists() or path.is_symlink():
+            content = read_json(path, "model configuration", "Take the one that the model was published with.")
+            return _load_open_clip(folder, content) if name == CONFIG_FILE else _load_hugging_face(folder, content, config)
+    raise UserError(f"{folder} holds no {CONFIG_FILE} and no config.json: not a model folder. Give one that mmlg train or open_clip wrote.")
+
+
+def _load_open_clip(folder: Path, content: Mapping[str, Any]) -> Bundle:
+    where = str(folder / CONFIG_FILE)
+    given = content.get("model_cfg")
+    if not isinstance(given, dict):
+        raise UserError(f"{where} has no object model_cfg. Take the one that the model was published with.")
+    given = {**given, "text_cfg": given.get("text_cfg")}
+    names_tokenizer = False
+    if isinstance(given["text_cfg"], dict):
+        text = given["text_cfg"] = dict(given["text_cfg"])
+        names_tokenizer = bool(text.pop("hf_tokenizer_name", None))
+        _check_tokenizer_options(text.pop("tokenizer_mode", None), text.pop("tokenizer_kwargs", None), where)
+    config = model_config(given, where=f"{where}: model_cfg")
+    preprocess = Preprocess.from_config(content.get("preprocess_cfg"), where)
+    tokenizer = _own_tokenizer(folder) if names_tokenizer else BytePairTokenizer()
+    path = _weights_in(folder, OPEN_CLIP_WEIGHTS)
+    state = fit_state(read_state(path)[0], config, path, asker=CONFIG_FILE)
+    return _checked(Bundle(ModelSpec(config, preprocess, tokenizer), state), folder)
+
+
+def _check_tokenizer_options(mode: Any, options: Any, where: str) -> None:
+    """open_clip hands these to transformers, where they can name code to run; only its defaults are supported."""
+    if mode:
+        raise UserError(f"{where}: text_cfg.tokenizer_mode {shown(mode)!r} is not supported. Leave it out.")
+    if options is not None and not (isinstance(options, dict) and all(_is_default(*option) for option in options.items())):
+        raise UserError(f"{where}: text_cfg.tokenizer_kwargs {shown(options)} is not supported. Leave it out.")
+
+
+def _is_default(key: str, value: Any) -> bool:
+    return (key == "clean" and value == "whitespace") or (key == "strip_sep_token" and value is False)
+
+
+def _load_hugging_face(folder: Path, content: Mapping[str, Any], config: Mapping[str, Any] | None) -> Bundle:
+    where = str(folder / hugging_face.CONFIG_FILE)
+    path = _weights_in(folder, hugging_face.WEIGHT_FILES)
+    if hugging_face.describes_clip(content):
+        own, asker = hugging_face.config_of(content, where), hugging_face.CONFIG_FILE
+        state = read_state(path)[0]
+    elif config is not None:
+        own, asker = dict(config), "the recipe"
+        state = read_state(path)[0]
+        if "quick_gelu" not in config:
+            warn_of_activation(state, path)
+    else:
+        raise UserError(f"{where} says nothing of a model (no model_type, no text_config). Take the one that the model was published with.")
+    state = fit_state(state, own, path, asker=asker)
+    preprocess = hugging_face.preprocess_of(folder, image_size(own))
+    files = _tokenizer_files(folder)
+    tokenizer: Tokenizer = BytePairTokenizer()
+    if files and not hugging_face.has_byte_pairs(files):
+        tokenizer = tokenizer_from_files(files, str(folder))
+    return _checked(Bundle(ModelSpec(own, preprocess, tokenizer), state), folder)
+
+
+def _checked(model: Bundle, folder: Path) -> Bundle:
+    """A folder's own tokenizer must fit its model. Byte pairs are what a folder has that names none: checked where they are used."""
+    if model.spec.tokenizer.files:
+        model.spec.require_tokenizer(str(folder))
+    return model
+
+
+def _own_tokenizer(folder: Path) -> Tokenizer:
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: {CONFIG_FILE} names a tokenizer (text_cfg.hf_tokenizer_name), but there is no readable tokenizer.json.")
+    return tokenizer_from_files(_tokenizer_files(folder), str(folder))
+
+
+def _tokenizer_files(folder: Path) -> dict[str, str]:
+    present = [name for name in TOKENIZER_FILES if (folder / name).exists() or (folder / name).is_symlink()]
+    return {name: read_text(folder / name, "tokenizer file", _AGAIN, MAX_TOKENIZER_BYTES) for name in present}
+
+
+def _weights_in(folder: Path, names: Sequence[str]) -> Path:
+    """The file that open_clip takes: the first of these names that is there, otherwise the only file of weights."""
+    for name in names:
+        if (folder / name).exists() or (folder / name).is_symlink():
+            return folder / name
+    if sharded := sorted(path.name for path in folder.glob("*.index.json")):
+        raise UserError(f"{folder} has its weights in several files ({shown(sharded[0])}). Save them as one {names[0]}.")
+    others = sorted(path for suffix in (".safetensors", ".bin", ".pth") for path in folder.glob(f"*{suffix}"))
+    if len(others) == 1:
+        return others[0]
+    held = f"several files of weights, none of them {names[0]}" if others else f"no {names[0]}"
+    raise UserError(f"{folder} holds {held}. Take the folder as it was published.")

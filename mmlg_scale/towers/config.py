@@ -1,35 +1,66 @@
-"""open_clip's model configurations: which are carried, and what they say of sizes."""
+"""open_clip's model configurations: which are supported, and what they say of sizes."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmlg_scale.errors import UserError
+from mmlg_scale.towers.foreign import shown
 from mmlg_scale.towers.library import CLIPTextCfg, CLIPVisionCfg, open_clip
 
-# Fields of open_clip's configurations whose value leads to another architecture than the plain one, with the value that is carried.
-_PLAIN_VISION = {
-    "ls_init_value": None,
-    "attentional_pool": False,
-    "timm_model_name": None,
-    "block_type": None,
-    "output_tokens": False,
+JOINT = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_bias")
+_PLAIN = "Supported: plain open_clip ViT + text transformer configurations."
+MAX_LAYERS, MAX_WIDTH, MAX_IMAGE_SIZE, MAX_VOCABULARY, MAX_CONTEXT = 1000, 65536, 8192, 10_000_000, 100_000
+# Whole numbers of a tower's configuration, with their bounds.
+_WHOLE = {
+    "vision_cfg": {
+        "layers": (1, MAX_LAYERS),
+        "width": (1, MAX_WIDTH),
+        "head_width": (1, MAX_WIDTH),
+        "patch_size": (1, MAX_IMAGE_SIZE),
+        "image_size": (1, MAX_IMAGE_SIZE),
+    },
+    "text_cfg": {
+        "layers": (1, MAX_LAYERS),
+        "width": (1, MAX_WIDTH),
+        "heads": (1, MAX_WIDTH),
+        "context_length": (1, MAX_CONTEXT),
+        "vocab_size": (1, MAX_VOCABULARY),
+        "pad_id": (0, MAX_VOCABULARY),
+        "eos_id": (0, MAX_VOCABULARY),
+    },
 }
-_PLAIN_TEXT = {
-    "ls_init_value": None,
-    "embed_cls": False,
-    "hf_model_name": None,
-    "proj_type": "linear",
-    "proj_bias": False,
-    "block_type": None,
-    "no_causal_mask": False,
-    "pool_type": "argmax",
-    "output_tokens": False,
+
+
+def _is_number(value: Any) -> bool:
+    """A finite number; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+_OTHER: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "mlp_ratio": (lambda value: _is_number(value) and 0 < value <= 64, "a number above 0, up to 64"),
+    "patch_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "a fraction from 0 to below 1"),
+    "norm_kwargs": (
+        lambda value: (
+            isinstance(value, dict) and set(value) <= {"eps"} and all(_is_number(eps) and 0 < eps <= 0.1 for eps in value.values())
+        ),
+        "eps alone, up to 0.1",
+    ),
+    "act_kwargs": (lambda value: value in ({}, {"approximate": "tanh"}, {"approximate": "none"}), "approximate: tanh, without quick_gelu"),
 }
-_PLAIN_FLAGS = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
+# Other fields that may differ from open_clip's default, with the values that are supported. All the rest must have the default.
+_CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "vision_cfg": {
+        "no_ln_pre": (False, True),
+        "final_ln_after_pool": (False, True),
+        "pool_type": ("tok", "avg"),
+        "pos_embed_type": ("learnable", "sin_cos_2d"),
+    },
+    "text_cfg": {"final_ln_after_pool": (False, True)},
+}
 
 
 def open_clip_version() -> str:
@@ -42,33 +73,47 @@ def architecture_names() -> list[str]:
     return list(open_clip.list_models())
 
 
-def model_config(name_or_dict: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """A validated copy of an open_clip configuration given by name or inline.
+def model_config(name_or_dict: str | Mapping[str, Any] | None, where: str = "recipe key model.config") -> dict[str, Any]:
+    """A validated copy of an open_clip configuration given by name or inline. `where` starts the messages.
 
     Raises:
-        UserError: unknown name (with the nearest ones), unknown or missing field, or an architecture that is not carried.
+        UserError: unknown name (with the nearest ones), unknown or missing field, a value of another type or out of bounds, or an
+            architecture that is not supported.
     """
+    config = _copy(name_or_dict, where)
+    for key in set(config) - set(JOINT):
+        raise UserError(f"{where}.{shown(key)}: not supported. {_PLAIN}")
+    for key in ("vision_cfg", "text_cfg"):
+        if not isinstance(config[key], dict):
+            raise UserError(f"{where}.{key}: {shown(config[key])!r} is no mapping. {_PLAIN}")
+    if isinstance(config["vision_cfg"].get("layers"), list):
+        raise UserError(f"{where}: a ResNet image tower is not supported. Use a ViT configuration, such as ViT-B-32.")
+    _check_whole(config["embed_dim"], (1, MAX_WIDTH), f"{where}.embed_dim")
+    if not isinstance(config.get("quick_gelu", False), bool):
+        raise UserError(f"{where}.quick_gelu: {shown(config['quick_gelu'])!r} is not true or false.")
+    if "init_logit_bias" in config and not _is_number(config["init_logit_bias"]):
+        raise UserError(f"{where}.init_logit_bias: {shown(config['init_logit_bias'])!r} is no number. SigLIP's is -10.")
+    for key, fields in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        config[key] = _checked_tower(config[key], fields, key, where, quick_gelu=config.get("quick_gelu", False))
+    _check_sizes(config, where)
+    return config
+
+
+def _copy(name_or_dict: str | Mapping[str, Any] | None, where: str) -> dict[str, Any]:
     if isinstance(name_or_dict, str):
         names = architecture_names()
         if name_or_dict not in names:
-            near = ", ".join(difflib.get_close_matches(name_or_dict, names, n=3, cutoff=0.3))
-            raise UserError(f"recipe key model.architecture: open_clip has no {name_or_dict!r}. Nearest: {near}.")
+            near = ", ".join(difflib.get_close_matches(name_or_dict, names, n=3, cutoff=0.3)) or "ViT-B-32"
+            raise UserError(f"recipe key model.architecture: open_clip has no {shown(name_or_dict)!r}. Nearest: {near}.")
         config = open_clip.get_model_config(name_or_dict)
     else:
-        config = json.loads(json.dumps(name_or_dict))
+        try:
+            config = json.loads(json.dumps(name_or_dict))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not plain JSON ({type(error).__name__}). {_PLAIN}") from error
     if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
-        raise UserError("recipe key model.config: needs embed_dim, vision_cfg and text_cfg, as open_clip's model_configs have them.")
-    config = {key: value for key, value in config.items() if value is not None}
-    for key in set(config) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_bias"}:
-        raise UserError(f"recipe key model.config.{key}: not carried. Plain open_clip ViT + text transformer configurations are.")
-    _check_tower(config["vision_cfg"], CLIPVisionCfg, "vision_cfg", _PLAIN_VISION)
-    _check_tower(config["text_cfg"], CLIPTextCfg, "text_cfg", _PLAIN_TEXT)
-    if isinstance(config["vision_cfg"].get("layers"), list):
-        raise UserError("recipe key model: a ResNet image tower is not carried. Use a ViT configuration, such as ViT-B-32.")
-    if not isinstance(config.get("init_logit_bias", 0.0), (int, float)):
-        raise UserError(f"recipe key model.config.init_logit_bias: {config['init_logit_bias']!r} is no number. SigLIP's is -10.")
-    _check_sizes(config)
-    return config
+        raise UserError(f"{where}: needs embed_dim, vision_cfg and text_cfg, as open_clip's model_configs have them.")
+    return {key: value for key, value in config.items() if value is not None or key in ("embed_dim", "vision_cfg", "text_cfg")}
 
 
 def with_logit_bias(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,32 +121,48 @@ def with_logit_bias(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"init_logit_bias": -10.0, **config}
 
 
-def _check_tower(tower: dict[str, Any], fields: type, key: str, plain: Mapping[str, Any]) -> None:
-    known = fields.__dataclass_fields__  # type: ignore[attr-defined]
+def _checked_tower(tower: Mapping[str, Any], fields: type, key: str, where: str, *, quick_gelu: bool) -> dict[str, Any]:
+    """The tower's fields that are not None; every one is known, of its type, in bounds, and leads to the plain architecture."""
+    defaults = _defaults(fields)
     for name, value in tower.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
-            raise UserError(f"recipe key model.config.{key}.{name}: unknown. Nearest valid key: {near}.")
-        if (name in plain and value != plain[name]) or (name in _PLAIN_FLAGS and value):
-            raise UserError(f"recipe key model.config.{key}.{name}: {value!r} is not carried. Plain ViT + text transformers are.")
+        at = f"{where}.{key}.{shown(name)}"
+        if name not in defaults:
+            near = difflib.get_close_matches(name, list(defaults), n=1, cutoff=0.0)
+            raise UserError(f"{at}: unknown." + (f" Nearest valid key: {near[0]}." if near else ""))
+        if value is None and defaults[name] is None:
+            continue
+        if name in _WHOLE[key]:
+            _check_whole(value, _WHOLE[key][name], at)
+        elif name in _OTHER:
+            is_valid, supported = _OTHER[name]
+            if not is_valid(value) or (name == "act_kwargs" and quick_gelu):
+                raise UserError(f"{at}: {shown(value)!r} is not supported. Use {supported}.")
+        else:
+            valid = _CHOICES[key].get(name, (defaults[name],))
+            if not any(type(value) is type(choice) and value == choice for choice in valid):
+                raise UserError(f"{at}: {shown(value)!r} is not supported. {_PLAIN}")
+    return {name: value for name, value in tower.items() if value is not None}
 
 
-def _check_sizes(config: Mapping[str, Any]) -> None:
+def _check_whole(value: Any, bounds: tuple[int, int], at: str) -> None:
+    least, most = bounds
+    if type(value) is not int or not least <= value <= most:
+        raise UserError(f"{at}: {shown(value)!r} is no whole number from {least} to {most}.")
+
+
+def _check_sizes(config: Mapping[str, Any], where: str) -> None:
     vision = {**_defaults(CLIPVisionCfg), **config["vision_cfg"]}
     text = {**_defaults(CLIPTextCfg), **config["text_cfg"]}
-    if vision["width"] % vision["head_width"]:
-        raise UserError(
-            f"recipe key model.config.vision_cfg.width: {vision['width']} is not a multiple of head_width {vision['head_width']}."
-        )
-    if text["width"] % text["heads"]:
-        raise UserError(f"recipe key model.config.text_cfg.width: {text['width']} is not a multiple of heads {text['heads']}.")
-    if vision["image_size"] % vision["patch_size"]:
-        raise UserError(
-            f"recipe key model.config.vision_cfg.image_size: {vision['image_size']} is not a multiple of patch_size {vision['patch_size']}."
-        )
-    for tower, key in ((vision, "vision_cfg"), (text, "text_cfg")):
-        if tower["layers"] < 1:
-            raise UserError(f"recipe key model.config.{key}.layers: is {tower['layers']}. Use 1 or more.")
+    for key, tower, whole, part in (
+        ("vision_cfg", vision, "width", "head_width"),
+        ("text_cfg", text, "width", "heads"),
+        ("vision_cfg", vision, "image_size", "patch_size"),
+    ):
+        if tower[whole] % tower[part]:
+            raise UserError(f"{where}.{key}.{whole}: {tower[whole]} is not a multiple of {part} {tower[part]}.")
+    for key, tower in (("vision_cfg", vision), ("text_cfg", text)):
+        if int(tower["width"] * tower["mlp_ratio"]) < 1:
+            raise UserError(f"{where}.{key}.mlp_ratio: {tower['mlp_ratio']} of width {tower['width']} leaves no MLP.")
 
 
 def _field(config: Mapping[str, Any], tower: str, name: str) -> Any:
@@ -131,13 +192,18 @@ def num_patches(config: Mapping[str, Any]) -> int:
 
 
 def patch_dropout(config: Mapping[str, Any]) -> float:
-    """Share of the patches that training drops."""
+    """Fraction of the patches that training drops."""
     return float(_field(config, "image", "patch_dropout"))
 
 
 def context_length(config: Mapping[str, Any]) -> int:
     """Tokens per caption."""
     return int(_field(config, "text", "context_length"))
+
+
+def vocab_size(config: Mapping[str, Any]) -> int:
+    """Token ids that have an embedding."""
+    return int(_field(config, "text", "vocab_size"))
 
 
 def _defaults(fields: type) -> dict[str, Any]:
@@ -174,7 +240,7 @@ def with_sizes(
     image_width: int | None = None,
     text_width: int | None = None,
 ) -> dict[str, Any]:
-    """A copy of `config` with other depths and residual widths; None keeps what stands.
+    """A copy of `config` with other depths and residual widths; None keeps what is there.
 
     A narrower tower has fewer heads of the same dimension and the same MLP ratio; the joint embedding keeps its width.
 

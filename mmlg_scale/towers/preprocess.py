@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmlg_scale.errors import UserError
+from mmlg_scale.towers.foreign import shown
 from mmlg_scale.towers.library import open_clip
 
 RESIZE_MODES = ("shortest", "longest", "squash")
@@ -47,19 +48,29 @@ class Preprocess:
         """The inverse of `to_config`; keys left out have open_clip's defaults. `where` starts the message.
 
         Raises:
-            UserError: an unknown resize mode or interpolation, or a mean or std that is not three numbers.
+            UserError: a value of another type, an unknown resize mode or interpolation, or a mean or std that is not three numbers.
         """
+        if config is not None and not isinstance(config, Mapping):
+            raise UserError(f"{where}: preprocess_cfg is {shown(config)!r}. Use an object with mean, std, interpolation, resize_mode.")
         found = {key: value for key, value in (config or {}).items() if key in cls.__dataclass_fields__ and value is not None}
+        if (config or {}).get("mode", "RGB") != "RGB":
+            raise UserError(f"{where}: preprocess_cfg.mode is {shown((config or {})['mode'])!r}. Supported: RGB.")
         for key in ("mean", "std"):
             if key in found:
-                value = found[key] if isinstance(found[key], (list, tuple)) else [found[key]] * 3
-                if len(value) != 3 or not all(isinstance(number, (int, float)) for number in value) or (key == "std" and min(value) <= 0):
-                    raise UserError(f"{where}: preprocess_cfg.{key} is {found[key]!r}. Use three numbers.")
-                found[key] = tuple(float(number) for number in value)
+                found[key] = _three(found[key], f"{where}: preprocess_cfg.{key}", above_zero=key == "std")
         for key, valid in (("resize_mode", RESIZE_MODES), ("interpolation", INTERPOLATIONS)):
             if found.get(key, valid[0]) not in valid:
-                raise UserError(f"{where}: preprocess_cfg.{key} is {found[key]!r}. Use one of: {', '.join(valid)}.")
+                raise UserError(f"{where}: preprocess_cfg.{key} is {shown(found[key])!r}. Use one of: {', '.join(valid)}.")
         fill = found.get("fill_color", 0)
-        if not isinstance(fill, int) or not 0 <= fill <= 255:
-            raise UserError(f"{where}: preprocess_cfg.fill_color is {fill!r}. Use a grey level from 0 to 255.")
+        if type(fill) is not int or not 0 <= fill <= 255:
+            raise UserError(f"{where}: preprocess_cfg.fill_color is {shown(fill)!r}. Use a grey level from 0 to 255.")
         return cls(**found)
+
+
+def _three(value: Any, where: str, *, above_zero: bool) -> tuple[float, ...]:
+    """One number for each channel; a number alone counts for all three, as in open_clip, which takes 0 for its default."""
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value] * 3 if value else []
+    plain = all(isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) < 1e6 for number in numbers)
+    if len(numbers) != 3 or not plain or (above_zero and min(numbers) <= 0):
+        raise UserError(f"{where} is {shown(value)!r}. Use three{' positive' if above_zero else ''} numbers.")
+    return tuple(float(number) for number in numbers)

@@ -13,9 +13,25 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
+from mmlg_scale.errors import UserError
+from mmlg_scale.towers.foreign import one_line, parse_object, shown
 from mmlg_scale.towers.library import open_clip
 
 BYTE_PAIRS = "byte pairs"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
+"""Names of the files that a tokenizer may consist of; of them, tokenizer.json and tokenizer_config.json travel with a model."""
+MAX_TOKENIZER_BYTES = 50 * 2**20
+_SPECIAL_TOKENS = ("pad_token", "unk_token", "bos_token", "eos_token", "cls_token", "sep_token", "mask_token")
+_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", "CLIPTokenizer", "CLIPTokenizerFast")
+_PADS = ("[PAD]", "<pad>", "<|pad|>")
+_PUBLISHED = "Take the one that the model was published with."
 
 
 class Tokenizer(Protocol):
@@ -23,7 +39,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     identity: str
-    """Equal for tokenizers that give equal ids: a SHA-256 of the files, or BYTE_PAIRS."""
+    """Equal for tokenizers that give equal ids: a SHA-256 of what the files say, or BYTE_PAIRS."""
     files: dict[str, str]
     """Name -> content of the files that must travel with a model; empty for open_clip's own."""
 
@@ -46,17 +62,39 @@ def clean(text: str) -> str:
 
 
 class FileTokenizer:
-    """A Hugging Face tokenizer by its files (tokenizer.json, tokenizer_config.json), computing as open_clip's HFTokenizer does."""
+    """A Hugging Face tokenizer by its files, computing as open_clip's HFTokenizer does with the files that `self.files` holds.
 
-    def __init__(self, files: Mapping[str, str]) -> None:
-        self.files = dict(files)
-        self._fast = FastTokenizer.from_str(files["tokenizer.json"])
-        config = json.loads(files.get("tokenizer_config.json", "{}"))
-        pad = config.get("pad_token") or "[PAD]"
-        self._pad = pad["content"] if isinstance(pad, dict) else pad
-        self._pad_id = self._fast.token_to_id(self._pad) or 0
-        self.vocab_size = self._fast.get_vocab_size()
-        self.identity = hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
+    Those are tokenizer.json as given, and a tokenizer_config.json that says what counts for ids and nothing else: special tokens and the
+    sides of padding and truncation. What else was given has to agree with tokenizer.json.
+
+    Args:
+        files: name -> content; tokenizer.json is needed, the rest of TOKENIZER_FILES may come along.
+        where: starts the messages.
+
+    Raises:
+        UserError: damaged; a file that is not one of TOKENIZER_FILES; no padding token; or a configuration that names code to run or would
+            change the ids in a way that is not supported.
+    """
+
+    def __init__(self, files: Mapping[str, str], where: str = "tokenizer") -> None:
+        check_files(files, where)
+        self._fast = _parse(files["tokenizer.json"], f"{where}: tokenizer.json")
+        config = _config(files, self._fast, where)
+        self.files = {
+            "tokenizer.json": files["tokenizer.json"],
+            "tokenizer_config.json": json.dumps(config, indent=1, sort_keys=True),
+        }
+        self._sides = {"padding": config["padding_side"], "truncation": config["truncation_side"]}
+        self._fast.no_padding()
+        self._fast.no_truncation()
+        self._fast.encode_special_tokens = False
+        self._fast.add_special_tokens([config[key] for key in _SPECIAL_TOKENS if key in config])  # transformers recognises them in texts
+        self._pad: str = config["pad_token"]
+        self._pad_id = int(self._fast.get_vocab(with_added_tokens=True)[self._pad])
+        self._num_added = self._fast.num_special_tokens_to_add(is_pair=False)
+        self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+        told = {"tokenizer": json.loads(self._fast.to_str()), "pad": self._pad, "sides": self._sides}
+        self.identity = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def __call__(self, texts: Sequence[str], context_length: int) -> Tensor:
         return self._encode(texts, context_length)[0]
@@ -65,11 +103,95 @@ class FileTokenizer:
         return self._encode(texts, context_length)[1]
 
     def _encode(self, texts: Sequence[str], context_length: int) -> tuple[Tensor, int]:
-        self._fast.enable_truncation(context_length)
-        self._fast.enable_padding(length=context_length, pad_id=self._pad_id, pad_token=self._pad)
+        if context_length <= self._num_added:
+            raise UserError(f"a context of {context_length} tokens has no room beside the tokenizer's {self._num_added} own. Use more.")
+        self._fast.enable_truncation(context_length, direction=self._sides["truncation"])
+        self._fast.enable_padding(length=context_length, pad_id=self._pad_id, pad_token=self._pad, direction=self._sides["padding"])
         encoded = self._fast.encode_batch([clean(text) for text in texts])
         ids = torch.tensor([item.ids for item in encoded], dtype=torch.int64).reshape(len(texts), context_length)
         return ids, sum(bool(item.overflowing) for item in encoded)
+
+
+def check_files(files: Mapping[str, str], where: str) -> None:
+    """Raise UserError for names other than TOKENIZER_FILES, contents that are no text or too long, and where tokenizer.json is missing."""
+    for name, content in files.items():
+        if name not in TOKENIZER_FILES:
+            raise UserError(f"{where}: {shown(name)!r} is no tokenizer file. Supported: {', '.join(TOKENIZER_FILES)}.")
+        if not isinstance(content, str):
+            raise UserError(f"{where}: {name} is no text. Take the file that the model was published with.")
+        if len(content) > MAX_TOKENIZER_BYTES:
+            raise UserError(f"{where}: {name} has {len(content)} characters, at most {MAX_TOKENIZER_BYTES} are supported.")
+    if "tokenizer.json" not in files:
+        raise UserError(f"{where}: no tokenizer.json. Save the tokenizer as one (transformers' save_pretrained of a fast tokenizer).")
+
+
+def _parse(text: str, where: str) -> FastTokenizer:
+    content = parse_object(text, where, _PUBLISHED)
+    model = content.get("model")
+    if isinstance(model, dict) and model.get("dropout"):
+        raise UserError(f"{where}: model.dropout is {shown(model['dropout'])}: the same text has other ids each time. Set it to null.")
+    try:
+        return FastTokenizer.from_str(text)
+    except BaseException as error:  # the library raises plain Exception, and panics as a BaseException
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{where} is damaged ({one_line(error)}). {_PUBLISHED}") from error
+
+
+def _config(files: Mapping[str, str], fast: FastTokenizer, where: str) -> dict[str, Any]:
+    """tokenizer_config.json as it is kept: defaults filled in, special_tokens_map.json merged, all that does not count left out."""
+    given: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if name in files:
+            given |= {key: value for key, value in parse_object(files[name], f"{where}: {name}", _PUBLISHED).items() if value is not None}
+    for key in ("auto_map", "trust_remote_code", "split_special_tokens"):
+        if given.get(key):
+            raise UserError(f"{where}: tokenizer_config.json has {key}, which is not supported. Save it as a PreTrainedTokenizerFast.")
+    if given.get("tokenizer_class", _CLASSES[0]) not in _CLASSES:
+        raise UserError(
+            f"{where}: tokenizer_class {shown(given['tokenizer_class'])} is not supported. Save it as a PreTrainedTokenizerFast."
+        )
+    config: dict[str, Any] = {"tokenizer_class": _CLASSES[0], "model_max_length": given.get("model_max_length", 77)}
+    if type(config["model_max_length"]) is not int or not 1 <= config["model_max_length"] <= 100_000:
+        config["model_max_length"] = 77  # transformers writes 10^30 for none; ids do not depend on it
+    padding, truncation = fast.padding or {}, fast.truncation or {}
+    for key, default in (("padding_side", padding.get("direction")), ("truncation_side", truncation.get("direction"))):
+        config[key] = given.get(key, default or "right")
+        if config[key] not in ("left", "right"):
+            raise UserError(f"{where}: tokenizer_config.json has {key} {shown(config[key])!r}. Use left or right.")
+    given.setdefault("pad_token", padding.get("pad_token") or next((pad for pad in _PADS if fast.token_to_id(pad) is not None), None))
+    for key in _SPECIAL_TOKENS:
+        token = given.get(key)
+        if token is not None:
+            config[key] = _known_token(token, fast, f"{where}: {key}")
+    if "pad_token" not in config:
+        raise UserError(f"{where}: names no padding token. Set pad_token in tokenizer_config.json.")
+    _check_added(given, files, fast, where)
+    return config
+
+
+def _known_token(token: Any, fast: FastTokenizer, where: str) -> str:
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str) or fast.token_to_id(content) is None:
+        raise UserError(f"{where} {shown(content)!r} is not in tokenizer.json, so that it would get an id that the model does not know.")
+    return content
+
+
+def _check_added(given: Mapping[str, Any], files: Mapping[str, str], fast: FastTokenizer, where: str) -> None:
+    """Tokens that transformers would add or move on loading must be in tokenizer.json as they are."""
+    special = {token.content for token in fast.get_added_tokens_decoder().values()}
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = given.get(key) or []
+        for token in listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else [listed]:
+            if _known_token(token, fast, f"{where}: {key}") not in special:
+                raise UserError(f"{where}: {key} has {shown(token)!r}, which tokenizer.json does not list as an added token. Add it there.")
+    numbered = given.get("added_tokens_decoder") or {}
+    by_token = parse_object(files["added_tokens.json"], f"{where}: added_tokens.json", _PUBLISHED) if "added_tokens.json" in files else {}
+    pairs = [(number, token) for number, token in numbered.items()] if isinstance(numbered, dict) else [("?", None)]
+    for number, token in [*pairs, *((number, token) for token, number in by_token.items())]:
+        content = _known_token(token, fast, f"{where}: added token")
+        if str(fast.token_to_id(content)) != str(number):
+            raise UserError(f"{where}: added token {shown(content)!r} has another id than {shown(number)} in tokenizer.json. {_PUBLISHED}")
 
 
 class BytePairTokenizer:
@@ -81,19 +203,20 @@ class BytePairTokenizer:
         self.files: dict[str, str] = {}
         self._tokenizer: Any = open_clip.SimpleTokenizer()
         self.vocab_size: int = self._tokenizer.vocab_size
+        self.vocabulary: dict[str, int] = self._tokenizer.encoder
 
     def __call__(self, texts: Sequence[str], context_length: int) -> Tensor:
         return self._tokenizer(list(texts), context_length)
 
     def num_truncated(self, texts: Sequence[str], context_length: int) -> int:
-        # A text whose end token stands last may have been cut, or just fit: only those are looked at again.
+        # A text whose end token comes last may have been cut, or just fit: only those are looked at again.
         full = (self(texts, context_length)[:, -1] == self._tokenizer.eot_token_id).tolist()
         return sum(len(self._tokenizer.encode(text)) + 2 > context_length for text, is_full in zip(texts, full, strict=True) if is_full)
 
 
-def tokenizer_from_files(files: Mapping[str, str]) -> Tokenizer:
-    """The tokenizer that these files describe; open_clip's byte pairs where there are none."""
-    return FileTokenizer(files) if files else BytePairTokenizer()
+def tokenizer_from_files(files: Mapping[str, str], where: str = "tokenizer") -> Tokenizer:
+    """The tokenizer that these files describe; open_clip's byte pairs where there are none. Raises as `FileTokenizer`."""
+    return FileTokenizer(files, where) if files else BytePairTokenizer()
 
 
 def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:

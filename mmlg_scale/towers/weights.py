@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
-import warnings
+import functools
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,135 +13,217 @@ import torch
 from torch import Tensor
 
 from mmlg_scale.errors import UserError
+from mmlg_scale.ranks import is_first_rank
+from mmlg_scale.towers import hugging_face
+from mmlg_scale.towers.config import num_layers, with_sizes
+from mmlg_scale.towers.foreign import read_json, read_tensors, shown
 from mmlg_scale.towers.run import build_meta
+from mmlg_scale.towers.state import BLOCK_PREFIX
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+# Names that wrappers put in: torch's DDP, compile, FSDP and checkpointing anywhere, trainers in front.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_HOLDERS = ("model", "clip", "text")
 # Entries that are no weights: OpenAI's sizes, buffers that are rebuilt.
-_NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
-
-_HUGGING_FACE_STEM = {
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "logit_scale": "logit_scale",
-    **{
-        f"{theirs}.{kind}": f"{ours}.{kind}"
-        for kind in ("weight", "bias")
-        for theirs, ours in (
-            ("vision_model.pre_layrnorm", "visual.ln_pre"),  # spelled so there
-            ("vision_model.post_layernorm", "visual.ln_post"),
-            ("text_model.final_layer_norm", "ln_final"),
-        )
-    },
-}
-_HUGGING_FACE_TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
-_HUGGING_FACE_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-}
+_NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
+_SCALARS = ("logit_scale", "logit_bias")
+# Image width, patch size, image positions, text width, joint width of ViT-B/32, B/16, L/14 and L/14@336.
+_OPENAI_SIZES = ((768, 32, 50, 512, 512), (768, 16, 197, 512, 512), (1024, 14, 257, 768, 768), (1024, 14, 577, 768, 768))
+_FOREIGN = (
+    (re.compile(r"visual\.(layer\d|attnpool)\."), "a ResNet image tower"),
+    (re.compile(r"visual\.trunk\."), "an image tower of timm"),
+    (re.compile(r"transformer\.(embeddings|encoder)\.|roberta\.|bert\."), "a text tower of transformers"),
+    (re.compile(r"text_decoder\."), "a CoCa model"),
+    (re.compile(r".*\.lora_[AB]\."), "LoRA adapters"),
+)
+_SIZES = (
+    ("token_embedding.weight", 0, "a vocabulary of {} tokens"),
+    ("token_embedding.weight", 1, "text width {}"),
+    ("positional_embedding", 0, "a context of {} tokens"),
+    ("visual.conv1.weight", 0, "image width {}"),
+    ("visual.conv1.weight", 2, "patches of {} pixels"),
+    ("visual.positional_embedding", 0, "{} image positions (patches and class token)"),
+    ("visual.proj", 1, "a joint embedding of width {}"),
+    ("visual.transformer.resblocks.0.mlp.c_fc.weight", 0, "image MLPs of width {}"),
+    ("transformer.resblocks.0.mlp.c_fc.weight", 0, "text MLPs of width {}"),
+)
 
 
 def load_weights(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A CLIP state dict in fp32 (logit scale with one element) from a file of weights, for the architecture `config`.
+    """A CLIP state dict in fp32 (logit scale and bias with one element) from a file of weights, for the architecture `config`.
 
-    Understood: open_clip's state dicts (also inside its trainer's checkpoints, or with the text tower under `text.`), OpenAI's, and
-    Hugging Face's CLIPModel.
+    Understood: open_clip's state dicts (also inside checkpoints, behind wrappers' prefixes, or with the text tower under `text.`),
+    OpenAI's, and Hugging Face's CLIPModel; safetensors, and what torch.save writes in its present and former format. Weights of OpenAI's
+    sizes of which neither the file nor a config.json beside it says the activation are told on stderr, as are state dicts left out.
 
     Raises:
-        UserError: no such file, a TorchScript archive or a file that would have to be unpickled, tensors that are not those of the
-            architecture, or OpenAI's weights with an architecture without QuickGELU, which they were trained with.
+        UserError: no such file; damaged, or what would have to be unpickled; not the tensors of the architecture; numbers that are not
+            finite; or the file, or the configuration beside it, asks for another activation than `config`.
     """
-    state = _read(path)
-    is_openai = "input_resolution" in state
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    if any(name.startswith("text_model.") for name in state):
-        state = _from_hugging_face(state)
-    state = {name.removeprefix("text."): tensor for name, tensor in state.items() if name not in _NO_WEIGHTS}
-    if is_openai and not config.get("quick_gelu", False):
+    state, is_openai = read_state(path)
+    quick_gelu = bool(config.get("quick_gelu", False))
+    if is_openai and not quick_gelu:
         raise UserError(
             f"{path} holds OpenAI's weights, which use QuickGELU; recipe key model does not. Use a configuration that does, such as "
             "ViT-B-32-quickgelu."
         )
-    state = {name: tensor.float() for name, tensor in state.items()}
-    if config.get("init_logit_bias") is not None and "logit_bias" not in state:
-        state["logit_bias"] = torch.tensor(float(config["init_logit_bias"]))  # weights trained with CLIP's loss go on with SigLIP's
-    state |= {name: state[name].reshape(1) for name in ("logit_scale", "logit_bias") if name in state}
-    _check(state, config, path)
-    return state
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if path.suffix not in SUFFIXES:
+    stated = _activation_beside(path)
+    if stated is not None and stated[1] != quick_gelu:
+        names = {True: "QuickGELU", False: "GELU"}
         raise UserError(
-            f"{path} is no file of weights that is understood. Give one of: {', '.join(SUFFIXES)}, or an open_clip model folder."
+            f"{stated[0]} says {names[stated[1]]}, recipe key model.config.quick_gelu is {str(quick_gelu).lower()} ({names[quick_gelu]}): "
+            f"the features would be others. Set it to {str(stated[1]).lower()}, or use a configuration that has it."
         )
-    if not path.is_file():
-        raise UserError(f"no file of weights {path}. Give the path of an existing one.")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    if stated is None and not is_openai and "quick_gelu" not in config:
+        warn_of_activation(state, path)
+    return fit_state(state, config, path, asker="the recipe")
 
+
+def read_state(path: Path) -> tuple[dict[str, Any], bool]:
+    """The entries of a file of weights under open_clip's names, unchecked, and whether it has OpenAI's size entries.
+
+    Raises:
+        UserError: as `read_tensors`; or two entries come to the same name.
+    """
+    entries, left_out = read_tensors(path)
+    if left_out:
+        say(left_out)
+    state: dict[str, Any] = {}
+    for name, value in entries.items():
+        short = _bare(name)
+        if short in state:
+            raise UserError(f"{path} holds {shown(short)} twice, the second time as {shown(name)}. Save one state dict by itself.")
+        state[short] = value
+    is_openai = "input_resolution" in state
+    state = {name: value for name, value in state.items() if name.rpartition(".")[2] not in _NO_WEIGHTS}
+    for name, value in state.items():
+        _check_kind(name, value, path)
+    if hugging_face.is_hugging_face(state):
+        state = hugging_face.from_hugging_face(state)
+    return state, is_openai
+
+
+def fit_state(state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path, asker: str) -> dict[str, Tensor]:
+    """The state dict in fp32 with exactly the tensors of the architecture `config`; `asker` is who asks for it, in messages.
+
+    Raises:
+        UserError: a tensor is missing, surplus, of another shape, or not finite.
+    """
+    state = dict(state)
+    if config.get("init_logit_bias") is not None and "logit_bias" not in state:
+        state["logit_bias"] = torch.tensor(float(config["init_logit_bias"]))  # weights trained with CLIP's loss, continued with SigLIP's
+    state |= {name: state[name].reshape(1) for name in _SCALARS if name in state and state[name].numel() == 1}
+    _check_names(state, config, path, asker)
+    return {name: finite(name, tensor, path) for name, tensor in state.items()}
+
+
+def finite(name: str, tensor: Tensor, path: Path) -> Tensor:
+    """The tensor in fp32.
+
+    Raises:
+        UserError: it holds NaN or infinity, as fp32.
+    """
+    tensor = tensor.detach().float()
+    if not torch.isfinite(tensor).all():
+        num = int((~torch.isfinite(tensor)).sum())
+        raise UserError(f"{path}: {name} holds {num} of {tensor.numel()} numbers that are NaN or infinite. Use weights saved before that happened.")
+    return tensor
+
+
+def warn_of_activation(state: Mapping[str, Tensor], path: Path) -> None:
+    """Say on stderr that nothing says which activation these weights were trained with, where they look like OpenAI's."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    vision, positions = shapes.get("visual.conv1.weight", (0, 0, 0, 0)), shapes.get("visual.positional_embedding", (0,))
+    text, joint = shapes.get("ln_final.weight", (0,)), shapes.get("visual.proj", (0, 0))
+    sizes = (vision[0], vision[-1], positions[0], text[0], joint[-1])
+    if sizes in _OPENAI_SIZES or any(tensor.dtype == torch.float16 for tensor in state.values()):
+        say(
+            f"{path}: nothing says which activation these weights were trained with, and GELU is used. OpenAI's need QuickGELU (a "
+            "configuration with quick_gelu: true, such as ViT-B-32-quickgelu); most of open_clip's and LAION's need GELU (quick_gelu: "
+            "false says so and silences this)."
+        )
+
+
+@functools.cache
+def say(line: str) -> None:
+    """Tell the user a line on stderr; once, and by one rank."""
+    if is_first_rank():
+        print(f"mmlg: {line}", file=sys.stderr, flush=True)
+
+
+def _bare(name: str) -> str:
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] in _HOLDERS:
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def _check_kind(name: str, value: Any, path: Path) -> None:
+    if not isinstance(value, Tensor):
+        raise UserError(f"{path}: {shown(name)} is a {type(value).__name__}, not a tensor. Save the model's state_dict() by itself.")
+    if value.is_quantized or not value.is_floating_point():
+        raise UserError(f"{path}: {shown(name)} holds {str(value.dtype).removeprefix('torch.')} numbers. Give weights in floating point.")
+    if value.layout != torch.strided or value.device.type != "cpu":
+        raise UserError(f"{path}: {shown(name)} is a sparse tensor, or one without numbers. Save the model's state_dict() again.")
+
+
+def _activation_beside(path: Path) -> tuple[Path, bool] | None:
+    """The configuration in the same folder, and whether it says QuickGELU; None where none says anything of a CLIP."""
+    for name in (OPEN_CLIP_CONFIG, hugging_face.CONFIG_FILE):
+        beside = path.parent / name
+        if not beside.exists():
+            continue
         try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path} is not a safetensors file: {error}. Fetch it again.") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a TorchScript archive it warns before it refuses
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise UserError(
-            f"{path} is not a plain state dict ({reason}). TorchScript archives and pickled models are not loaded: save the model's "
-            "state_dict() as safetensors."
-        ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, no state dict. Save the model's state_dict() as safetensors.")
-    return dict(content)
+            content = read_json(beside, "configuration", "Remove or replace it.")
+        except UserError as error:
+            say(f"{error} It is not used.")
+            continue
+        model = content.get("model_cfg")
+        if name == OPEN_CLIP_CONFIG and isinstance(model, dict):
+            say(f"{path} lies in a model folder, whose preprocessing and tokenizer are not used: give the folder to use them.")
+            return beside, model.get("quick_gelu") is True
+        if name == hugging_face.CONFIG_FILE and content.get("model_type", "clip") == "clip" and hugging_face.describes_clip(content):
+            return beside, hugging_face.activation(content, str(beside)) == "quick_gelu"
+    return None
 
 
-def _from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's CLIPModel names -> open_clip's: queries, keys and values joined, projections transposed."""
-    found: dict[str, Tensor] = {}
-    joined: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        if name in _HUGGING_FACE_STEM:
-            found[_HUGGING_FACE_STEM[name]] = tensor
-        elif name in _HUGGING_FACE_TRANSPOSED:
-            found[_HUGGING_FACE_TRANSPOSED[name]] = tensor.T.contiguous()
-        elif ".encoder.layers." in name:
-            tower, _, rest = name.partition(".encoder.layers.")
-            number, _, rest = rest.partition(".")
-            part, _, kind = rest.rpartition(".")
-            prefix = ("visual." if tower == "vision_model" else "") + f"transformer.resblocks.{number}."
-            if part in _HUGGING_FACE_LAYER:
-                found[f"{prefix}{_HUGGING_FACE_LAYER[part]}.{kind}"] = tensor
-            elif part.startswith("self_attn."):
-                joined.setdefault(f"{prefix}attn.in_proj_{kind}", {})[part.removeprefix("self_attn.")] = tensor
-        elif not name.endswith("position_ids"):
-            found[name] = tensor  # unknown: named by the check that follows
-    for name, parts in joined.items():
-        found[name] = torch.cat([parts[key] for key in ("q_proj", "k_proj", "v_proj") if key in parts])
-    return found
+def _expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, from a model of one layer: building a thousand to read one file would take seconds."""
+    one = build_meta(with_sizes(config, image_layers=1, text_layers=1))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in one.state_dict().items():
+        tower = next((tower for tower, prefix in BLOCK_PREFIX.items() if name.startswith(prefix)), None)
+        if tower is None:
+            shapes[name] = tuple(tensor.shape)
+        else:
+            rest = name.removeprefix(BLOCK_PREFIX[tower]).partition(".")[2]
+            shapes |= {f"{BLOCK_PREFIX[tower]}{number}.{rest}": tuple(tensor.shape) for number in range(num_layers(config, tower))}
+    return shapes
 
 
-def _check(state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in build_meta(config).state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name, shape in expected.items():
-        if found.get(name) != shape:
-            has = f"has it with shape {found[name]}" if name in found else "lacks it"
-            raise UserError(
-                f"{path}: recipe key model asks for {name} of shape {shape}, the file {has}. "
-                "Name the architecture that the weights were trained with."
-            )
-    unknown = sorted(set(found) - set(expected))
+def _check_names(state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path, asker: str) -> None:
+    remedy = "Name the architecture that the weights were trained with."
+    for pattern, kind in _FOREIGN:
+        if any(pattern.match(name) for name in state):
+            raise UserError(f"{path} holds {kind}, which is not supported. Use a CLIP of plain ViT and text transformer.")
+    for prefix, tower in (("visual.", "image"), ("", "text")):
+        if not any(name.startswith(f"{prefix}transformer.resblocks.") for name in state):
+            raise UserError(f"{path} holds no {tower} tower under the names of open_clip, OpenAI or Hugging Face. Give the whole CLIP.")
+        held = {name.removeprefix(BLOCK_PREFIX[tower]).partition(".")[0] for name in state if name.startswith(BLOCK_PREFIX[tower])}
+        if len(held) != num_layers(config, tower):
+            raise UserError(f"{path} holds {len(held)} {tower} layers, {asker} asks for {num_layers(config, tower)}. {remedy}")
+    if "logit_scale" not in state:
+        raise UserError(f"{path} holds no logit_scale, without which similarities have no temperature. Save the whole CLIP.")
+    expected = _expected(config)
+    for name, axis, words in _SIZES:
+        shape = tuple(state[name].shape) if name in state else ()
+        if len(shape) == len(expected.get(name, ())) and shape[axis:] and shape[axis] != expected[name][axis]:
+            raise UserError(f"{path} has {words.format(shape[axis])}, {asker} asks for {expected[name][axis]}. {remedy}")
+    for name, wanted in expected.items():
+        if name not in state:
+            raise UserError(f"{path} lacks {name} of shape {wanted}, for which {asker} asks. {remedy}")
+        if tuple(state[name].shape) != wanted:
+            raise UserError(f"{path}: {name} has shape {tuple(state[name].shape)}, {asker} asks for {wanted}. {remedy}")
+    unknown = sorted(set(state) - set(expected))
     if unknown:
-        raise UserError(f"{path} holds {unknown[0]}, which recipe key model does not have. Name the architecture of the weights.")
+        raise UserError(f"{path} holds {shown(unknown[0])}, which {asker} does not have. {remedy}")

@@ -1,0 +1,255 @@
+"""Reading files that others wrote: whatever is wrong with one becomes one line, and nothing in it is run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import stat
+import struct
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmlg_scale.errors import UserError
+
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+MAX_JSON_BYTES = 16 * 2**20
+# torch's older format starts with this number as a pickle of protocol 2 or 3 (the byte in front). Anything else that torch.load takes for a
+# pickle or a tar file never reaches it.
+_LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
+_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
+
+
+def shown(value: Any) -> str:
+    """Something that a file says, for a message: on one line, printable, bounded."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in str(value)[:161])
+    return text if len(text) <= 160 else f"{text[:150]}…"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's message, bounded; its type where it says nothing."""
+    lines = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()  # torch puts a page of advice in front
+    return shown(lines[0].strip().rstrip(".")) if lines else type(error).__name__
+
+
+def require_file(path: Path, what: str, hint: str) -> int:
+    """The size in bytes of the regular file `path`.
+
+    Raises:
+        UserError: there is none, it is something else (a folder, a pipe, a broken link), or it cannot be read.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        if os.path.islink(path):
+            raise UserError(f"{path} is a broken link to {os.readlink(path)}. {hint}") from error
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"no {what} {path}. {hint}") from error
+        raise UserError(f"{what} {str(path)!r} cannot be read ({one_line(error)}). {hint}") from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise UserError(f"{path} is {kind}, not a {what}. {hint}")
+    return status.st_size
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; False also where that cannot be known."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def require_folder(path: Path) -> None:
+    """Raise UserError unless `path` is a folder that can be read."""
+    if not is_folder(path):
+        require_file(path, "model folder", "Give the path of an existing one.")
+        raise UserError(f"{path} is a file, not a model folder. Give the folder that mmlg train or open_clip wrote.")
+    try:
+        next(path.iterdir(), None)
+    except OSError as error:
+        raise UserError(f"model folder {path} cannot be read ({one_line(error)}). Make it readable.") from error
+
+
+def read_bytes(path: Path, what: str, hint: str, limit: int) -> bytes:
+    """The content of a file of at most `limit` bytes.
+
+    Raises:
+        UserError: as `require_file`; it is longer, or a Git LFS pointer.
+    """
+    size = require_file(path, what, hint)
+    if size > limit:
+        raise UserError(f"{path} has {size} bytes, a {what} has at most {limit}. {hint}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read ({one_line(error)}). {hint}") from error
+    if content.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its repository.")
+    return content
+
+
+def read_text(path: Path, what: str, hint: str, limit: int) -> str:
+    """The UTF-8 text of a file; raises as `read_bytes`, and for other encodings."""
+    try:
+        return read_bytes(path, what, hint, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}). {hint}") from error
+
+
+def parse_object(text: str, where: str, hint: str) -> dict[str, Any]:
+    """The JSON object in `text`.
+
+    Raises:
+        UserError: not JSON, nested too deeply, or another kind of value; the message starts with `where`.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{where} is JSON nested too deeply. {hint}") from error
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({one_line(error)}). {hint}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where} holds a JSON {type(value).__name__}, not an object. {hint}")
+    return value
+
+
+def read_json(path: Path, what: str, hint: str) -> dict[str, Any]:
+    """The JSON object in a file; raises as `read_text` and `parse_object`."""
+    return parse_object(read_text(path, what, hint, MAX_JSON_BYTES), str(path), hint)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Any], str]:
+    """The entries of a file of weights, with their own names, and a sentence on state dicts that were left out ('' where there are none).
+
+    What the file is, is told by its content. Values that are not dense CPU tensors can occur.
+
+    Raises:
+        UserError: what the file holds cannot be read as a state dict, with the reason.
+    """
+    hint = "Fetch it again, or save the model's state_dict() as safetensors."
+    if path.suffix.lower() not in WEIGHT_SUFFIXES and not path.is_dir():
+        raise UserError(f"{path} is no file of weights by its name. Give one of {', '.join(WEIGHT_SUFFIXES)}, or a model folder.")
+    size = require_file(path, "file of weights", "Give the path of an existing one.")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(256)
+    except OSError as error:
+        raise UserError(f"file of weights {path} cannot be read ({one_line(error)}). Make it readable.") from error
+    _refuse_impostor(path, head, size)
+    try:
+        if head[8:9] == b"{" or path.suffix.lower() == ".safetensors":
+            return _read_safetensors(path, head, size), ""
+        content = _read_torch(path, head)
+        return _state_dict(content, path)
+    except UserError:
+        raise
+    except Exception as error:  # of every kind, depending on which byte is damaged
+        raise UserError(f"{path} is damaged or not a file of weights ({one_line(error)}). {hint}") from error
+
+
+def _refuse_impostor(path: Path, head: bytes, size: int) -> None:
+    """What is saved in place of weights by mistake."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if size == 0:
+        raise UserError(f"{path} is empty (0 bytes). Fetch it again.")
+    if text.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull in its repository.")
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
+        raise UserError(f"{path} is a web page (HTML), saved instead of the weights. Fetch the file itself.")
+    if text.startswith((b"{", b"[")):
+        raise UserError(f"{path} is text (JSON), not weights. Give the file with the tensors.")
+    if text.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"bzh", b"\xfd7zxz")):
+        raise UserError(f"{path} is a compressed file. Unpack it first.")
+
+
+def _read_safetensors(path: Path, head: bytes, size: int) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    if size >= 8:
+        (length,) = struct.unpack("<Q", head[:8])
+        if head[8:9] == b"{" and length < 10**8:
+            _refuse_cut(path, length, size)
+    try:
+        return dict(load_file(path))
+    except Exception as error:
+        raise UserError(f"{path} is not a safetensors file ({one_line(error)}). Fetch it again.") from error
+
+
+def _refuse_cut(path: Path, length: int, size: int) -> None:
+    """Compare a safetensors file's size with what its header asks for, of which the library says less."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        header = file.read(length)
+    if len(header) < length:
+        raise UserError(f"{path} is cut off: {size} of at least {8 + length} bytes are there. Fetch it again.")
+    tensors = parse_object(header.decode("utf-8", "replace"), f"the header of {path}", "Fetch it again.")
+    ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+    if ends and size < 8 + length + max(ends):
+        raise UserError(f"{path} is cut off: {size} of {8 + length + max(ends)} bytes are there. Fetch it again.")
+
+
+def _read_torch(path: Path, head: bytes) -> Any:
+    is_zip = head.startswith(b"PK\x03\x04")
+    if is_zip:
+        _check_archive(path)
+    elif head[:1] != b"\x80" or head[2 : 2 + len(_LEGACY_MAGIC)] != _LEGACY_MAGIC:
+        kind = "a pickle of another program" if head[:1] == b"\x80" else "neither a torch nor a safetensors file"
+        raise UserError(f"{path} is {kind}. Save the model's state_dict() as safetensors.")
+    # From memory, torch does not try the tar files of its first versions, which would be unpacked to disk.
+    source: Any = path if is_zip else io.BytesIO(path.read_bytes())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:
+        found = re.search(r"GLOBAL (\S+) was not an allowed global|Unsupported (?:global|class)[: ]+(?:GLOBAL )?(\S+)", str(error))
+        if found:
+            raise UserError(
+                f"{path} holds a pickled {shown(found[1] or found[2])}, not tensors alone, and is not unpickled. Save the model's "
+                "state_dict() by itself, best as safetensors."
+            ) from error
+        raise UserError(f"{path} is damaged, cut off, or not a state dict ({one_line(error)}). Fetch it again.") from error
+
+
+def _check_archive(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        raise UserError(f"{path} is cut off or damaged ({one_line(error)}). Fetch it again.") from error
+    if any(name.partition("/")[2] == "constants.pkl" for name in names):
+        raise UserError(
+            f"{path} is a TorchScript archive, which is a program and is not loaded. Save its state_dict() by itself, best as safetensors."
+        )
+    if not any(name.partition("/")[2] == "data.pkl" for name in names):
+        raise UserError(f"{path} is a ZIP archive, but not one that torch.save wrote. Give the file with the weights.")
+
+
+def _state_dict(content: Any, path: Path) -> tuple[dict[str, Any], str]:
+    """The state dict in a checkpoint's dictionary, and what of the same kind was left out."""
+    if not isinstance(content, Mapping):
+        kind = "one tensor" if isinstance(content, torch.Tensor) else f"a {type(content).__name__}"
+        raise UserError(f"{path} holds {kind}, not a state dict. Save the model's state_dict() as safetensors.")
+    left_out = []
+    for _ in range(3):  # a checkpoint's `model` can be a checkpoint
+        key = next((key for key in _STATE_DICT_KEYS if isinstance(content.get(key), Mapping)), None)
+        if key is None:
+            break
+        left_out += [shown(other) for other, value in content.items() if other != key and _is_state_dict(value)]
+        content = content[key]
+    if not _is_state_dict(content):
+        keys = ", ".join(shown(key) for key in list(content)[:6]) or "nothing"
+        raise UserError(f"{path} holds no state dict: its keys are {keys}. Save the model's state_dict() as safetensors.")
+    told = f"{path} also holds weights under {', '.join(left_out)}, which are not read." if left_out else ""
+    return {str(name): value for name, value in content.items()}, told
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(entry, torch.Tensor) for entry in value.values())
