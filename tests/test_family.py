@@ -15,6 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
+from mmlg_scale.cli import main
+from mmlg_scale.data.scenes import write_scenes
+from mmlg_scale.family import _cost_of_weights
+
 RECIPE = {
     "data": {"scenes": {"num_train": 160, "num_val": 24, "num_test": 24}},
     "model": {
@@ -141,21 +145,30 @@ def test_a_second_start_repeats_nothing(recipe_file: Path, undisturbed: Path) ->
     assert all(f"{step}: kept" in said for step in ("data", "ancestor", "learngene", "i2-t2-scratch", "i2-mmlg"))
 
 
-ADAPTATION = {"training": {"steps": 6, "batch_size": 32, "eval_every": 2}}
-CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "a size more": ({"family": {**RECIPE["family"], "sizes": [*RECIPE["family"]["sizes"], {"image_layers": 3, "text_layers": 1}]}}, set()),
-    "a size out of the sum": (
-        {"family": {**RECIPE["family"], "sizes": [{"image_layers": 2, "text_layers": 2, "in_sum": False}, RECIPE["family"]["sizes"][1]]}},
+LONGER = {"steps": 6, "batch_size": 32, "eval_every": 2}
+SIZES = RECIPE["family"]["sizes"]
+CHANGES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
+    "another size, metric and runtime": (
+        {
+            "family": {**RECIPE["family"], "sizes": [*SIZES, {"image_layers": 3, "text_layers": 1}]},
+            "evaluation": {"metric": "mean_recall@5"},
+            "runtime": {"num_workers": 1, "log_every": 5, "trackers": ["jsonl"], "threads": None, "parallel": 1, "num_processes": 2},
+        },
+        set(),
+        {f"descendants/i3-t1-{init}" for init in ("mmlg", "scratch", "even", "distil")},
+    ),
+    "adaptation and baselines": (
+        {"adaptation": {"training": LONGER}, "baselines": {**RECIPE["baselines"], "even": LONGER, "distil": None}},
+        {"descendants/i2-t2-mmlg", "descendants/i2-t2-even"},
         set(),
     ),
-    "metric": ({"evaluation": {"metric": "mean_recall@5"}}, set()),
-    "adaptation": ({"adaptation": ADAPTATION}, {"descendants/i2-t2-mmlg"}),
-    "a baseline": ({"baselines": {**RECIPE["baselines"], "even": ADAPTATION["training"]}}, {"descendants/i2-t2-even"}),
-    "a baseline less": ({"baselines": {**RECIPE["baselines"], "distil": None}}, set()),
-    "runtime": ({"runtime": {"num_workers": 1, "log_every": 5, "trackers": ["jsonl"], "threads": None, "parallel": 1}}, set()),
     "extraction": (
-        {"extraction": {**RECIPE["extraction"], "stem_rate": 0.25}},
+        {
+            "extraction": {**RECIPE["extraction"], "stem_rate": 0.25},
+            "family": {**RECIPE["family"], "sizes": [{**SIZES[0], "in_sum": False}, SIZES[1]]},
+        },
         {"learngene", "descendants/i2-t2-mmlg", "descendants/i2-mmlg"},
+        set(),
     ),
 }
 
@@ -164,27 +177,25 @@ CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
 def test_a_changed_recipe_runs_again_what_depends_on_the_change(change: str, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "family"
     shutil.copytree(undisturbed, out)
-    shutil.rmtree(out / "ancestor" / "tensorboard")
     before = stamps(out)
-    changed, again = CHANGES[change]
+    changed, again, added = CHANGES[change]
     code, said = run_again(out, tmp_path / "r.yaml", {**RECIPE, **changed})
     assert code == 0, said
     after = stamps(out)
-    rerun = {step for step in before if after[step][0] != before[step][0]}
-    assert rerun == again
-    assert {step for step in before if after[step][1] != before[step][1]} == again - {"learngene", "descendants/i2-t2-even"} - (
-        {"descendants/i2-t2-mmlg"} if change == "adaptation" else set()
-    )
+    assert {step for step in before if after[step][0] != before[step][0]} == again
+    assert set(after) - set(before) == added
+    reads_another_learngene = {step for step in before if after[step][1].get("learngene") != before[step][1].get("learngene")}
+    assert reads_another_learngene == (again - {"learngene"} if change == "extraction" else set())
     assert {path.name for path in (out / "superseded").glob("*")} == {f"{Path(step).name}-1" for step in again}
+    for step in again:
+        assert f"{Path(step).name}: " in said
+    assert "ancestor: kept" in said
+    assert "i2-t2-scratch: kept" in said or change == "extraction"
     family = json.loads((out / "family.json").read_text())
+    listed = {entry["name"] for entry in family["descendants"]}
     assert family["metric"] == changed.get("evaluation", {}).get("metric", "mean_recall@1")
-    if change == "a size more":
-        assert set(after) - set(before) == {f"descendants/i3-t1-{init}" for init in ("mmlg", "scratch", "even", "distil")}
-    if change in ("a size out of the sum", "a baseline less"):
-        assert set(after) == set(before)
-        listed = {entry["name"] for entry in family["descendants"]}
-        assert "i2-t2-distil" not in listed
-        assert "i2-t2-mmlg" in listed
+    assert ("i2-t2-distil" in listed) == (change.startswith("another"))  # what the recipe leaves out is not counted, and not removed
+    assert (out / "descendants" / "i2-t2-distil" / "result.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -194,15 +205,32 @@ def test_a_changed_recipe_runs_again_what_depends_on_the_change(change: str, und
         ({"ancestor": {**RECIPE["ancestor"], "steps": 61}}, "ancestor.steps was 60, now 61"),
         ({"data": {"scenes": {**RECIPE["data"]["scenes"], "num_val": 25}}}, "data.scenes.num_val was 24, now 25"),
         ({"engine": {"precision": "bf16"}}, 'engine.precision was "fp32", now "bf16"'),
+        ({"evaluation": {"metric": "recall@5"}}, "Did you mean mean_recall@5?"),
+        ({"family": {"sizes": [{"image_layers": 2, "image_width": 12}]}}, "family.sizes[0]: image width: 12 does not fit"),
     ],
 )
-def test_another_ancestor_or_data_set_is_refused_by_its_keys(changed: dict[str, Any], said: str, undisturbed: Path, tmp_path: Path) -> None:
+def test_another_ancestor_or_data_set_is_refused_by_its_keys(
+    changed: dict[str, Any], said: str, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what can be known to fail is said before anything runs."""
     before = stamps(undisturbed)
-    code, lines = run_again(undisturbed, tmp_path / "r.yaml", {**RECIPE, **changed})
-    assert code == 2
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump({**RECIPE, **changed}))
+    assert main(["family", str(recipe), "--out", str(undisturbed)]) == 2
+    lines = capsys.readouterr().err
     assert lines.count("\n") == 1
     assert said in lines
     assert stamps(undisturbed) == before
+
+
+def test_a_metric_of_classes_needs_them_before_anything_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_scenes(tmp_path / "data", num_train=64, num_val=8, num_test=8, seed=0)
+    (tmp_path / "data" / "classes.json").unlink()
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump({**RECIPE, "evaluation": {"metric": "acc1"}}))
+    assert main(["family", str(recipe), "--data.path", str(tmp_path / "data"), "--out", str(tmp_path / "out")]) == 2
+    assert "acc1 needs classes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_ancestor_that_exists_is_taken_with_its_cost(undisturbed: Path, tmp_path: Path) -> None:
@@ -218,15 +246,13 @@ def test_an_ancestor_that_exists_is_taken_with_its_cost(undisturbed: Path, tmp_p
     assert result["steps"] == 0
     files = [where / "learngene" / "learngene.safetensors" for where in (undisturbed, tmp_path / "one")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    shutil.copytree(undisturbed / "ancestor" / "model", tmp_path / "bare")
-    small = {**RECIPE, "baselines": {"scratch": RECIPE["baselines"]["scratch"], "even": None, "distil": None}}
-    code, said = run_again(tmp_path / "two", tmp_path / "r.yaml", small, *data, "--ancestor", str(tmp_path / "bare"))
-    assert code == 0, said
-    family = json.loads((tmp_path / "two" / "family.json").read_text())
-    assert family["ancestor"]["flops"] is None
-    assert family["cost_ratio_with_ancestor"] is None
-    assert family["cost_ratio"] > 0
-    assert any("unknown" in note for note in family["notes"])
+
+
+def test_the_cost_of_bare_weights_is_unknown(undisturbed: Path, tmp_path: Path) -> None:
+    model = undisturbed / "ancestor" / "model"
+    assert _cost_of_weights(model)["flops"] == json.loads((undisturbed / "ancestor" / "result.json").read_text())["flops"] > 0
+    shutil.copytree(model, tmp_path / "bare")
+    assert _cost_of_weights(tmp_path / "bare") == {"flops": None, "seconds": None}
 
 
 def test_two_families_at_once(recipe_file: Path, tmp_path: Path) -> None:

@@ -93,7 +93,9 @@ def test_training_moved_the_weights(folder: Path, alone: Any) -> None:
     """The comparison above would show nothing if nothing was learned."""
     losses = [json.loads(line)["loss"] for line in (folder / "one-ancestor" / "metrics.jsonl").read_text().splitlines() if "loss" in line]
     untrained = folder / "untrained.yaml"
-    untrained.write_text(yaml.safe_dump({**RECIPE, "ancestor": {**TRAINING, "steps": 1, "optimizer": {**OPTIMIZER, "learning_rate": 1e-9}}}))
+    untrained.write_text(
+        yaml.safe_dump({**RECIPE, "ancestor": {**TRAINING, "steps": 1, "optimizer": {**OPTIMIZER, "learning_rate": 1e-9}}})
+    )
     mmlg("train", str(untrained), "--data.path", str(folder / "data"), "--out", str(folder / "untrained"))
     start = load_file(folder / "untrained" / "model" / "open_clip_model.safetensors")
     assert losses
