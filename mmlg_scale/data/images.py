@@ -87,7 +87,7 @@ def as_shown(payload: bytes) -> tuple[bytes, list[str]] | None:
             values = np.asarray(image).astype(np.int64)
             image = Image.fromarray(((values.clip(0, 65_535) + 128) // 257).astype(np.uint8))
             done.append(SHALLOW)
-        elif image.has_transparency_data and (rgba := image.convert("RGBA")).getextrema()[3][0] < 255:
+        elif image.has_transparency_data and np.asarray(rgba := image.convert("RGBA"))[..., 3].min() < 255:
             white = Image.new("RGBA", image.size, "white")
             white.alpha_composite(rgba)
             image = white.convert("RGB")

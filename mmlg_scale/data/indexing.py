@@ -196,7 +196,7 @@ def _json_counts(file: Any, entry: Mapping[str, Any]) -> bool:
 
 
 def _members(path: Path, problems: Counter[str]) -> Iterator[tarfile.TarInfo]:
-    """The whole members of a tar, also behind damaged places: reading goes on at the next block with a valid header."""
+    """The whole members of a tar, also behind damaged places: reading resumes at the next block with a valid header."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         expected = restart = 0

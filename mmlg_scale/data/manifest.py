@@ -8,7 +8,7 @@
         shard-000000.tar ...        KEY.png|jpg, KEY.txt (first caption), KEY.json ({"captions": [...], "label": int | null})
         manifest.json               per shard: SHA-256, bytes, samples (key, image [extension, offset, size], text and json [offset, size])
 
-A set is written into a temporary folder and published by a rename, so that half a set never stands under its name. Shards are written by
+A set is written into a temporary folder and published by a rename, so that there is never half a set under its name. Shards are written by
 webdataset and indexed by the standard library's tarfile; reading goes by the manifest's offsets. Of shards made elsewhere (`indexing.py`) a
 sample has a text, or a JSON, or both.
 """
@@ -156,14 +156,14 @@ def write_split(root: Path, split: str, samples: Iterable[Sample], *, samples_pe
                 )
         shards.append(_index(path))
     if not shards:
-        raise UserError(f"split {split} has no samples. Give more data, or other shares.")
+        raise UserError(f"split {split} has no samples. Give more data, or other fractions.")
     total = sum(len(shard["samples"]) for shard in shards)
     manifest = {"format_version": FORMAT_VERSION, "split": split, "num_samples": total, "shards": shards}
     write_json_atomic(folder / "manifest.json", manifest)
 
 
 def _index(path: Path) -> dict[str, Any]:
-    """A shard's manifest entry, from the tar as it stands on disk."""
+    """A shard's manifest entry, from the tar as it is on disk."""
     payload = path.read_bytes()
     samples: dict[str, dict[str, Any]] = {}
     with tarfile.open(fileobj=io.BytesIO(payload)) as tar:

@@ -58,7 +58,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A stands in `relation` (left, above) to B."""
+    """A is left of or above B, as `relation` (left, above) says."""
 
     a: Thing
     relation: str
