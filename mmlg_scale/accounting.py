@@ -6,20 +6,22 @@ is then marked).
 
     cost_ratio = sum over sizes of scratch's charge / (extraction, teacher included + sum over sizes of adaptation's charge)
 
-A method has two parts of cost: what it spends once (the learngene's extraction) and what it spends per size. The ancestor's training stands
-apart, because a pre-trained model is often at hand: every ratio is given without it and with it.
+A method has two parts of cost: what it spends once (the learngene's extraction) and what it spends per size. The ancestor's training is
+kept apart, because a pre-trained model is often at hand: every ratio is given without it and, where its cost is known, with it.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import mean
 from typing import Any
 
-Entry = dict[str, Any]
+from mmlg_scale.results import AncestorEntry, Charge, DescendantEntry, FamilyResult, LearngeneEntry, Summary, Totals
+
 Curve = Sequence[Mapping[str, Any]]
 Size = tuple[Any, ...]
 BYTES_PER_PARAMETER = 4
@@ -48,15 +50,6 @@ def forward_flops(config: Mapping[str, Any], *, image_layers: int | None = None,
     layers = text.get("layers", 12) if text_layers is None else text_layers
     caption = layers * _block_flops(length, width, text.get("mlp_ratio", 4.0)) + 2 * width * embed
     return {"image": int(image), "text": int(caption), "total": int(image + caption)}
-
-
-def training_flops(student_forward: int, num_samples: int, teacher_forward: int = 0) -> int:
-    """FLOPs of training on `num_samples`: the student's forward pass three times (backward costs two), a frozen teacher's once.
-
-    Args:
-        student_forward, teacher_forward: FLOPs of one sample's forward pass.
-    """
-    return num_samples * (3 * student_forward + teacher_forward)
 
 
 def _height_and_width(size: int | Sequence[int]) -> Sequence[int]:
@@ -89,7 +82,7 @@ def first_reached(curve: Curve, target: float, metric: str) -> Mapping[str, Any]
     """The first of two consecutive evaluations at `target` or above; None where there is no such pair.
 
     A curve that is there in its last evaluation only has not reached it: one evaluation may be luck.
-    A curve of a single point at step 0 (a model used as written) has no second evaluation to wait for: that point decides.
+    A curve of a single point at step 0 (an untrained descendant) has no second evaluation to wait for: that point decides.
     """
     if len(curve) == 1 and curve[0]["step"] == 0:
         return curve[0] if curve[0][metric] >= target else None
@@ -99,159 +92,178 @@ def first_reached(curve: Curve, target: float, metric: str) -> Mapping[str, Any]
     return None
 
 
-def charge(curve: Curve, target: float, metric: str) -> dict[str, Any]:
-    """What a run costs up to the target: {"reached", "flops", "seconds", "step"}; its full schedule where it never reaches it."""
+@dataclass(frozen=True)
+class Paid:
+    """What a run had spent at a point of its curve; `reached`: that point is where it reached the target."""
+
+    reached: bool
+    flops: float
+    seconds: float
+    step: float
+
+
+def charge(curve: Curve, target: float, metric: str) -> Paid:
+    """What a run costs up to the target; its full schedule where it never reaches it."""
     point = first_reached(curve, target, metric)
     paid = point if point is not None else curve[-1]
-    return {"reached": point is not None, "flops": paid["flops"], "seconds": paid["seconds"], "step": paid["step"]}
+    return Paid(point is not None, paid["flops"], paid["seconds"], paid["step"])
 
 
-def size_of(entry: Mapping[str, Any]) -> Size:
+def size_of(entry: DescendantEntry) -> Size:
     """What makes two entries the same size."""
-    return tuple(entry[key] for key in ("image_layers", "text_layers", "image_width", "text_width", "modality"))
+    return entry.image_layers, entry.text_layers, entry.image_width, entry.text_width, entry.modality
 
 
-def targets(entries: Sequence[Mapping[str, Any]], metric: str) -> dict[Size, float]:
+def targets(entries: Sequence[DescendantEntry], metric: str) -> dict[Size, float]:
     """Target of each size: what scratch ends with on the validation split, mean over its seeds.
 
     Args:
-        metric: for entries that do not name their own under "metric".
+        metric: for entries that do not name their own.
     """
     final: dict[Size, list[float]] = defaultdict(list)
     for entry in entries:
-        if entry["init"] == "scratch":
-            final[size_of(entry)].append(entry["curve"][-1][entry.get("metric", metric)])
+        if entry.init == "scratch":
+            final[size_of(entry)].append(entry.curve[-1][entry.metric or metric])
     return {size: mean(values) for size, values in final.items()}
 
 
-def summarise(family: Mapping[str, Any]) -> dict[str, Any]:
+def summarise(family: FamilyResult) -> FamilyResult:
     """`family` with each descendant's target and charge, the totals of each initialisation, and the family's ratios.
 
     Sizes in the sum are those of both towers that have scratch and mmlg entries (and that the recipe does not leave out). Several
-    seeds of a size are averaged. A baseline that lacks a size of the sum has no total and no ratio (None), and `notes` says so.
-    Everything added is derived from the entries, so that summarising again changes nothing.
+    seeds of a size are averaged. A baseline that lacks a size of the sum has no total and no ratio (None); where the ancestor's own cost
+    is unknown, ratios with it are None; `notes` says so. Everything added is derived from the entries: summarising again changes nothing.
     """
-    metric = family["metric"]
-    wanted = targets(family["descendants"], metric)
-    entries = [_charged(entry, wanted.get(size_of(entry)), entry.get("metric", metric)) for entry in family["descendants"]]
+    metric = family.metric
+    wanted = targets(family.descendants, metric)
+    entries = [replace(entry, charge=_charge_of(entry, wanted.get(size_of(entry)), metric)) for entry in family.descendants]
     notes: list[str] = []
     sizes = _sizes_in_sum(entries)
-    totals = {}
+    totals: dict[str, Totals | None] = {}
     for init in ("scratch", "mmlg", *BASELINES):
-        if any(entry["init"] == init for entry in entries):
+        if any(entry.init == init for entry in entries):
             totals[init] = _totals(family, entries, init, sizes)
             if totals[init] is None and sizes:
                 notes.append(f"baseline {init} lacks a size of the sum: its ratio is not defined")
     if not sizes:
         notes.append("no size has both a scratch and an mmlg entry: cost ratios are not defined")
+    if family.ancestor.flops is None:
+        notes.append(
+            "the ancestor's own training cost is unknown (its weights come from elsewhere): ratios with the ancestor are not defined"
+        )
     notes.extend(_missed_notes(entries, sizes))
     notes.extend(_grid_notes(entries, sizes))
-    return {
-        **family,
-        "descendants": entries,
-        "num_sizes_in_sum": len(sizes),
-        "totals_by_init": totals,
-        **_cost_ratios(family, totals, len(sizes)),
-        "mean_quality_at_0_over_scratch": _quality_at_0(metric, entries, sizes),
+    summary = Summary(
+        num_sizes_in_sum=len(sizes),
+        totals_by_init=totals,
+        **_cost_ratios(totals),
+        break_even_descendants=_break_even(family.ancestor, totals, len(sizes)),
+        mean_quality_at_0_over_scratch=_quality_at_0(metric, entries, sizes),
         **_storage_ratios(family, entries),
-        "notes": notes,
-    }
+        notes=notes,
+    )
+    return replace(family, descendants=entries, summary=summary)
 
 
-def _charged(entry: Mapping[str, Any], target: float | None, metric: str) -> Entry:
-    paid = charge(entry["curve"], target, metric) if target is not None else None
-    if entry["init"] == "scratch" and paid is not None and not paid["reached"]:
-        # Scratch defines the target; where only its last evaluation is there, the full schedule is its cost, and it did get there.
-        paid["reached"] = entry["curve"][-1][metric] >= target
-    return {
-        **entry,
-        "target": target,
-        "reached": paid["reached"] if paid else None,
-        "flops_to_target": paid["flops"] if paid else None,
-        "seconds_to_target": paid["seconds"] if paid else None,
-    }
+def _charge_of(entry: DescendantEntry, target: float | None, family_metric: str) -> Charge:
+    if target is None:
+        return Charge(None, None, None, None)
+    metric = entry.metric or family_metric
+    paid = charge(entry.curve, target, metric)
+    # Scratch defines the target; where only its last evaluation is there, the full schedule is its cost, and it did get there.
+    reached = paid.reached or (entry.init == "scratch" and entry.curve[-1][metric] >= target)
+    return Charge(target, reached, paid.flops, paid.seconds)
 
 
-def _sizes_in_sum(entries: Sequence[Entry]) -> list[Size]:
+def _sizes_in_sum(entries: Sequence[DescendantEntry]) -> list[Size]:
     by_size: dict[Size, set[str]] = defaultdict(set)
     for entry in entries:
-        if entry["modality"] == "both" and entry.get("in_sum", True):
-            by_size[size_of(entry)].add(entry["init"])
+        if entry.modality == "both" and entry.in_sum is not False:
+            by_size[size_of(entry)].add(entry.init)
     return [size for size, inits in by_size.items() if {"scratch", "mmlg"} <= inits]
 
 
-def _totals(family: Mapping[str, Any], entries: Sequence[Entry], init: str, sizes: Sequence[Size]) -> dict[str, Any] | None:
-    """What one way of making the whole family costs, ships and yields: sums (and means, for quality) over the sizes in the sum.
+def _charge(entry: DescendantEntry) -> Charge:
+    assert entry.charge is not None, "charged by summarise"
+    return entry.charge
+
+
+def _totals(family: FamilyResult, entries: Sequence[DescendantEntry], init: str, sizes: Sequence[Size]) -> Totals | None:
+    """Sums (and means, for quality) over the sizes in the sum; None where a size is missing.
 
     The ancestor's kept features are charged once to each way that compares with the ancestor.
-
-    Returns:
-        num_reached of num_sizes (every seed of a size must reach); flops, seconds: per-size charges plus what is spent once;
-        flops_once; flops_with_ancestor; params_shipped: what must be stored to have every size; mean_metric_at_0 (None where there
-        is none) and mean_metric_final on the test split. None where a size is missing.
     """
-    groups = [[entry for entry in entries if entry["init"] == init and size_of(entry) == size] for size in sizes]
+    groups = [[entry for entry in entries if entry.init == init and size_of(entry) == size] for size in sizes]
     if not groups or not all(groups):
         return None
 
-    def total(key: str) -> float:
-        return sum(mean(entry[key] for entry in group) for group in groups)
+    def total(value: Callable[[DescendantEntry], float | None]) -> float:
+        # Every entry of a size in the sum has a target, and so a charge.
+        return sum(mean(found for entry in group if (found := value(entry)) is not None) for group in groups)
 
-    ancestor, learngene = family["ancestor"], _learngene(family, init)
-    kept = family.get("kept_features") if learngene or init == "distil" else None
-    once = (learngene["flops"] + learngene["teacher_flops"] if learngene else 0) + (kept["flops"] if kept else 0)
-    flops, needs_ancestor = once + total("flops_to_target"), init != "scratch"
-    shipped = learngene["params"] if learngene else ancestor["params"] if init == "even" else total("params")
-    at_0 = [entry["metrics_at_0"][family["metric"]] for group in groups for entry in group if entry["metrics_at_0"]]
-    return {
-        "num_sizes": len(groups),
-        "num_reached": sum(all(entry["reached"] for entry in group) for group in groups),
-        "flops_once": once,
-        "flops": flops,
-        "flops_with_ancestor": flops + ancestor["flops"] * needs_ancestor,
-        "seconds": total("seconds_to_target") + (learngene["seconds"] if learngene else 0) + (kept["seconds"] if kept else 0),
-        "params_shipped": shipped,
-        "mean_metric_at_0": mean(at_0) if at_0 else None,
-        "mean_metric_final": mean(mean(entry["metrics_final"][family["metric"]] for entry in group) for group in groups),
-    }
+    ancestor, learngene = family.ancestor, _learngene(family, init)
+    kept = family.kept_features if learngene or init == "distil" else None
+    once = (learngene.all_flops if learngene else 0) + (kept.flops if kept else 0)
+    flops = once + total(lambda entry: _charge(entry).flops_to_target)
+    with_ancestor = flops if init == "scratch" else flops + ancestor.flops if ancestor.flops is not None else None
+    seconds = total(lambda entry: _charge(entry).seconds_to_target)
+    shipped = learngene.params if learngene else ancestor.params if init == "even" else total(lambda entry: entry.params)
+    at_0 = [entry.metrics_at_0[family.metric] for group in groups for entry in group if entry.metrics_at_0]
+    return Totals(
+        num_sizes=len(groups),
+        num_reached=sum(all(_charge(entry).reached for entry in group) for group in groups),
+        flops_once=once,
+        flops=flops,
+        flops_with_ancestor=with_ancestor,
+        seconds=seconds + (learngene.seconds if learngene else 0) + (kept.seconds if kept else 0),
+        params_shipped=shipped,
+        mean_metric_at_0=mean(at_0) if at_0 else None,
+        mean_metric_final=mean(mean(entry.metrics_final[family.metric] for entry in group) for group in groups),
+    )
 
 
-def _learngene(family: Mapping[str, Any], init: str) -> Mapping[str, Any] | None:
+def _learngene(family: FamilyResult, init: str) -> LearngeneEntry | None:
     """The learngene that an initialisation writes from: ours, or that of another method."""
-    return family["learngene"] if init == "mmlg" else family.get("rival_learngenes", {}).get(init)
+    return family.learngene if init == "mmlg" else family.rival_learngenes.get(init)
 
 
-def _cost_ratios(family: Mapping[str, Any], totals: Mapping[str, dict[str, Any] | None], num_sizes: int) -> dict[str, Any]:
+def _cost_ratios(totals: Mapping[str, Totals | None]) -> dict[str, Any]:
     """Every ratio is a rival's total divided by ours."""
 
-    def ratio(init: str, key: str) -> float | None:
+    def ratio(init: str, cost: Callable[[Totals], float | None]) -> float | None:
         rival, ours = totals.get(init), totals.get("mmlg")
-        return _divide(rival[key], ours[key]) if rival and ours else None
+        theirs, mine = (cost(rival), cost(ours)) if rival and ours else (None, None)
+        return _divide(theirs, mine) if theirs is not None and mine is not None else None
+
+    def with_ancestor(total: Totals) -> float | None:
+        return total.flops_with_ancestor
 
     baselines = [init for init in BASELINES if init in totals]
     return {
-        "cost_ratio": ratio("scratch", "flops"),
-        "cost_ratio_by_baseline": {init: ratio(init, "flops") for init in baselines},
-        "cost_ratio_with_ancestor": ratio("scratch", "flops_with_ancestor"),
-        "cost_ratio_with_ancestor_by_baseline": {init: ratio(init, "flops_with_ancestor") for init in baselines},
-        "cost_ratio_seconds": ratio("scratch", "seconds"),
-        "break_even_descendants": _break_even(family, totals, num_sizes),
+        "cost_ratio": ratio("scratch", lambda total: total.flops),
+        "cost_ratio_by_baseline": {init: ratio(init, lambda total: total.flops) for init in baselines},
+        "cost_ratio_with_ancestor": ratio("scratch", with_ancestor),
+        "cost_ratio_with_ancestor_by_baseline": {init: ratio(init, with_ancestor) for init in baselines},
+        "cost_ratio_seconds": ratio("scratch", lambda total: total.seconds),
     }
 
 
-def _break_even(family: Mapping[str, Any], totals: Mapping[str, dict[str, Any] | None], num_sizes: int) -> int | None:
-    """The smallest number of average descendants whose savings against scratch pay for ancestor and extraction; None: it never does."""
+def _break_even(ancestor: AncestorEntry, totals: Mapping[str, Totals | None], num_sizes: int) -> int | None:
+    """The smallest number of average descendants whose savings against scratch pay for ancestor and extraction.
+
+    None: it never does, or the ancestor's cost is unknown.
+    """
     scratch, ours = totals.get("scratch"), totals.get("mmlg")
-    if not scratch or not ours:
+    if not scratch or not ours or ancestor.flops is None:
         return None
-    saved = scratch["flops"] - (ours["flops"] - ours["flops_once"])
+    saved = scratch.flops - (ours.flops - ours.flops_once)
     # Multiplied before it is divided, so that whole numbers stay exact.
-    return math.ceil((family["ancestor"]["flops"] + ours["flops_once"]) * num_sizes / saved) if saved > 0 else None
+    return math.ceil((ancestor.flops + ours.flops_once) * num_sizes / saved) if saved > 0 else None
 
 
-def _missed_notes(entries: Sequence[Entry], sizes: Sequence[Size]) -> list[str]:
-    ours = [entry for entry in entries if entry["init"] == "mmlg" and size_of(entry) in sizes]
-    num_missed = sum(not entry["reached"] for entry in ours)
+def _missed_notes(entries: Sequence[DescendantEntry], sizes: Sequence[Size]) -> list[str]:
+    ours = [entry for entry in entries if entry.init == "mmlg" and size_of(entry) in sizes]
+    num_missed = sum(not _charge(entry).reached for entry in ours)
     if not num_missed:
         return []
     return [
@@ -260,12 +272,12 @@ def _missed_notes(entries: Sequence[Entry], sizes: Sequence[Size]) -> list[str]:
     ]
 
 
-def _grid_notes(entries: Sequence[Entry], sizes: Sequence[Size]) -> list[str]:
+def _grid_notes(entries: Sequence[DescendantEntry], sizes: Sequence[Size]) -> list[str]:
     """Charges are exact to the distance between evaluations; a reader must know where it is not the same for all."""
-    gaps: dict[str, set[int]] = defaultdict(set)
+    gaps: dict[str, set[float]] = defaultdict(set)
     for entry in entries:
-        if size_of(entry) in sizes and len(entry["curve"]) > 1:
-            gaps[entry["init"]].add(max(following["samples"] - point["samples"] for point, following in pairwise(entry["curve"])))
+        if size_of(entry) in sizes and len(entry.curve) > 1:
+            gaps[entry.init].add(max(following["samples"] - point["samples"] for point, following in pairwise(entry.curve)))
     widest = {init: max(found) for init, found in gaps.items()}
     if len(set(widest.values())) < 2:
         return []
@@ -273,27 +285,27 @@ def _grid_notes(entries: Sequence[Entry], sizes: Sequence[Size]) -> list[str]:
     return [f"evaluations are not equally far apart (samples between two of them: {listed}); a charge is exact to that distance"]
 
 
-def _quality_at_0(metric: str, entries: Sequence[Entry], sizes: Sequence[Size]) -> float | None:
+def _quality_at_0(metric: str, entries: Sequence[DescendantEntry], sizes: Sequence[Size]) -> float | None:
     """Mean test metric of descendants before any training, divided by the mean of scratch at its end, over the sizes in the sum."""
     counted = [entry for entry in entries if size_of(entry) in sizes]
-    ours = [entry["metrics_at_0"][metric] for entry in counted if entry["init"] == "mmlg" and entry["metrics_at_0"]]
-    theirs = [entry["metrics_final"][metric] for entry in counted if entry["init"] == "scratch"]
+    ours = [entry.metrics_at_0[metric] for entry in counted if entry.init == "mmlg" and entry.metrics_at_0]
+    theirs = [entry.metrics_final[metric] for entry in counted if entry.init == "scratch"]
     return _divide(mean(ours), mean(theirs)) if ours and theirs else None
 
 
-def _storage_ratios(family: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Any]:
-    """At equal precision and counting every parameter; the file's own bytes stand beside them in the report.
+def _storage_ratios(family: FamilyResult, entries: Sequence[DescendantEntry]) -> dict[str, Any]:
+    """At equal precision and counting every parameter; the report shows the file's own bytes beside them.
 
-    The learngene carries the ancestor's stems and logit scale whole, so what else the ancestor has are its blocks.
+    The learngene holds the ancestor's stems and logit scale whole, so what else the ancestor has are its blocks.
     """
-    learngene, ancestor = family["learngene"], family["ancestor"]["params"]
-    written = {size_of(entry): entry["params"] for entry in entries if entry["init"] == "mmlg"}  # seeds of a size are one descendant
+    learngene, ancestor = family.learngene, family.ancestor.params
+    written = {size_of(entry): entry.params for entry in entries if entry.init == "mmlg"}  # seeds of a size are one descendant
     return {
-        "storage_ratio_ancestor": learngene["params"] / ancestor,
-        "storage_ratio_family": _divide(learngene["params"], sum(written.values())),
-        "storage_share_blocks": learngene["block_params"] / ancestor,
-        "storage_share_stems": learngene["stem_params"] / ancestor,
-        "storage_ratio_blocks": _divide(learngene["block_params"], ancestor - learngene["stem_params"]),
+        "storage_ratio_ancestor": learngene.params / ancestor,
+        "storage_ratio_family": _divide(learngene.params, sum(written.values())),
+        "storage_share_blocks": learngene.block_params / ancestor,
+        "storage_share_stems": learngene.stem_params / ancestor,
+        "storage_ratio_blocks": _divide(learngene.block_params, ancestor - learngene.stem_params),
     }
 
 

@@ -7,6 +7,7 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,12 +25,13 @@ from torch import Tensor
 from mmlg_scale.accounting import BYTES_PER_PARAMETER, Size, size_of, summarise
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_text_atomic
+from mmlg_scale.results import Charge, DescendantEntry, FamilyResult, Init, Summary
 
-NAMES = {
+NAMES: dict[Init, str] = {
     "mmlg": "learngene",
     "scratch": "scratch",
     "distil": "separate distillation",
-    "even": "even layer picking",
+    "even": "uniform layer selection",
     "tleg": "TLEG",
     "sws": "SWS",
 }
@@ -41,15 +43,9 @@ SINGLE_METRICS = {
 }
 COLOURS = {"mmlg": "#c2410c", "scratch": "#475569", "distil": "#2563eb", "even": "#16a34a", "tleg": "#9333ea", "sws": "#ca8a04"}
 
-# What a page cannot be drawn without.
-_ANCESTOR_KEYS = ("params", "flops", "seconds", "metrics")
-_LEARNGENE_KEYS = ("params", "bytes", "block_params", "stem_params", "flops", "teacher_flops", "seconds")
-_SIZE_KEYS = ("image_layers", "text_layers", "image_width", "text_width", "modality")
-_ENTRY_KEYS = (*_SIZE_KEYS, "name", "params", "init", "seed", "metrics_at_0", "metrics_final", "curve")
-
 
 def write_report(run_folder: Path) -> Path:
-    """Draw RUN/report.html from RUN/family.json and, where it stands, RUN/retrieval_samples.json; returns its path.
+    """Draw RUN/report.html from RUN/family.json and, where it is there, RUN/retrieval_samples.json; returns its path.
 
     Charges and ratios are derived again from the entries and their curves, so that the page can never disagree with them.
 
@@ -59,10 +55,7 @@ def write_report(run_folder: Path) -> Path:
     source = run_folder / "family.json"
     if not source.is_file():
         raise UserError(f"{run_folder} holds no family.json. mmlg family writes it at the end of its run.")
-    family = _read_json(source)
-    lacks = _what_lacks(family)
-    if lacks is not None:
-        raise UserError(f"{source} is damaged: {lacks}. Remove it and start mmlg family again: complete steps are kept.")
+    family = FamilyResult.from_json(_read_json(source), str(source))
     samples_file = run_folder / "retrieval_samples.json"
     samples = _read_json(samples_file) if samples_file.is_file() else []
     if not isinstance(samples, list) or not all(isinstance(sample, dict) and "results" in sample for sample in samples):
@@ -79,46 +72,7 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged: it is no JSON ({error}). Remove it and start mmlg family again.") from error
 
 
-def _what_lacks(family: Any) -> str | None:
-    """The first thing that a family lacks, in words; None for a whole one."""
-    if not isinstance(family, dict):
-        return "it is no JSON object"
-    for key, kind in (
-        ("metric", str),
-        ("ancestor", dict),
-        ("learngene", dict),
-        ("descendants", list),
-        ("environment", dict),
-        ("recipe", dict),
-    ):
-        if not isinstance(family.get(key), kind):
-            return f"key {key} is missing or of the wrong kind"
-    metric = family["metric"]
-    for key, wanted in (("ancestor", _ANCESTOR_KEYS), ("learngene", _LEARNGENE_KEYS)):
-        missing = [name for name in wanted if name not in family[key]]
-        if missing:
-            return f"key {key}.{missing[0]} is missing"
-    if metric not in family["ancestor"]["metrics"]:
-        return f"ancestor.metrics lacks {metric}"
-    for index, entry in enumerate(family["descendants"]):
-        lacks = _what_entry_lacks(entry, metric)
-        if lacks is not None:
-            return f"descendants[{index}] {lacks}"
-    return None
-
-
-def _what_entry_lacks(entry: Any, metric: str) -> str | None:
-    missing = [name for name in _ENTRY_KEYS if name not in entry] if isinstance(entry, dict) else ["name"]
-    if missing:
-        return f"lacks {missing[0]}"
-    if entry["init"] not in NAMES:
-        return f"has an unknown init, {entry['init']!r}"
-    if not entry["curve"] or any(key not in point for point in entry["curve"] for key in ("step", "samples", "flops", "seconds", metric)):
-        return f"has a curve without points, or one that lacks {metric}"
-    return None if metric in entry["metrics_final"] else f"lacks metrics_final.{metric}"
-
-
-def render(family: dict[str, Any], samples: Sequence[dict[str, Any]]) -> str:
+def render(family: FamilyResult, samples: Sequence[dict[str, Any]]) -> str:
     """The page as HTML.
 
     Args:
@@ -127,20 +81,21 @@ def render(family: dict[str, Any], samples: Sequence[dict[str, Any]]) -> str:
     """
     environment = Environment(loader=PackageLoader("mmlg_scale"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"percent": percent, "ratio": ratio, "si": si, "seconds": seconds}
-    singles = [entry for entry in family["descendants"] if entry["modality"] != "both"]
+    singles = [entry for entry in family.descendants if entry.modality != "both"]
     return environment.get_template("report.html.j2").render(
         family=family,
+        summary=_summary(family),
         names=NAMES,
-        sizes=rows_by_size(family),
+        sizes=rows_by_size(family.descendants),
         totals=totals_rows(family),
         singles=singles,
-        single_metrics={key: name for key, name in SINGLE_METRICS.items() if any(key in entry["metrics_final"] for entry in singles)},
+        single_metrics={key: name for key, name in SINGLE_METRICS.items() if any(key in entry.metrics_final for entry in singles)},
         curves=_svg(plot_curves(family)),
         quality=_svg(plot_quality(family)),
         caption_queries=[sample for sample in samples if "caption" in sample],
         image_queries=[sample for sample in samples if "caption" not in sample],
         bytes_per_parameter=BYTES_PER_PARAMETER,
-        recipe=yaml.safe_dump(family["recipe"], sort_keys=False, allow_unicode=True),
+        recipe=yaml.safe_dump(family.recipe, sort_keys=False, allow_unicode=True),
     )
 
 
@@ -174,63 +129,82 @@ def seconds(value: float | None) -> str:
     return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def rows_by_size(family: dict[str, Any]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class SizeRows:
+    """The entries of one size, in the order of NAMES and seeds."""
+
+    label: str
+    entries: list[DescendantEntry]
+
+
+def rows_by_size(descendants: Sequence[DescendantEntry]) -> list[SizeRows]:
     """The cost table: one group per size of both towers, smallest first; inside it one row per initialisation and seed."""
-    groups: dict[Size, list[dict[str, Any]]] = defaultdict(list)
-    for entry in family["descendants"]:
-        if entry["modality"] == "both":
+    groups: dict[Size, list[DescendantEntry]] = defaultdict(list)
+    for entry in descendants:
+        if entry.modality == "both":
             groups[size_of(entry)].append(entry)
-    widths = {(entry["image_width"], entry["text_width"]) for entries in groups.values() for entry in entries}
+    widths = {(entry.image_width, entry.text_width) for entries in groups.values() for entry in entries}
     order = list(NAMES)
     return [
-        {
-            "label": _label(entries[0], with_widths=len(widths) > 1),
-            "entries": sorted(entries, key=lambda entry: (order.index(entry["init"]), entry["seed"])),
-        }
-        for _, entries in sorted(groups.items(), key=lambda group: (group[1][0]["params"], group[0]))
+        SizeRows(
+            _label(entries[0], with_widths=len(widths) > 1),
+            sorted(entries, key=lambda entry: (order.index(entry.init), entry.seed)),
+        )
+        for _, entries in sorted(groups.items(), key=lambda group: (group[1][0].params, group[0]))
     ]
 
 
-def totals_rows(family: dict[str, Any]) -> list[dict[str, Any]]:
+def totals_rows(family: FamilyResult) -> list[dict[str, Any]]:
     """The table of totals: one row per way of making the whole family, with its cost in units of ours."""
-    ratios = {"mmlg": 1.0, "scratch": family["cost_ratio"], **family["cost_ratio_by_baseline"]}
-    scratch = family["cost_ratio_with_ancestor"]
-    with_ancestor = {"mmlg": 1.0, "scratch": scratch, **family["cost_ratio_with_ancestor_by_baseline"]}
-    totals = family["totals_by_init"]
+    summary = _summary(family)
+    ratios = {"mmlg": 1.0, "scratch": summary.cost_ratio, **summary.cost_ratio_by_baseline}
+    scratch = summary.cost_ratio_with_ancestor
+    ours = 1.0 if family.ancestor.flops is not None else None
+    with_ancestor = {"mmlg": ours, "scratch": scratch, **summary.cost_ratio_with_ancestor_by_baseline}
     return [
-        {"init": init, **totals[init], "ratio": ratios[init], "ratio_with_ancestor": with_ancestor[init]}
+        {"init": init, **vars(total), "ratio": ratios[init], "ratio_with_ancestor": with_ancestor[init]}
         for init in NAMES
-        if totals.get(init) is not None
+        if (total := summary.totals_by_init.get(init)) is not None
     ]
 
 
-def _label(entry: dict[str, Any], *, with_widths: bool) -> str:
-    label = f"{entry['image_layers']} + {entry['text_layers']}"
-    return f"{label} (width {entry['image_width']} + {entry['text_width']})" if with_widths else label
+def _summary(family: FamilyResult) -> Summary:
+    assert family.summary is not None, "summarised first"
+    return family.summary
 
 
-def plot_curves(family: dict[str, Any]) -> Figure:
+def _charge(entry: DescendantEntry) -> Charge:
+    assert entry.charge is not None, "summarised first"
+    return entry.charge
+
+
+def _label(entry: DescendantEntry, *, with_widths: bool) -> str:
+    label = f"{entry.image_layers} + {entry.text_layers}"
+    return f"{label} (width {entry.image_width} + {entry.text_width})" if with_widths else label
+
+
+def plot_curves(family: FamilyResult) -> Figure:
     """Validation metric against FLOPs, one panel per size, with the target; extraction's cost is shared and not drawn."""
-    groups, metric = rows_by_size(family), family["metric"]
+    groups, metric = rows_by_size(family.descendants), family.metric
     columns = min(3, max(1, len(groups)))
     rows = -(-len(groups) // columns) or 1
     figure = Figure(figsize=(4.0 * columns, 2.9 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axis in axes.flat[len(groups) :]:
         axis.set_visible(False)
-    largest = max((entry["curve"][-1]["flops"] for group in groups for entry in group["entries"]), default=0)
+    largest = max((entry.curve[-1]["flops"] for group in groups for entry in group.entries), default=0)
     scale, unit = next((pair for pair in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP")) if largest >= pair[0]), (1e9, "GFLOP"))
     for axis, group in zip(axes.flat, groups, strict=False):
-        for entry in group["entries"]:
-            points, colour = entry["curve"], COLOURS[entry["init"]]
+        for entry in group.entries:
+            points, colour = entry.curve, COLOURS[entry.init]
             x, y = [point["flops"] / scale for point in points], [100 * point[metric] for point in points]
-            axis.plot(x, y, "o-", ms=3, lw=1.4, color=colour, label=NAMES[entry["init"]])
-            if entry["init"] == "mmlg" and points[0]["step"] == 0:
+            axis.plot(x, y, "o-", ms=3, lw=1.4, color=colour, label=NAMES[entry.init])
+            if entry.init == "mmlg" and points[0]["step"] == 0:
                 axis.plot(x[:1], y[:1], "*", ms=12, color=colour, clip_on=False, zorder=5)
-        target = group["entries"][0]["target"]
+        target = _charge(group.entries[0]).target
         if target is not None:
             axis.axhline(100 * target, color="#475569", lw=1.0, ls="--", alpha=0.8)
-        axis.set_title(f"{group['label']} layers", fontsize=10)
+        axis.set_title(f"{group.label} layers", fontsize=10)
         axis.set_xlabel(f"{unit} of its own training", fontsize=8)
         axis.grid(alpha=0.25)
         axis.tick_params(labelsize=8)
@@ -248,26 +222,26 @@ def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
     figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=4, fontsize=8, frameon=False)
 
 
-def plot_quality(family: dict[str, Any]) -> Figure:
+def plot_quality(family: FamilyResult) -> Figure:
     """Test metric against parameters (means over seeds): descendants before and after adaptation, and what each baseline ends with."""
     figure = Figure(figsize=(9.0, 3.8), layout="constrained")
-    axis, metric = figure.subplots(), family["metric"]
-    groups = rows_by_size(family)
+    axis, metric = figure.subplots(), family.metric
+    groups = rows_by_size(family.descendants)
 
     def draw(init: str, key: str, style: str, label: str) -> None:
-        found = [[e for e in group["entries"] if e["init"] == init and e[key]] for group in groups]
-        points = [(entries[0]["params"], 100 * mean(entry[key][metric] for entry in entries)) for entries in found if entries]
+        found = [[e for e in group.entries if e.init == init and getattr(e, key)] for group in groups]
+        points = [(entries[0].params, 100 * mean(getattr(entry, key)[metric] for entry in entries)) for entries in found if entries]
         if points:
             axis.plot(*zip(*points, strict=True), style, ms=9 if "*" in style else 4, color=COLOURS[init], label=label)
 
     draw("mmlg", "metrics_at_0", "*-", "learngene, no training")
     for init, name in NAMES.items():
-        adapted = any(entry["init"] == init and len(entry["curve"]) > 1 for group in groups for entry in group["entries"])
+        adapted = any(entry.init == init and len(entry.curve) > 1 for group in groups for entry in group.entries)
         if init != "mmlg" or adapted:
             draw(init, "metrics_final", "o--", "learngene, adapted" if init == "mmlg" else name)
-    ancestor = family["ancestor"]
-    axis.plot([ancestor["params"]], [100 * ancestor["metrics"][metric]], "D", color="#0f172a", label="ancestor", clip_on=False)
-    axis.axvline(family["learngene"]["params"], color=COLOURS["mmlg"], lw=0.8, ls=":", label="size of the learngene")
+    ancestor = family.ancestor
+    axis.plot([ancestor.params], [100 * ancestor.metrics[metric]], "D", color="#0f172a", label="ancestor", clip_on=False)
+    axis.axvline(family.learngene.params, color=COLOURS["mmlg"], lw=0.8, ls=":", label="size of the learngene")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
     axis.set(xlabel="parameters", ylabel=f"test {metric} (%)", ylim=(0, None))
     axis.grid(alpha=0.25)
@@ -335,32 +309,32 @@ def _base64(payload: bytes) -> str:
     return base64.b64encode(payload).decode("ascii")
 
 
-def console_table(family: dict[str, Any]) -> Table:
+def console_table(family: FamilyResult) -> Table:
     """The table at the end of a family run."""
-    metric = family["metric"]
+    metric = family.metric
     table = Table(title=f"test {metric}; FLOPs to the target on validation")
     for column in ("layers", "initialised by", "parameters", "at step 0", "at the end", "FLOPs charged", "reached"):
         table.add_column(column, justify="left" if column in ("layers", "initialised by") else "right")
-    for group in rows_by_size(family):
-        for entry in group["entries"]:
-            first = entry["metrics_at_0"][metric] if entry["metrics_at_0"] else None
+    for group in rows_by_size(family.descendants):
+        for entry in group.entries:
+            first = entry.metrics_at_0[metric] if entry.metrics_at_0 else None
             table.add_row(
-                group["label"],
-                NAMES[entry["init"]],
-                si(entry["params"]),
+                group.label,
+                NAMES[entry.init],
+                si(entry.params),
                 percent(first),
-                percent(entry["metrics_final"][metric]),
-                si(entry["flops_to_target"]),
-                {True: "yes", False: "no", None: "–"}[entry["reached"]],
+                percent(entry.metrics_final[metric]),
+                si(_charge(entry).flops_to_target),
+                {True: "yes", False: "no", None: "–"}[_charge(entry).reached],
             )
         table.add_section()
-    learngene = family["learngene"]
-    extraction = si(learngene["flops"] + learngene["teacher_flops"])
-    rivals = {"scratch": family["cost_ratio"], **family["cost_ratio_by_baseline"]}
+    summary = _summary(family)
+    extraction = si(family.learngene.all_flops)
+    rivals: dict[Any, float | None] = {"scratch": summary.cost_ratio, **summary.cost_ratio_by_baseline}
     table.caption = (
         f"extraction {extraction}FLOP; cost ratio "
         + ", ".join(f"against {NAMES[init]} {ratio(value)}" for init, value in rivals.items())
-        + f", against scratch with the ancestor counted {ratio(family['cost_ratio_with_ancestor'])}; "
-        + f"storage {percent(family['storage_ratio_ancestor'])} of the ancestor"
+        + f", against scratch with the ancestor counted {ratio(summary.cost_ratio_with_ancestor)}; "
+        + f"storage {percent(summary.storage_ratio_ancestor)} of the ancestor"
     )
     return table

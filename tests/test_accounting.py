@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,15 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmlg_scale import towers
 from mmlg_scale.accounting import (
+    Paid,
     charge,
     first_reached,
     forward_flops,
     parameter_counts,
     size_of,
-    summarise,
     targets,
-    training_flops,
 )
+from mmlg_scale.accounting import summarise as summarise_typed
+from mmlg_scale.errors import UserError
+from mmlg_scale.results import INITS, DescendantEntry, FamilyResult, RunResult
 
 # Unequal widths, depths and MLP ratios, and a second image side: a formula that mixes two of them up cannot pass.
 ODD = {
@@ -71,11 +75,6 @@ def test_depths_can_be_replaced() -> None:
     assert forward_flops(ODD, image_layers=1, text_layers=5) == forward_flops(towers.with_sizes(ODD, image_layers=1, text_layers=5))
 
 
-def test_training_flops_by_hand() -> None:
-    assert training_flops(10, 7) == 210
-    assert training_flops(10, 7, teacher_forward=4) == 238
-
-
 def test_parameter_counts_of_vit_b_32_are_the_designs() -> None:
     state = towers.build_meta(towers.model_config("ViT-B-32")).state_dict()
     counts = parameter_counts(state)
@@ -105,7 +104,7 @@ def _curve(*values: float, step: int = 10, start: int = 1, flops: int = 100, sec
         ((0.1, 0.5, 0.4, 0.6, 0.7), 1, 40),  # a lone evaluation does not
         ((0.1, 0.2, 0.3, 0.9), 1, None),  # nor does the last one alone
         ((0.6, 0.6), 0, 0),  # there before any training
-        ((0.6,), 0, 0),  # used as written: nothing to wait for
+        ((0.6,), 0, 0),  # an untrained descendant: nothing to wait for
         ((0.4,), 0, None),
         ((0.6,), 1, None),  # one evaluation after training is a lone evaluation
         ((float("nan"), 0.6, float("nan"), 0.6), 1, None),
@@ -117,8 +116,8 @@ def test_first_reached(values: tuple[float, ...], start: int, expected_step: int
 
 
 def test_charge_is_the_full_schedule_where_the_target_is_not_reached() -> None:
-    assert charge(_curve(0.1, 0.5, 0.6, 0.7), 0.5, "q") == {"reached": True, "flops": 200, "seconds": 4.0, "step": 20}
-    assert charge(_curve(0.1, 0.2, 0.3, 0.9), 0.5, "q") == {"reached": False, "flops": 400, "seconds": 8.0, "step": 40}
+    assert charge(_curve(0.1, 0.5, 0.6, 0.7), 0.5, "q") == Paid(reached=True, flops=200, seconds=4.0, step=20)
+    assert charge(_curve(0.1, 0.2, 0.3, 0.9), 0.5, "q") == Paid(reached=False, flops=400, seconds=8.0, step=40)
 
 
 def _entry(init: str, layers: int | None, values: tuple[float, ...], **changes: Any) -> dict[str, Any]:
@@ -141,6 +140,14 @@ def _entry(init: str, layers: int | None, values: tuple[float, ...], **changes: 
     return {**entry, "curve": _curve(*values, start=start, flops=curve[0], seconds=curve[1]), **changes}
 
 
+def summarise(family: dict[str, Any]) -> dict[str, Any]:
+    return summarise_typed(FamilyResult.from_json(family, "family.json")).to_json()
+
+
+def _typed(entries: list[dict[str, Any]]) -> list[DescendantEntry]:
+    return [DescendantEntry.from_json(entry, "entry") for entry in entries]
+
+
 def _family(*entries: dict[str, Any]) -> dict[str, Any]:
     return {
         "metric": "q",
@@ -155,6 +162,8 @@ def _family(*entries: dict[str, Any]) -> dict[str, Any]:
             "seconds": 7.0,
         },
         "descendants": list(entries),
+        "environment": {},
+        "recipe": {},
     }
 
 
@@ -174,10 +183,10 @@ def _two_sizes() -> list[dict[str, Any]]:
 
 def test_targets_are_means_over_seeds_in_each_entrys_own_metric() -> None:
     entries = [_entry("scratch", 2, (0.1, 0.3)), _entry("scratch", 2, (0.1, 0.5), seed=1), _entry("mmlg", 2, (0.9,))]
-    assert targets(entries, "unused") == {size_of(entries[0]): pytest.approx(0.4)}
+    assert targets(_typed(entries), "unused") == {size_of(_typed(entries)[0]): pytest.approx(0.4)}
     for entry in entries:
         del entry["metric"]
-    assert targets(entries, "q") == {size_of(entries[0]): pytest.approx(0.4)}
+    assert targets(_typed(entries), "q") == {size_of(_typed(entries)[0]): pytest.approx(0.4)}
 
 
 def test_cost_ratios_by_hand() -> None:
@@ -308,18 +317,19 @@ def test_storage_by_hand() -> None:
 
 
 def test_summarising_again_changes_nothing_and_leaves_its_input_alone() -> None:
-    raw = _family(*_two_sizes(), _entry("even", 2, (0.3, 0.4, 0.5)))
+    raw = FamilyResult.from_json(_family(*_two_sizes(), _entry("even", 2, (0.3, 0.4, 0.5))), "raw")
     before = copy.deepcopy(raw)
-    once = summarise(raw)
+    once = summarise_typed(raw)
     assert raw == before
-    assert summarise(once) == once
+    assert summarise_typed(once) == once
+    assert summarise(once.to_json()) == once.to_json()
 
 
 def test_another_methods_learngene_is_charged_its_own_extraction() -> None:
     """TLEG: 300 once, 0 and 40 FLOPs of adaptation; it ships its own file."""
     tleg = [_entry("tleg", 2, (0.5, 0.6)), _entry("tleg", 4, (0.4, 0.6, 0.7), flops=40)]
     family = _family(*_two_sizes(), *tleg)
-    family["rival_learngenes"] = {"tleg": {"params": 5000, "flops": 200, "teacher_flops": 100, "seconds": 9.0}}
+    family["rival_learngenes"] = {"tleg": {**family["learngene"], "params": 5000, "flops": 200, "teacher_flops": 100, "seconds": 9.0}}
     found = summarise(family)
     assert found["totals_by_init"]["tleg"]["flops_once"] == 300
     assert found["totals_by_init"]["tleg"]["params_shipped"] == 5000
@@ -334,3 +344,83 @@ def test_kept_features_are_charged_once_to_each_way_that_compares_with_the_ances
 
 
 KEPT = {"flops": 30, "seconds": 0.5}
+
+
+def test_the_json_is_that_of_the_version_before_the_schema() -> None:
+    """Written by accounting.summarise when it took and gave dictionaries: six ways, two seeds, a single tower, a size left out."""
+    golden = json.loads((Path(__file__).parent / "family_golden.json").read_text())
+    found = summarise(golden["before"])
+    assert found == golden["after"]
+    assert list(found) == list(golden["after"])
+    assert {entry["init"] for entry in golden["after"]["descendants"]} >= {"scratch", "mmlg", "even", "distil", "tleg"}
+
+
+def test_an_ancestor_of_unknown_cost_has_no_ratios_with_it() -> None:
+    even = [_entry("even", 2, (0.3, 0.4, 0.5), flops=40), _entry("even", 4, (0.3, 0.4, 0.45), flops=40)]
+    known, unknown = _family(*_two_sizes(), *even), _family(*_two_sizes(), *even)
+    unknown["ancestor"] |= {"flops": None, "seconds": None}
+    before, found = summarise(known), summarise(unknown)
+    assert (found["cost_ratio_with_ancestor"], found["break_even_descendants"]) == (None, None)
+    assert found["cost_ratio_with_ancestor_by_baseline"] == {"even": None}
+    with_ancestor = {init: total["flops_with_ancestor"] for init, total in found["totals_by_init"].items()}
+    assert with_ancestor == {"scratch": 1000, "mmlg": None, "even": None}  # scratch needs none
+    for key in ("cost_ratio", "cost_ratio_by_baseline", "cost_ratio_seconds", "storage_ratio_ancestor"):
+        assert found[key] == before[key]
+    assert found["notes"] == [
+        "the ancestor's own training cost is unknown (its weights come from elsewhere): ratios with the ancestor are not defined"
+    ]
+
+
+RUN = {
+    "role": "descendant",
+    "init": "mmlg",
+    "size": {"image_layers": 2, "text_layers": 2, "modality": "both"},
+    "seed": 0,
+    "steps": 10,
+    "stopped_early": True,
+    "flops": 70,
+    "teacher_flops": 30,
+    "kept_features": {"flops": 5, "seconds": 0.5},
+    "seconds": 1.5,
+    "metrics": {"q": 0.5},
+    "metrics_at_0": None,
+    "curve": [{"step": 10, "samples": 80, "flops": 100, "seconds": 1.5, "q": 0.5}],
+    "image_layers": 2,
+    "text_layers": None,
+    "params": 12,
+}
+
+
+def test_a_runs_result_is_read_and_written_unchanged() -> None:
+    run = RunResult.from_json(RUN, "result.json")
+    assert (run.flops + run.teacher_flops, run.kept_features.flops, run.size) == (100, 5, RUN["size"])  # type: ignore[union-attr]
+    assert run.to_json() == RUN
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 1.5}, "steps is not a whole number"),
+        ({"steps": True}, "steps is not a whole number"),
+        ({"flops": "many"}, "flops is not a number"),
+        ({"seconds": float("inf")}, "seconds is not a finite number"),
+        ({"metrics": {"q": float("nan")}}, "metrics.q is not a finite number"),
+        ({"metrics": [0.5]}, "metrics is not an object"),
+        ({"curve": {}}, "curve is not a list"),
+        ({"curve": [{"step": 1}]}, r"curve\[0\].samples is missing"),
+        ({"curve": [RUN["curve"][0], {**RUN["curve"][0], "q": None}]}, r"curve\[1\].q is not a number"),  # type: ignore[index]
+        ({"kept_features": {"flops": 5}}, "kept_features.seconds is missing"),
+        ({"stopped_early": 1}, "stopped_early is not true or false"),
+        ({"role": None}, "role is not text"),
+        ({"init": "magic"}, f"init: 'magic' is not one of {', '.join(INITS)}"),
+    ],
+)
+def test_what_a_result_lacks_is_one_line_with_its_path(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^/run/result\.json is damaged: {message}\. Remove") as raised:
+        RunResult.from_json(RUN | change, "/run/result.json")
+    assert "\n" not in str(raised.value)
+
+
+def test_another_format_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^family\.json: format_version 2 is not supported, 1 is\."):
+        FamilyResult.from_json({"format_version": 2}, "family.json")

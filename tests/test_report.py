@@ -29,6 +29,7 @@ from mmlg_scale.report import (
     si,
     write_report,
 )
+from mmlg_scale.results import DescendantEntry, FamilyResult
 
 METRIC = "mean_recall@1"
 # name of an init -> validation metric at each evaluation, FLOPs between two, seconds between two
@@ -86,6 +87,10 @@ def raw_family(**changes: Any) -> dict[str, Any]:
     }
 
 
+def _summarised(**changes: Any) -> FamilyResult:
+    return summarise(FamilyResult.from_json(raw_family(**changes), "family.json"))
+
+
 class Page(HTMLParser):
     """Rows of all tables as lists of cell texts, all text, and the addresses that the page refers to."""
 
@@ -134,7 +139,7 @@ def test_cost_table_and_totals_by_hand(tmp_path: Path) -> None:
         ["2 + 2", "learngene", "200 k", "37.0 %", "42.0 %", "40.0 %", "yes", "100 G", "3.0 s"],
         ["", "scratch", "200 k", "–", "39.0 %", "40.0 %", "yes", "6 T", "2 min 30 s"],
         ["", "separate distillation", "200 k", "–", "44.0 %", "40.0 %", "yes", "3 T", "80 s"],
-        ["", "even layer picking", "200 k", "19.0 %", "34.0 %", "40.0 %", "no", "2 T", "50 s"],
+        ["", "uniform layer selection", "200 k", "19.0 %", "34.0 %", "40.0 %", "no", "2 T", "50 s"],
     ]
     start = page.rows.index(size_2[0])
     assert page.rows[start : start + 4] == size_2
@@ -144,7 +149,7 @@ def test_cost_table_and_totals_by_hand(tmp_path: Path) -> None:
     assert ours in page.rows
     scratch = ["scratch", "3 of 3", "18 T", "5.45 ×", "18 T", "1.94 ×", "7 min 30 s", "5.6 MB", "–", "39.0 %"]
     assert scratch in page.rows
-    assert ["even layer picking", "0 of 3", "6 T", "1.82 ×", "12 T", "1.29 ×", "2 min 30 s", "4 MB", "19.0 %", "34.0 %"] in page.rows
+    assert ["uniform layer selection", "0 of 3", "6 T", "1.82 ×", "12 T", "1.29 ×", "2 min 30 s", "4 MB", "19.0 %", "34.0 %"] in page.rows
     assert ["separate distillation", "3 of 3", "9 T", "2.73 ×", "15 T", "1.61 ×", "4 min 0 s", "5.6 MB", "–", "44.0 %"] in page.rows
     # (6e12 + 3e12) / (6e12 - 1e11) = 1.53: two descendants.
     assert "costs less than scratch from 2 descendants" in " ".join(page.text.split())
@@ -186,7 +191,7 @@ def test_the_same_family_gives_the_same_bytes_and_summarised_input_too(tmp_path:
     (tmp_path / "family.json").write_text(json.dumps(raw_family()))
     first = write_report(tmp_path).read_bytes()
     assert write_report(tmp_path).read_bytes() == first
-    (tmp_path / "family.json").write_text(json.dumps(summarise(raw_family())))
+    (tmp_path / "family.json").write_text(json.dumps(_summarised().to_json()))
     assert write_report(tmp_path).read_bytes() == first
 
 
@@ -200,13 +205,13 @@ def test_a_family_without_anything_to_compare_is_drawn(tmp_path: Path) -> None:
 
 def test_sizes_differ_by_width_and_seeds_stand_side_by_side() -> None:
     entries = [_entry("mmlg", 2), _entry("mmlg", 2, seed=1), _entry("mmlg", 2, image_width=32, params=1000)]
-    groups = rows_by_size({"descendants": entries})
-    assert [group["label"] for group in groups] == ["2 + 2 (width 32 + 64)", "2 + 2 (width 64 + 64)"]
-    assert [entry["seed"] for entry in groups[1]["entries"]] == [0, 1]
+    groups = rows_by_size([DescendantEntry.from_json(entry, "entry") for entry in entries])
+    assert [group.label for group in groups] == ["2 + 2 (width 32 + 64)", "2 + 2 (width 64 + 64)"]
+    assert [entry.seed for entry in groups[1].entries] == [0, 1]
 
 
 def test_plots_draw_the_entries_values() -> None:
-    family = summarise(raw_family())
+    family = _summarised()
     panels = [axis for axis in plot_curves(family).axes if axis.get_visible()]
     assert [axis.get_title() for axis in panels] == ["2 + 2 layers", "4 + 4 layers", "8 + 8 layers"]
     drawn = {line.get_label(): line.get_xydata().tolist() for line in panels[1].get_lines()}
@@ -218,7 +223,7 @@ def test_plots_draw_the_entries_values() -> None:
     ]
     lines = {line.get_label(): line.get_xydata().tolist() for line in plot_quality(family).axes[0].get_lines()}
     assert lines["learngene, no training"] == [[100_000 * layers, pytest.approx(37)] for layers in SIZES]
-    assert lines["even layer picking"] == [[100_000 * layers, pytest.approx(34)] for layers in SIZES]
+    assert lines["uniform layer selection"] == [[100_000 * layers, pytest.approx(34)] for layers in SIZES]
     assert lines["ancestor"] == [[1_000_000, 50.0]]
 
 
@@ -272,14 +277,17 @@ def _without(*path: str | int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("family", "message"),
     [
-        ([], "no JSON object"),
-        (_without("learngene"), "key learngene is missing"),
-        (_without("ancestor", "params"), "ancestor.params is missing"),
-        (_without("ancestor", "metrics", METRIC), "ancestor.metrics lacks mean_recall@1"),
-        (_without("descendants", 3, "curve"), r"descendants\[3\] lacks curve"),
-        (_without("descendants", 0, "metrics_final", METRIC), r"descendants\[0\] lacks metrics_final.mean_recall@1"),
-        (raw_family(descendants=[_entry("mmlg", 2, curve=[])]), r"descendants\[0\] has a curve without points"),
-        (raw_family(descendants=[{**_entry("mmlg", 2), "init": "magic"}]), r"descendants\[0\] has an unknown init, 'magic'"),
+        ([], "the file is not an object"),
+        (_without("learngene"), "learngene is missing"),
+        (_without("ancestor", "params"), r"ancestor\.params is missing"),
+        (_without("ancestor", "metrics", METRIC), r"ancestor\.metrics\.mean_recall@1 is missing"),
+        (_without("descendants", 3, "curve"), r"descendants\[3\]\.curve is missing"),
+        (_without("descendants", 5, "curve", 1, METRIC), r"descendants\[5\]\.curve\[1\]\.mean_recall@1 is missing"),
+        (_without("descendants", 0, "metrics_final", METRIC), r"descendants\[0\]\.metrics_final\.mean_recall@1 is missing"),
+        (raw_family(descendants=[_entry("mmlg", 2, curve=[])]), r"descendants\[0\]\.curve has no points"),
+        (raw_family(descendants=[_entry("mmlg", 2, params="many")]), r"descendants\[0\]\.params is not a whole number"),
+        (raw_family(descendants=[_entry("mmlg", 2, metrics_at_0={"acc1": 0.5})]), r"descendants\[0\]\.metrics_at_0\.mean_recall@1 is"),
+        (raw_family(descendants=[{**_entry("mmlg", 2), "init": "magic"}]), r"descendants\[0\]\.init: 'magic' is not one of mmlg"),
     ],
 )
 def test_a_damaged_family_is_one_clear_line(tmp_path: Path, family: Any, message: str) -> None:
@@ -302,15 +310,32 @@ def test_missing_and_broken_files_are_one_clear_line(tmp_path: Path) -> None:
 
 def test_console_table_by_hand() -> None:
     console = Console(file=io.StringIO(), width=160)
-    console.print(console_table(summarise(raw_family())))
+    console.print(console_table(_summarised()))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in text.splitlines() if line.startswith("│")]
     assert ["2 + 2", "learngene", "200 k", "37.0 %", "42.0 %", "100 G", "yes"] in rows
-    assert ["8 + 8", "even layer picking", "800 k", "19.0 %", "34.0 %", "2 T", "no"] in rows
+    assert ["8 + 8", "uniform layer selection", "800 k", "19.0 %", "34.0 %", "2 T", "no"] in rows
     caption = " ".join(text.split())
     assert "extraction 3 TFLOP" in caption
-    assert "against scratch 5.45 ×, against even layer picking 1.82 ×, against separate distillation 2.73 ×" in caption
+    assert "against scratch 5.45 ×, against uniform layer selection 1.82 ×, against separate distillation 2.73 ×" in caption
     assert "with the ancestor counted 1.94 ×; storage 20.0 % of the ancestor" in caption
+
+
+def test_an_ancestor_of_unknown_cost_is_drawn_with_dashes(tmp_path: Path) -> None:
+    ancestor = {**raw_family()["ancestor"], "flops": None, "seconds": None}
+    page = _write(tmp_path, raw_family(ancestor=ancestor))
+    assert ["training of the ancestor, once", "–", "–"] in page.rows
+    assert ["learngene", "3 of 3", "3.3 T", "1.00 ×", "–", "–", "50 s", "800 kB", "37.0 %", "42.0 %"] in page.rows
+    assert ["scratch", "3 of 3", "18 T", "5.45 ×", "18 T", "–", "7 min 30 s", "5.6 MB", "–", "39.0 %"] in page.rows
+    text = " ".join(page.text.split())
+    assert "Note: the ancestor's own training cost is unknown" in text
+    assert "there is no break-even" in text
+    assert "no number of descendants" not in text
+    console = Console(file=io.StringIO(), width=160)
+    console.print(console_table(_summarised(ancestor=ancestor)))
+    words = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "against scratch 5.45 ×" in words
+    assert "with the ancestor counted –; storage 20.0 % of the ancestor" in words
 
 
 def test_numbers_in_words() -> None:

@@ -171,14 +171,14 @@ class Meters:
             return
         line = {name: _number(value) for name, value in figures.items()} | self._rates(step)
         for tracker in self.trackers:
-            tracker.scalars(step, line, "training")
+            tracker.scalars(step, line, kind="training")
         self._say(step, line)
         self._reset_window()
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Pass on the metrics of an evaluation."""
         for tracker in self.trackers:
-            tracker.scalars(step, metrics, "evaluation")
+            tracker.scalars(step, metrics, kind="evaluation")
 
     def _rates(self, step: int) -> dict[str, Any]:
         seconds = self.seconds  # waits for the device, so that the window's work is done

@@ -8,13 +8,15 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from torch.utils.tensorboard import SummaryWriter
 
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_text_atomic
+from mmlg_scale.runtime import TrackerName
 
+TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
 Kind = Literal["training", "evaluation"]
 
 
@@ -25,7 +27,7 @@ class Tracker(Protocol):
         """Begin at `step` (0: a fresh run) and drop what an earlier process wrote beyond it, so that nothing is there twice."""
         ...
 
-    def scalars(self, step: int, values: Mapping[str, float], kind: Kind) -> None:
+    def scalars(self, step: int, values: Mapping[str, float], *, kind: Kind) -> None:
         """Take the figures of one step, or the metrics of one evaluation."""
         ...
 
@@ -46,7 +48,7 @@ class JsonLines:
             kept = [line for line in self._path.read_text().splitlines() if 0 < step >= _step_of(line)]
             write_text_atomic(self._path, "".join(f"{line}\n" for line in kept))
 
-    def scalars(self, step: int, values: Mapping[str, float], kind: Kind) -> None:
+    def scalars(self, step: int, values: Mapping[str, float], *, kind: Kind) -> None:
         clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = {"step": step, **clean} if kind == "training" else {"step": step, "evaluation": clean}
         try:
@@ -78,7 +80,7 @@ class TensorBoard:
         # TensorBoard hides what event files of earlier processes hold from purge_step on.
         self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else 0)
 
-    def scalars(self, step: int, values: Mapping[str, float], kind: Kind) -> None:
+    def scalars(self, step: int, values: Mapping[str, float], *, kind: Kind) -> None:
         assert self._writer is not None, "resume_from comes before the first step"
         for name, value in values.items():
             if math.isfinite(value):
@@ -90,7 +92,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, whose id is derived from `config`: a resumed run continues its curves.
+    """A run of Weights & Biases, whose id is derived from `folder` and `config`: a resumed run continues its curves.
 
     WANDB_MODE=offline keeps it in FOLDER/wandb for `wandb sync`.
 
@@ -98,12 +100,12 @@ class WeightsAndBiases:
         UserError: the package is not installed, or the run cannot be started.
     """
 
-    def __init__(self, folder: Path, *, name: str, project: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, *, name: str, project: str | None, config: Mapping[str, Any]) -> None:
         try:
             import wandb
         except ImportError as error:
             raise UserError('runtime.trackers: wandb is not installed. pip install "mmlg-scale[wandb]", or leave it out.') from error
-        identity = hashlib.sha256(json.dumps([str(folder.absolute()), config], sort_keys=True).encode()).hexdigest()[:16]
+        identity = hashlib.sha256(json.dumps([str(folder.resolve()), config], sort_keys=True).encode()).hexdigest()[:16]
         try:
             self._run = wandb.init(
                 project=project,
@@ -117,17 +119,19 @@ class WeightsAndBiases:
             )
         except Exception as error:  # wandb's own kinds, and those of its network libraries
             raise UserError(f"runtime.trackers: wandb does not start ({' '.join(str(error).split())}). Set WANDB_MODE=offline.") from error
-        self._run.define_metric("*", step_metric="step")
         self._first = 0
 
     def resume_from(self, step: int) -> None:
-        self._first = step  # what is logged again has the same step, and the step is the axis
+        self._first = step
 
-    def scalars(self, step: int, values: Mapping[str, float], kind: Kind) -> None:
-        self._run.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
+    def scalars(self, step: int, values: Mapping[str, float], *, kind: Kind) -> None:
+        if 0 < self._first >= step:
+            return  # an earlier process logged it
+        # Under its own step: what a killed process logged beyond the resume point, the server keeps once and does not take again.
+        self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class Forgiving:
@@ -148,20 +152,22 @@ class Forgiving:
     def resume_from(self, step: int) -> None:
         self._try(lambda: self._tracker.resume_from(step))
 
-    def scalars(self, step: int, values: Mapping[str, float], kind: Kind) -> None:
-        self._try(lambda: self._tracker.scalars(step, values, kind))
+    def scalars(self, step: int, values: Mapping[str, float], *, kind: Kind) -> None:
+        self._try(lambda: self._tracker.scalars(step, values, kind=kind))
 
     def close(self) -> None:
         self._try(self._tracker.close)
 
 
-def make_trackers(names: Sequence[str], folder: Path, *, name: str, project: str, config: Mapping[str, Any]) -> list[Tracker]:
+def make_trackers(
+    names: Sequence[TrackerName], folder: Path, *, name: str, project: str | None, config: Mapping[str, Any]
+) -> list[Tracker]:
     """The trackers of a run in `folder`; only metrics.jsonl may end it.
 
     Args:
         names: of `runtime.TrackerName`.
         name: of the run, where a tracker shows one.
-        project: of Weights & Biases.
+        project: of Weights & Biases; None: its own default.
         config: what the run is, for the record.
     """
     found: list[Tracker] = []

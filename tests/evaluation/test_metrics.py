@@ -16,6 +16,7 @@ from mmlg_scale.errors import UserError
 from mmlg_scale.evaluation.evaluate import encode_in_chunks
 from mmlg_scale.evaluation.retrieval import recall_at_k, retrieval_ranks
 from mmlg_scale.evaluation.zeroshot import class_embeddings, zero_shot_metrics
+from mmlg_scale.metric_names import METRICS, RETRIEVAL, ZERO_SHOT, check_metric
 
 
 def test_several_captions_by_brute_force() -> None:
@@ -30,7 +31,9 @@ def test_several_captions_by_brute_force() -> None:
         assert found[f"image_retrieval_recall@{k}"] == pytest.approx(np.mean(hits))
         hits = [n in owners[np.argsort(-(text @ image[n]))[:k]] for n in range(len(image))]
         assert found[f"text_retrieval_recall@{k}"] == pytest.approx(np.mean(hits))
-    assert found["mean_recall@1"] == pytest.approx((found["image_retrieval_recall@1"] + found["text_retrieval_recall@1"]) / 2)
+        both = (found[f"image_retrieval_recall@{k}"] + found[f"text_retrieval_recall@{k}"]) / 2
+        assert found[f"mean_recall@{k}"] == pytest.approx(both)
+    assert set(found) == set(RETRIEVAL)
 
 
 def test_ties_count_against_the_model_and_nan_is_no_hit() -> None:
@@ -92,3 +95,22 @@ def test_ranks_share_the_encoding(tmp_path: Path) -> None:
         found, calls = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert torch.equal(found, torch.stack([inputs.sum(dim=1), inputs[:, 0] * 7], dim=1))
         assert calls == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("recall@5", "mean_recall@5"), ("mean_recal@10", "mean_recall@10"), ("acc_1", "acc1"), ("recall@1", "mean_recall@1")]
+)
+def test_an_unknown_metric_names_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(UserError, match=rf"^recipe key evaluation\.metric: '{name}' is unknown\. Did you mean {near}\? Known: ") as raised:
+        check_metric(name, has_classes=True)
+    assert all(known in str(raised.value) for known in METRICS)
+
+
+def test_zero_shot_metrics_need_classes() -> None:
+    for name in METRICS:
+        check_metric(name, has_classes=True)
+    for name in RETRIEVAL:
+        check_metric(name, has_classes=False)
+    for name in ZERO_SHOT:
+        with pytest.raises(UserError, match=rf"{name} needs classes, the data set has none \(no classes\.json\)\. Use mean_recall@1\."):
+            check_metric(name, has_classes=False)

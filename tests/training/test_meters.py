@@ -14,6 +14,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmlg_scale.training.meters import Meters, measure_peak_flops
+from mmlg_scale.training.trackers import make_trackers
 
 
 class Clock:
@@ -32,7 +33,8 @@ class Clock:
 def _meters(folder: Path, clock: Clock, **changes: Any) -> Meters:
     settings: dict[str, Any] = {"name": "run", "device": torch.device("cpu"), "log_every": 2, "peak_flops": 1e4}
     settings |= {"console": Console(file=io.StringIO(), width=200)} | changes
-    return Meters(folder, settings.pop("total_steps", 5), clock=clock, **settings)
+    trackers = make_trackers(["jsonl", "tensorboard"], folder, name="run", project=None, config={}) if settings.get("enabled", True) else []
+    return Meters(trackers, settings.pop("total_steps", 5), clock=clock, **settings)
 
 
 def _step(meters: Meters, clock: Clock, step: int, *, loss: float = 1.0, seconds: float = 2.0, wait: float = 0.0) -> None:
@@ -98,7 +100,7 @@ def test_a_run_without_steps_takes_no_time(tmp_path: Path) -> None:
     assert meters.seconds == 0.0
 
 
-def test_a_resumed_run_goes_on_without_doubling(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_without_doubling(tmp_path: Path) -> None:
     clock = Clock()
     meters = _meters(tmp_path, clock)
     meters.resume_from(0)
