@@ -33,6 +33,7 @@ from mmlg_scale.learngene.structure import Structure
 from mmlg_scale.metric_names import check_metric
 from mmlg_scale.recipe_file import to_content
 from mmlg_scale.report import console_table, retrieval_samples, write_report
+from mmlg_scale.results import FORMAT_VERSION, FamilyResult
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.folder import IDENTITY_FILE, RESULT_FILE, differences, has_work, hold, result_of, set_aside
 from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole, Role, features_identity, recipe_config
@@ -153,7 +154,7 @@ class Plan:
         self._train(folder.name, folder, needs, role.training.steps, role, *words)
 
 
-def run_family(settings: recipe.Recipe, runtime: Runtime, out: Path, *, launcher: Launcher | None = None) -> dict[str, Any]:
+def run_family(settings: recipe.Recipe, runtime: Runtime, out: Path, *, launcher: Launcher | None = None) -> FamilyResult:
     """Run what is not complete in `out` and write family.json and report.html; returns the family.
 
     Raises:
@@ -182,7 +183,7 @@ def run_family(settings: recipe.Recipe, runtime: Runtime, out: Path, *, launcher
         except StepFailed as error:
             raise UserError(f"{error} Start the same command to resume.") from error
         family = assemble(plan)
-        write_json_atomic(out / "family.json", family)
+        write_json_atomic(out / "family.json", family.to_json())
         _draw_samples(plan)
         report = write_report(out)
     console.print(console_table(family))
@@ -313,7 +314,7 @@ def _parallel(runtime: Runtime) -> int:
     return max(1, cores // (runtime.num_processes * (runtime.threads or cores)))
 
 
-def assemble(plan: Plan) -> dict[str, Any]:
+def assemble(plan: Plan) -> FamilyResult:
     """family.json's content from the steps' results: of the recipe's members, whatever else is in the folder."""
     settings = plan.settings
     ancestor, learngene = _result(plan.ancestor), _result(plan.learngene("mmlg"))
@@ -321,7 +322,7 @@ def assemble(plan: Plan) -> dict[str, Any]:
     if settings.model.weights is not None:
         cost = _cost_of_weights(Path(settings.model.weights))
     family = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "metric": settings.evaluation.metric,
         "ancestor": {
             **{key: ancestor[key] for key in ("params", "metrics", "image_layers", "text_layers", "curve")},
@@ -337,7 +338,7 @@ def assemble(plan: Plan) -> dict[str, Any]:
         "environment": environment(plan.runtime),
         "recipe": to_content(plan.given, plan.runtime),
     }
-    return summarise(family)
+    return summarise(FamilyResult.from_json(family, "family.json"))
 
 
 def _result(folder: Path) -> dict[str, Any]:
