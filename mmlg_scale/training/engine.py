@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,7 +31,7 @@ def start_ranks(runtime: Runtime) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if use_cuda else "gloo"
-        if "RANK" in os.environ:
+        if "MASTER_ADDR" in os.environ:  # torchrun's, or a scheduler's
             dist.init_process_group(backend)
         else:
             # A store in this process: no port that another run on this host could hold.
@@ -40,12 +41,20 @@ def start_ranks(runtime: Runtime) -> torch.device:
 
 
 def stop_ranks() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        # DeepSpeed keeps the group, and so its threads, alive. One of gloo's may still have to let go of the last tensors, for which it
-        # needs the interpreter: where that has ended, it aborts the process.
-        time.sleep(0.1)
+    """Leave the process group. Another may be started in this process afterwards: a notebook's next session."""
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    if "deepspeed" in sys.modules:
+        from deepspeed.comm import comm
+        from deepspeed.utils import groups
+
+        # What DeepSpeed remembers of the group that is gone; the next start makes its own.
+        comm.cdb = None
+        groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    # One of gloo's threads may still have to let go of the last tensors, for which it needs the interpreter: where that has ended, it
+    # aborts the process.
+    time.sleep(0.1)
 
 
 def autocast_of(precision: str, device: torch.device) -> AbstractContextManager[Any]:

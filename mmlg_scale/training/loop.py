@@ -81,7 +81,8 @@ def train(
     if evaluate_first and not progress.curve:
         _evaluate(progress, stage, meters, evaluate)
 
-    stream = iter(batches(progress.step))
+    # A model that is not trained, as weights from elsewhere, needs no training data.
+    stream = iter(batches(progress.step) if progress.step < training.steps else ())
     while progress.step < training.steps and not progress.stopped_early:
         step = progress.step
         with meters.loader_wait():

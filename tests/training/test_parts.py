@@ -17,6 +17,7 @@ from mmlg_scale.training.loop import rate_factor
 from mmlg_scale.training.meters import Meters
 from mmlg_scale.training.stages import ClipStage, ExtractionStage, parameter_groups
 from mmlg_scale.training.teacher import LiveTeacher, tap_layers
+from mmlg_scale.training.trackers import JsonLines
 from tests.training.tiny import CONFIG, build_stage
 
 
@@ -157,7 +158,7 @@ def test_depths_are_drawn_by_seed_and_step_alone() -> None:
 
 
 def test_a_resumed_run_has_every_line_once(tmp_path: Path) -> None:
-    meters = Meters(tmp_path, 40, name="x", device=torch.device("cpu"), log_every=10)
+    meters = Meters([JsonLines(tmp_path)], 40, name="x", device=torch.device("cpu"), log_every=10)
     meters.resume_from(0)
     for step in range(1, 31):
         meters.step(step, {"loss": torch.tensor(float(step)), "learning_rate": 0.1}, num_samples=4, flops=8)
@@ -166,7 +167,7 @@ def test_a_resumed_run_has_every_line_once(tmp_path: Path) -> None:
     meters.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 40, "lo')  # a kill in the middle of a line
-    meters = Meters(tmp_path, 40, name="x", device=torch.device("cpu"), log_every=10)
+    meters = Meters([JsonLines(tmp_path)], 40, name="x", device=torch.device("cpu"), log_every=10)
     meters.load_state_dict({"seconds": seconds + 100})
     meters.resume_from(20)
     for step in range(21, 41):
