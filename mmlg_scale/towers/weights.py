@@ -126,7 +126,9 @@ def finite(name: str, tensor: Tensor, path: Path) -> Tensor:
     tensor = tensor.detach().float()
     if not torch.isfinite(tensor).all():
         num = int((~torch.isfinite(tensor)).sum())
-        raise UserError(f"{path}: {name} holds {num} of {tensor.numel()} numbers that are NaN or infinite. Use weights saved before that happened.")
+        raise UserError(
+            f"{path}: {name} holds {num} of {tensor.numel()} numbers that are NaN or infinite. Use weights saved before that happened."
+        )
     return tensor
 
 

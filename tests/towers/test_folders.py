@@ -31,8 +31,8 @@ from tests.towers.models import (
     pictures,
     small_bpe,
     state_of,
-    word_tokenizer,
     without,
+    word_tokenizer,
 )
 
 WORDS = word_tokenizer("two small red squares above a circle dog cat runs sleeps word")

@@ -43,7 +43,9 @@ def model_of(act: str, *, vision: dict[str, Any] = VISION, text: dict[str, Any] 
 def their_features(model: Any, config: Any) -> tuple[Tensor, Tensor]:
     images, texts = batch(config)
     with torch.no_grad():
-        return model.visual_projection(model.vision_model(images).pooler_output), model.text_projection(model.text_model(texts).pooler_output)
+        return model.visual_projection(model.vision_model(images).pooler_output), model.text_projection(
+            model.text_model(texts).pooler_output
+        )
 
 
 def save(model: Any, folder: Path, form: str = "safetensors") -> None:

@@ -35,7 +35,17 @@ def no_configuration() -> dict[str, str]:
 
 
 def unigrams() -> dict[str, str]:
-    pieces = [("<pad>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁a", -2.5), ("▁dog", -3.0), ("wor", -4.0), ("d", -4.5), ("▁two", -3.5), ("</s>", 0.0)]
+    pieces = [
+        ("<pad>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -2.0),
+        ("▁a", -2.5),
+        ("▁dog", -3.0),
+        ("wor", -4.0),
+        ("d", -4.5),
+        ("▁two", -3.5),
+        ("</s>", 0.0),
+    ]
     fast = FastTokenizer(models.Unigram(pieces, unk_id=1))
     fast.pre_tokenizer = pre_tokenizers.Metaspace()
     fast.add_special_tokens(["<pad>", "<unk>", "</s>"])

@@ -274,7 +274,11 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("text width.pt", of(changed(PLAIN, "text_cfg", width=24)), "has text width 24, the recipe asks for 16"),
     ("vocabulary.pt", of(changed(PLAIN, "text_cfg", vocab_size=21)), "has a vocabulary of 21 tokens, the recipe asks for 20"),
     ("context.pt", of(changed(PLAIN, "text_cfg", context_length=9)), "has a context of 9 tokens, the recipe asks for 8"),
-    ("image.pt", of(changed(PLAIN, "vision_cfg", image_size=24)), "has 10 image positions (patches and class token), the recipe asks for 5"),
+    (
+        "image.pt",
+        of(changed(PLAIN, "vision_cfg", image_size=24)),
+        "has 10 image positions (patches and class token), the recipe asks for 5",
+    ),
     ("patch.pt", of(changed(PLAIN, "vision_cfg", patch_size=4, image_size=8)), "has patches of 4 pixels, the recipe asks for 8"),
     ("joint.pt", of({**PLAIN, "embed_dim": 12}), "has a joint embedding of width 12, the recipe asks for 16"),
     ("mlp.pt", of(changed(PLAIN, "text_cfg", mlp_ratio=2.0)), "has text MLPs of width 32, the recipe asks for 64"),
