@@ -118,17 +118,15 @@ def fit_state(state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path
 
 
 def finite(name: str, tensor: Tensor, path: Path) -> Tensor:
-    """The tensor in fp32.
+    """A copy of the tensor in fp32, which no longer hangs on the file.
 
     Raises:
         UserError: it holds NaN or infinity, as fp32.
     """
-    tensor = tensor.detach().float()
+    tensor = tensor.detach().to(torch.float32, copy=True).contiguous()
     if not torch.isfinite(tensor).all():
         num = int((~torch.isfinite(tensor)).sum())
-        raise UserError(
-            f"{path}: {name} holds {num} of {tensor.numel()} numbers that are NaN or infinite. Use weights saved before that happened."
-        )
+        raise UserError(f"{path}: {name} holds {num} of {tensor.numel()} numbers that are NaN or infinite. Use weights from before.")
     return tensor
 
 

@@ -118,6 +118,18 @@ def assert_one_line(work: Callable[[], Any], names: str, *keywords: str) -> str:
     return message
 
 
+def is_refused(work: Callable[[], Any]) -> bool:
+    """Whether `work` raises a UserError, which then is of one printable line; any other exception passes through."""
+    try:
+        work()
+    except UserError as error:
+        message = str(error)
+    else:
+        return False
+    assert message.isprintable(), ascii(message)
+    return True
+
+
 def word_tokenizer(words: str) -> dict[str, str]:
     """Files of a word tokenizer as transformers writes them; the end token has the highest id."""
     tokens = ["[PAD]", "<unk>", "<start_of_text>", *sorted(set(words.split())), "<end_of_text>"]

@@ -17,11 +17,9 @@ def test_the_plain_vits_that_open_clip_ships_are_supported() -> None:
     supported = []
     for name in towers.architecture_names():
         original = towers.open_clip.get_model_config(name)
+        odd = ("timm", "hf_", "no_causal", "pool", "ls_")
         is_plain = set(original) <= {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"} and not {
-            key
-            for tower in ("vision_cfg", "text_cfg")
-            for key in original[tower]
-            if key.startswith(("timm", "hf_", "no_causal", "pool", "ls_"))
+            key for tower in ("vision_cfg", "text_cfg") for key in original[tower] if key.startswith(odd)
         }
         is_plain = is_plain and not isinstance(original["vision_cfg"]["layers"], list)
         try:

@@ -213,7 +213,7 @@ def weighed(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path
         (described(model_cfg=changed(PLAIN, "vision_cfg", layers=2)), "has shape (48,), tower.json asks for none"),
         (
             described(model_cfg=changed(PLAIN, "vision_cfg", image_size=24)),
-            "positional_embedding has shape (5, 16), tower.json asks for (10, 16)",
+            "has shape (5, 16), tower.json asks for (10, 16)",
         ),
         (weighed(lambda state: state.pop("proj")), "proj has shape none"),
         (weighed(lambda state: state["proj"].fill_(float("inf"))), "proj holds 256 of 256 numbers"),
