@@ -341,7 +341,7 @@ DAMAGE: list[tuple[str, Change, str]] = [
     ("weights: depth", edited(vision_cfg={"layers": 4}), "holds 3 image layers, open_clip_config.json asks for 4"),
     ("weights: NaN", weights_with(lambda state: state["visual.proj"].fill_(float("nan"))), "visual.proj holds"),
     ("weights: no scale", weights_with(lambda state: state.pop("logit_scale")), "holds no logit_scale"),
-    ("no tokenizer", removed("tokenizer.json"), "names a tokenizer (text_cfg.hf_tokenizer_name), but there is no readable tokenizer.json"),
+    ("no tokenizer", removed("tokenizer.json"), "names a tokenizer (text_cfg.hf_tokenizer_name), but there is no tokenizer.json"),
     ("tokenizer: damaged", file_is("tokenizer.json", b'{"version": "1.0"}'), "tokenizer.json is damaged"),
     ("tokenizer: cut", file_is("tokenizer.json", b'{"version": '), "tokenizer.json is not JSON"),
     ("tokenizer: broken link", linked("tokenizer_config.json"), "is a broken link to"),
