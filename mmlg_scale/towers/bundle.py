@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from mmlg_scale.towers.tokenizer import (
     tokenizer_from_files,
     told,
 )
-from mmlg_scale.towers.weights import OPEN_CLIP_CONFIG, finite, fit_state, load_weights, read_state, warn_of_activation
+from mmlg_scale.towers.weights import OPEN_CLIP_CONFIG, check_kind, finite, fit_state, load_weights, read_state, warn_of_activation
 
 CONFIG_FILE, WEIGHTS_FILE = OPEN_CLIP_CONFIG, "open_clip_model.safetensors"
 TOWER_FILE, TOWER_WEIGHTS_FILE = "tower.json", "open_clip_tower.safetensors"
@@ -194,6 +195,8 @@ def load_tower(folder: Path) -> VisionTransformer | TextTransformer:
         raise UserError(f"{where}: modality is {shown(modality)!r}. Use one of: {', '.join(MODALITIES)}.")
     config = model_config(description.get("model_cfg"), where=f"{where}: model_cfg")
     found, _ = read_tensors(path)
+    for name, value in found.items():
+        check_kind(name, value, path)
     expected = {name: tuple(tensor.shape) for name, tensor in _meta_tower(config, modality).state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     for name in sorted({*expected, *shapes}):
@@ -229,7 +232,7 @@ def _replaced(out: Path, written: set[str], overwrite: bool) -> set[str]:
     Raises:
         UserError: `out` is no folder or holds something that may not be replaced.
     """
-    if not out.exists() and not out.is_symlink():
+    if not os.path.lexists(out):
         return set()
     if not out.is_dir():
         raise UserError(f"{out} is there and is no folder. Give another --out.")
@@ -291,7 +294,7 @@ def load_clip(folder: Path) -> Bundle:
 def _load_folder(folder: Path, config: Mapping[str, Any] | None) -> Bundle:
     for name in (CONFIG_FILE, hugging_face.CONFIG_FILE):
         path = folder / name
-        if path.exists() or path.is_symlink():
+        if os.path.lexists(path):
             content = read_json(path, "model configuration", "Take the one that the model was published with.")
             return _load_open_clip(folder, content) if name == CONFIG_FILE else _load_hugging_face(folder, content, config)
     raise UserError(f"{folder} holds no {CONFIG_FILE} and no config.json: not a model folder. Give one that mmlg train or open_clip wrote.")
@@ -358,20 +361,23 @@ def _checked(model: Bundle, folder: Path) -> Bundle:
 
 
 def _own_tokenizer(folder: Path) -> Tokenizer:
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder}: {CONFIG_FILE} names a tokenizer (text_cfg.hf_tokenizer_name), but there is no readable tokenizer.json.")
+    if not os.path.lexists(folder / "tokenizer.json"):
+        raise UserError(
+            f"{folder}: {CONFIG_FILE} names a tokenizer (text_cfg.hf_tokenizer_name), but there is no tokenizer.json. Take the folder as "
+            "it was published."
+        )
     return tokenizer_from_files(_tokenizer_files(folder), str(folder))
 
 
 def _tokenizer_files(folder: Path) -> dict[str, str]:
-    present = [name for name in TOKENIZER_FILES if (folder / name).exists() or (folder / name).is_symlink()]
+    present = [name for name in TOKENIZER_FILES if os.path.lexists(folder / name)]
     return {name: read_text(folder / name, "tokenizer file", _AGAIN, MAX_TOKENIZER_BYTES) for name in present}
 
 
 def _weights_in(folder: Path, names: Sequence[str]) -> Path:
     """The file that open_clip takes: the first of these names that is there, otherwise the only file of weights."""
     for name in names:
-        if (folder / name).exists() or (folder / name).is_symlink():
+        if os.path.lexists(folder / name):
             return folder / name
     if sharded := sorted(path.name for path in folder.glob("*.index.json")):
         raise UserError(f"{folder} has its weights in several files ({shown(sharded[0])}). Save them as one {names[0]}.")

@@ -134,9 +134,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], str]:
         UserError: what the file holds cannot be read as a state dict, with the reason.
     """
     hint = "Fetch it again, or save the model's state_dict() as safetensors."
-    if path.suffix.lower() not in WEIGHT_SUFFIXES and not path.is_dir():
+    size = require_file(path, "file of weights", "Give the path of an existing one, or of a model folder.")
+    if path.suffix.lower() not in WEIGHT_SUFFIXES:
         raise UserError(f"{path} is no file of weights by its name. Give one of {', '.join(WEIGHT_SUFFIXES)}, or a model folder.")
-    size = require_file(path, "file of weights", "Give the path of an existing one.")
     try:
         with open(path, "rb") as file:
             head = file.read(256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -207,7 +208,7 @@ def preprocess_of(folder: Path, image_size: int) -> Preprocess:
     hint = "Take the one that the model was published with."
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = folder / name
-        if not path.exists() and not path.is_symlink():
+        if not os.path.lexists(path):
             continue
         content = read_json(path, "preprocessing configuration", hint)
         if name == "processor_config.json":

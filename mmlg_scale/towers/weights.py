@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -97,7 +98,7 @@ def read_state(path: Path) -> tuple[dict[str, Any], bool]:
     is_openai = "input_resolution" in state
     state = {name: value for name, value in state.items() if name.rpartition(".")[2] not in _NO_WEIGHTS}
     for name, value in state.items():
-        _check_kind(name, value, path)
+        check_kind(name, value, path)
     if hugging_face.is_hugging_face(state):
         state = hugging_face.from_hugging_face(state)
     return state, is_openai
@@ -118,17 +119,15 @@ def fit_state(state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path
 
 
 def finite(name: str, tensor: Tensor, path: Path) -> Tensor:
-    """The tensor in fp32.
+    """A copy of the tensor in fp32, which no longer hangs on the file.
 
     Raises:
         UserError: it holds NaN or infinity, as fp32.
     """
-    tensor = tensor.detach().float()
+    tensor = tensor.detach().to(torch.float32, copy=True).contiguous()
     if not torch.isfinite(tensor).all():
         num = int((~torch.isfinite(tensor)).sum())
-        raise UserError(
-            f"{path}: {name} holds {num} of {tensor.numel()} numbers that are NaN or infinite. Use weights saved before that happened."
-        )
+        raise UserError(f"{path}: {name} holds {num} of {tensor.numel()} numbers that are NaN or infinite. Use weights from before.")
     return tensor
 
 
@@ -160,7 +159,8 @@ def _bare(name: str) -> str:
     return ".".join(parts)
 
 
-def _check_kind(name: str, value: Any, path: Path) -> None:
+def check_kind(name: str, value: Any, path: Path) -> None:
+    """Raise UserError for anything but a dense CPU tensor of floating point numbers."""
     if not isinstance(value, Tensor):
         raise UserError(f"{path}: {shown(name)} is a {type(value).__name__}, not a tensor. Save the model's state_dict() by itself.")
     if value.is_quantized or not value.is_floating_point():
@@ -173,7 +173,7 @@ def _activation_beside(path: Path) -> tuple[Path, bool] | None:
     """The configuration in the same folder, and whether it says QuickGELU; None where none says anything of a CLIP."""
     for name in (OPEN_CLIP_CONFIG, hugging_face.CONFIG_FILE):
         beside = path.parent / name
-        if not beside.exists():
+        if not os.path.lexists(beside):
             continue
         try:
             content = read_json(beside, "configuration", "Remove or replace it.")

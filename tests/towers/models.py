@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -55,8 +56,13 @@ def changed(config: Mapping[str, Any], tower: str, **fields: Any) -> dict[str, A
 
 
 def clip_of(config: Mapping[str, Any]) -> towers.CLIP:
-    """Every tensor random, so that a wrong place would show."""
-    clip = towers.build_clip(towers.model_config(config), seed=1).eval()
+    """Every tensor random, so that a wrong place would show. The same object each time: not to be changed."""
+    return _clip_of(json.dumps(config))
+
+
+@functools.cache
+def _clip_of(config: str) -> towers.CLIP:
+    clip = towers.build_clip(towers.model_config(json.loads(config)), seed=1).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in clip.named_parameters():
@@ -116,6 +122,18 @@ def assert_one_line(work: Callable[[], Any], names: str, *keywords: str) -> str:
     for keyword in keywords:
         assert keyword in message, message
     return message
+
+
+def is_refused(work: Callable[[], Any]) -> bool:
+    """Whether `work` raises a UserError, which then is of one printable line; any other exception passes through."""
+    try:
+        work()
+    except UserError as error:
+        message = str(error)
+    else:
+        return False
+    assert message.isprintable(), ascii(message)
+    return True
 
 
 def word_tokenizer(words: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmlg_scale import towers
-from mmlg_scale.errors import UserError
 from mmlg_scale.towers.bundle import CONFIG_FILE, WEIGHTS_FILE
 from tests.towers.models import (
     CAPTIONS,
@@ -26,6 +25,7 @@ from tests.towers.models import (
     assert_one_line,
     changed,
     clip_of,
+    is_refused,
     loaded,
     open_clip_folder,
     pictures,
@@ -341,7 +341,7 @@ DAMAGE: list[tuple[str, Change, str]] = [
     ("weights: depth", edited(vision_cfg={"layers": 4}), "holds 3 image layers, open_clip_config.json asks for 4"),
     ("weights: NaN", weights_with(lambda state: state["visual.proj"].fill_(float("nan"))), "visual.proj holds"),
     ("weights: no scale", weights_with(lambda state: state.pop("logit_scale")), "holds no logit_scale"),
-    ("no tokenizer", removed("tokenizer.json"), "names a tokenizer (text_cfg.hf_tokenizer_name), but there is no readable tokenizer.json"),
+    ("no tokenizer", removed("tokenizer.json"), "names a tokenizer (text_cfg.hf_tokenizer_name), but there is no tokenizer.json"),
     ("tokenizer: damaged", file_is("tokenizer.json", b'{"version": "1.0"}'), "tokenizer.json is damaged"),
     ("tokenizer: cut", file_is("tokenizer.json", b'{"version": '), "tokenizer.json is not JSON"),
     ("tokenizer: broken link", linked("tokenizer_config.json"), "is a broken link to"),
@@ -353,10 +353,10 @@ DAMAGE: list[tuple[str, Change, str]] = [
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "model"
     write_folder(folder, *FOLDERS["own words"])
-    yield folder
+    return folder
 
 
 @pytest.mark.parametrize(("name", "change", "said"), DAMAGE, ids=[row[0] for row in DAMAGE])
@@ -387,11 +387,7 @@ def test_any_change_of_the_configuration_is_one_line_or_a_model(whole: Path, tmp
             if place:
                 inner[place[-1]] = kind
             (folder / CONFIG_FILE).write_text(json.dumps(new if place else kind))
-            try:
-                towers.load_clip(folder)
-            except UserError as error:
-                refused += 1
-                assert str(error).isprintable()
+            refused += is_refused(lambda: towers.load_clip(folder))
     assert refused > 150
 
 
