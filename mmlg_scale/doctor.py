@@ -99,7 +99,7 @@ def _attention() -> tuple[str, str, str]:
         return "ok", f"{found}; flash-attn", ""
     if not torch.cuda.is_available():
         return "ok", found, ""
-    return "absent", f"{found}; no flash-attn", "Torch's own is used; pip install mmlg-scale[flash] adds flash-attn."
+    return "absent", f"{found}; no flash-attn", "Torch's own attention is used; nothing to do."
 
 
 def _communication() -> tuple[str, str, str]:

@@ -1,8 +1,9 @@
 """Recipes as YAML files and command-line options, together with the runtime.
 
 A recipe is a YAML file with the fields of `recipe.Recipe` and, under `runtime`, those of `runtime.Runtime`; every field can be overridden
-by its dotted name (``--extraction.training.steps 200``). jsonargparse does the parsing: it is the one library that gives nested dataclasses,
-YAML files, dotted overrides, ranges of numbers and help from docstrings together. The dataclasses are built here, never by the parser.
+by its dotted name (``--extraction.training.steps 200``). jsonargparse does the parsing: it is the one library that gives nested
+dataclasses, YAML files, dotted overrides, ranges of numbers and help from docstrings together. The dataclasses are built here, never by
+the parser.
 """
 
 from __future__ import annotations

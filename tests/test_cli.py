@@ -180,8 +180,8 @@ def test_runtime_keys_in_the_wrong_place_are_shown_the_right_one(tmp_path: Path,
         ({"embed_dim": 8}, "needs embed_dim, vision_cfg and text_cfg"),
         ({**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "widht": 3}}, "vision_cfg.widht: unknown. Nearest valid key: width"),
         ({**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "width": 20}}, "not a multiple of head_width"),
-        ({**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "timm_model_name": "x"}}, "not carried"),
-        ({**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "hf_model_name": "x"}}, "not carried"),
+        ({**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "timm_model_name": "x"}}, "not supported"),
+        ({**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "hf_model_name": "x"}}, "not supported"),
     ],
 )
 def test_architectures_that_are_not_supported(config, said: str) -> None:

@@ -170,7 +170,7 @@ def test_training_refuses_another_tokenizer_and_says_what_to_do(folder: Path, da
         if role is AncestorRole:
             settings.model.weights = str(folder)
         made = ExtractionRole(settings, folder) if role is ExtractionRole else AncestorRole(settings)
-        with pytest.raises(UserError, match="Set data.tokenizer to model") as error:
+        with pytest.raises(UserError, match=r"Set data\.tokenizer to model") as error:
             run_role(made, tmp_path / role.__name__, Runtime())
         assert "tokenizer" in str(error.value)
         assert not (tmp_path / role.__name__ / "result.json").exists()
@@ -187,7 +187,7 @@ def test_tokenizers_of_one_size_are_told_apart(data: Path, tmp_path: Path) -> No
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "tokenizer.json").write_text(model.spec.tokenizer.files["tokenizer.json"])
     pack_table(data / "pairs.csv", tmp_path / "set", PackSettings(tokenizer=str(tmp_path / "own" / "tokenizer.json")))
-    with pytest.raises(UserError, match="Set data.tokenizer to model"):
+    with pytest.raises(UserError, match=r"Set data\.tokenizer to model"):
         run_role(ExtractionRole(settings_for(tmp_path / "set"), tmp_path / "m"), tmp_path / "gene", Runtime())
 
 

@@ -144,26 +144,3 @@ class Corpus:
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Token ids at the model's context length, int64 [N, T]."""
         return self.spec.tokenizer(texts, self.spec.context_length)
-
-
-def corpus_for(pairs: PairSet, spec: ModelSpec, *, from_data: bool) -> Corpus:
-    """`pairs` as the model `spec` reads them.
-
-    Args:
-        from_data: the tokenizer was chosen for a model that is trained from scratch, so that its vocab_size can still follow.
-
-    Raises:
-        UserError: the tokenizer gives ids for which the model has no embedding.
-    """
-    vocab_size = spec.config["text_cfg"]["vocab_size"]
-    if spec.tokenizer.vocab_size > vocab_size:
-        if from_data:
-            raise UserError(
-                f"the tokenizer for {pairs.root} has {spec.tokenizer.vocab_size} tokens, recipe key model has vocab_size {vocab_size}. "
-                "Leave vocab_size out to take the tokenizer's."
-            )
-        raise UserError(
-            f"the model's tokenizer has {spec.tokenizer.vocab_size} tokens, its text_cfg.vocab_size is {vocab_size}. "
-            "Its tokenizer files are another model's: put its own beside the weights."
-        )
-    return Corpus(pairs, spec)

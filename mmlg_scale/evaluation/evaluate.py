@@ -76,6 +76,7 @@ class _Loaded:
 
     def __init__(self, model: Path, data: Path, split: str) -> None:
         bundle = towers.load_clip(model)
+        bundle.spec.require_tokenizer(str(model))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.clip = towers.build_clip(bundle.spec.config, seed=0)
         self.clip.load_state_dict(bundle.state)

@@ -17,7 +17,7 @@ from mmlg_scale.training.checkpoint import Checkpoints
 from mmlg_scale.training.engine import Engine
 from mmlg_scale.training.inputs import Inputs
 from mmlg_scale.training.meters import Meters
-from mmlg_scale.training.stages import Stage
+from mmlg_scale.training.stages import Stage, Terms
 from mmlg_scale.training.step import compute_gradients
 
 Curve = list[dict[str, Any]]
@@ -44,6 +44,16 @@ def rate_factor(step: int, training_steps: int, warmup_fraction: float) -> float
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, training_steps - warmup)))
+
+
+def train_step(stage: Stage, engine: Engine, batch: Batch, step: int) -> tuple[Tensor, Terms]:
+    """One optimiser step on this rank's batch; returns its loss and the loss's terms, detached. Collective."""
+    inputs = Inputs(batch.image_uint8_BCHW, batch.text_BT, samples=batch.samples_B2).to(engine.device)
+    inputs = replace(inputs, image=stage.spec.preprocess(inputs.image))
+    loss, terms = compute_gradients(stage, engine, inputs, step)
+    training = stage.training
+    engine.step(rate_factor(step, training.steps, training.optimizer.warmup_fraction))
+    return loss, terms
 
 
 def train(
@@ -87,11 +97,7 @@ def train(
         step = progress.step
         with meters.loader_wait():
             batch = next(stream)
-        inputs = Inputs(batch.image_uint8_BCHW, batch.text_BT, samples=batch.samples_B2).to(engine.device)
-        inputs = replace(inputs, image=stage.spec.preprocess(inputs.image))
-        loss, terms = compute_gradients(stage, engine, inputs, step)
-        engine.step(rate_factor(step, training.steps, training.optimizer.warmup_fraction))
-
+        loss, terms = train_step(stage, engine, batch, step)
         student_flops, teacher_flops = (per_sample * training.batch_size for per_sample in stage.flops(step))
         progress.step += 1
         progress.flops += student_flops

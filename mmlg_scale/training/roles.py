@@ -85,7 +85,9 @@ def fresh_spec(settings: recipe.Recipe, pairs: PairSet) -> towers.ModelSpec:
         raise UserError("recipe key model: has no architecture. Name an open_clip configuration, or give one inline as model.config.")
     tokenizer = choose_tokenizer(pairs, None, settings.data.tokenizer, what="a model trained from scratch")
     config["text_cfg"].setdefault("vocab_size", tokenizer.vocab_size)
-    return _fitting(towers.ModelSpec(config, tokenizer=tokenizer), str(pairs.root))
+    spec = towers.ModelSpec(config, tokenizer=tokenizer)
+    spec.require_tokenizer("recipe key model.config.text_cfg.vocab_size (left out it is the tokenizer's)")
+    return spec
 
 
 def load_ancestor(settings: recipe.Recipe, path: Path, pairs: PairSet) -> towers.Bundle:
@@ -99,17 +101,8 @@ def load_ancestor(settings: recipe.Recipe, path: Path, pairs: PairSet) -> towers
         raise UserError(f"recipe key model: has no architecture, and {path} is a file of weights alone. Name the architecture.")
     model = towers.load_clip(path) if config is None else towers.load_ancestor(path, config)
     choose_tokenizer(pairs, model.spec.tokenizer, settings.data.tokenizer, what=str(path))
-    return towers.Bundle(_fitting(model.spec, str(path)), model.state)
-
-
-def _fitting(spec: towers.ModelSpec, what: str) -> towers.ModelSpec:
-    has, vocabulary = spec.tokenizer.vocab_size, spec.config["text_cfg"].get("vocab_size", 49408)
-    if has > vocabulary:
-        raise UserError(
-            f"{what}: its tokenizer ({towers.told(spec.tokenizer)}) has {has} ids, the model's vocab_size is {vocabulary}. "
-            "Leave recipe key model.config.text_cfg.vocab_size out, or give the model folder with its own tokenizer."
-        )
-    return spec
+    model.spec.require_tokenizer(str(path))
+    return model
 
 
 def _spec(settings: recipe.Recipe, pairs: PairSet, ancestor: Path | None) -> towers.ModelSpec:

@@ -1,18 +1,19 @@
 """Model, engine and data of a role, assembled without a folder: what runs, benchmarks and notebooks start from.
 
-from mmlg_scale.recipe import load_recipe
-from mmlg_scale.training.session import build_session
+For example, in a notebook:
 
-session = build_session(load_recipe("demo", {"data.path": "runs/demo/data"}))
-for step, batch in zip(range(10), session.stream()):
-    print(session.train_step(batch, step).item())
+    recipe, runtime = load_recipe("demo", **{"data.path": "runs/demo/data"})
+    session = build_session(recipe, runtime=runtime)
+    for step, batch in zip(range(10), session.stream()):
+        print(session.train_step(batch, step).item())
+    session.close()
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,11 +26,9 @@ from mmlg_scale.data.pipeline import Batch, EvalSplit, StreamSettings, TrainStre
 from mmlg_scale.evaluation.evaluate import evaluate_pairs
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.engine import Engine, start_ranks, stop_ranks
-from mmlg_scale.training.inputs import Inputs
-from mmlg_scale.training.loop import rate_factor
+from mmlg_scale.training.loop import train_step
 from mmlg_scale.training.roles import AncestorRole, Context, Role
 from mmlg_scale.training.stages import Stage
-from mmlg_scale.training.step import compute_gradients
 
 
 @dataclass
@@ -64,12 +63,7 @@ class Session:
 
     def train_step(self, batch: Batch, step: int) -> Tensor:
         """One optimiser step on this rank's batch; returns its loss, detached. Collective."""
-        inputs = Inputs(batch.image_uint8_BCHW, batch.text_BT, samples=batch.samples_B2).to(self.engine.device)
-        inputs = replace(inputs, image=self.stage.spec.preprocess(inputs.image))
-        loss, _ = compute_gradients(self.stage, self.engine, inputs, step)
-        training = self.stage.training
-        self.engine.step(rate_factor(step, training.steps, training.optimizer.warmup_fraction))
-        return loss
+        return train_step(self.stage, self.engine, batch, step)[0]
 
     @torch.no_grad()
     def evaluate(self, split: EvalSplit) -> dict[str, float]:

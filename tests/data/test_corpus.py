@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from mmlg_scale import towers
-from mmlg_scale.data.corpus import Corpus, PairSet, choose_tokenizer, corpus_for, open_pairs
+from mmlg_scale.data.corpus import Corpus, PairSet, choose_tokenizer, open_pairs
 from mmlg_scale.data.pack import PackSettings, pack_folders
 from mmlg_scale.data.pipeline import StreamSettings, TrainStream
 from mmlg_scale.data.scenes import classnames, write_scenes
@@ -110,17 +109,6 @@ def test_a_models_tokenizer_is_its_own(offered, model, choice, expected) -> None
     message = str(raised.value)
     assert message.startswith(f"the ancestor in DIR has {towers.told(model)}, the data set pairs was packed with {towers.told(offered)}. ")
     assert "Set data.tokenizer to model to tokenise with the model's, or pack the pairs with --tokenizer none." in message
-
-
-def test_a_tokenizer_with_more_ids_than_the_model_is_refused(scenes: Path) -> None:
-    pairs, spec = open_pairs(scenes), spec_for(scenes)
-    assert corpus_for(pairs, spec, from_data=True).spec is spec
-    large = replace(spec, tokenizer=BPE)
-    size = spec.tokenizer.vocab_size
-    with pytest.raises(UserError, match=f"has 49408 tokens, recipe key model has vocab_size {size}. Leave vocab_size out"):
-        corpus_for(pairs, large, from_data=True)
-    with pytest.raises(UserError, match=f"the model's tokenizer has 49408 tokens, its text_cfg.vocab_size is {size}"):
-        corpus_for(pairs, large, from_data=False)
 
 
 def test_a_corpus_reads_as_its_model_does(scenes: Path, tmp_path: Path) -> None:

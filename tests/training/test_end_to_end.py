@@ -30,7 +30,7 @@ RECIPE: dict[str, Any] = {
         }
     },
     "ancestor": TRAINING,
-    "extraction": {"min_layers": 1, "num_knots": 3, "training": TRAINING},
+    "extraction": {"min_layers": 1, "num_knots": 3, "training": {**TRAINING, "optimizer": {**OPTIMIZER, "learning_rate": 1.0}}},
 }
 
 

@@ -1,0 +1,51 @@
+"""Sessions: a recipe's model, engine and data without a folder, as notebooks and benchmarks use them."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmlg_scale.data.scenes import write_scenes
+from mmlg_scale.recipe_file import load_recipe
+from mmlg_scale.training.roles import AncestorRole, ExtractionRole
+from mmlg_scale.training.run import run_role
+from mmlg_scale.training.session import build_session
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    data = tmp_path_factory.mktemp("session") / "data"
+    write_scenes(data, num_train=64, num_val=8, num_test=8, seed=0, image_size=32)
+    return {
+        "data.path": str(data),
+        "ancestor.steps": 3,
+        "ancestor.batch_size": 16,
+        "ancestor.eval_every": 3,
+        "extraction.training.batch_size": 16,
+        "runtime.log_every": 1,
+    }
+
+
+def test_a_session_trains_as_a_run_does(options: dict[str, Any], tmp_path: Path) -> None:
+    """The same losses, bit for bit, without a folder; twice in one process; and its extraction of what the run exported."""
+    settings, runtime = load_recipe("demo", **options)
+    result = run_role(AncestorRole(settings), tmp_path / "run", runtime)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [line["loss"] for line in lines if "loss" in line]
+    for _ in range(2):
+        session = build_session(settings, runtime=runtime)
+        losses = [session.train_step(batch, step).item() for step, batch in enumerate(islice(session.stream(), 3))]
+        metrics = session.evaluate(session.eval_split("test"))
+        session.close()
+        assert losses == logged
+        assert metrics == result["metrics"]
+    session = build_session(settings, ExtractionRole(settings, tmp_path / "run" / "model"), runtime=runtime)
+    loss = session.train_step(next(iter(session.stream())), 0)
+    assert torch.isfinite(loss)
+    assert set(session.stage.evaluated_sizes()) == {"i2-t2", "i5-t5", "i8-t8", "i8w48-t8w48"}
+    session.close()
