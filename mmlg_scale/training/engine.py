@@ -176,6 +176,8 @@ class Engine:
         if self._engine.zero_optimization_partition_weights():
             import deepspeed
 
+            # An evaluation that left a module out (hidden maps, a tower) leaves what DeepSpeed fetched ahead for it in flight.
+            self._engine.empty_partition_cache()
             with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
                 return {name: tensor.detach().float().cpu().clone() for name, tensor in self.model.state_dict().items()}
         return {name: tensor.detach().float().cpu().clone() for name, tensor in self.model.state_dict().items()}

@@ -155,7 +155,8 @@ def parameter_groups(
             groups.setdefault((factor(name), is_decayed(name, parameter)), []).append(parameter)
     return [
         {"params": parameters, "lr": optimizer.learning_rate * rate, "weight_decay": optimizer.weight_decay if decayed else 0.0}
-        for (rate, decayed), parameters in groups.items()
+        # Matrices first: the first group's rate is the one that is shown, and the order of summation in the gradient's norm is fixed.
+        for (rate, decayed), parameters in sorted(groups.items(), key=lambda item: not item[0][1])
     ]
 
 
