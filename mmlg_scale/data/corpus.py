@@ -16,7 +16,7 @@ from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, print_report
 from mmlg_scale.data.pipeline import EvalSplit, StreamSettings, TrainStream, load_eval_split
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.data.sweep import Sweep
-from mmlg_scale.data.tokens import load_tokenizer
+from mmlg_scale.data.tokens import offered_tokenizer
 from mmlg_scale.errors import UserError
 from mmlg_scale.towers import BytePairTokenizer, ModelSpec, Tokenizer, same_tokenizer, told
 
@@ -62,7 +62,7 @@ def open_pairs(path: Path | str | None) -> PairSet:
     root = Path(path)
     if not (root / "dataset.json").is_file():
         raise UserError(f"recipe key data.path: {root} holds no data set. mmlg data scenes or mmlg data pack writes one.")
-    return PairSet(root, load_tokenizer(root), _load_classes(root / CLASSES_FILE))
+    return PairSet(root, offered_tokenizer(root), _load_classes(root / CLASSES_FILE))
 
 
 def _load_classes(file: Path) -> Classes | None:

@@ -128,7 +128,7 @@ def remove_tokenizer(root: Path) -> None:
     shutil.rmtree(root / "tokenizer", ignore_errors=True)
 
 
-def load_tokenizer(root: Path) -> Tokenizer | None:
+def offered_tokenizer(root: Path) -> Tokenizer | None:
     """The tokenizer that the data set at ROOT offers: that in ROOT/tokenizer, byte pairs where dataset.json records them, or none.
 
     Raises:
@@ -137,6 +137,15 @@ def load_tokenizer(root: Path) -> Tokenizer | None:
     if (root / "tokenizer").is_dir():
         return _from_folder(root / "tokenizer", "Pack the data set again.")
     return BytePairTokenizer() if recorded_offer(root) == BPE else None
+
+
+def load_tokenizer(root: Path) -> Tokenizer:
+    """The tokenizer of a model that is trained from scratch on the data set at ROOT: what the set offers, or else open_clip's byte pairs.
+
+    Raises:
+        UserError: as `offered_tokenizer`.
+    """
+    return offered_tokenizer(root) or BytePairTokenizer()
 
 
 def recorded_offer(root: Path) -> str | None:

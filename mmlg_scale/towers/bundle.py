@@ -108,6 +108,11 @@ class ModelSpec:
                 f"ends at {embedded - 1}. Give the model folder with the tokenizer that the model was trained with."
             )
 
+    def in_words(self) -> str:
+        """What the model is fed, for the console."""
+        images = f"images {self.image_size} px, resize {self.preprocess.resize_mode}, {self.preprocess.interpolation}"
+        return f"tokenizer {told(self.tokenizer)}, {self.context_length} tokens a caption; {images}"
+
     def digest(self) -> str:
         """SHA-256 of the header."""
         return hashlib.sha256(json.dumps(self.to_header(), sort_keys=True).encode()).hexdigest()

@@ -110,6 +110,8 @@ def _in_words(result: Result) -> str:
 def _train(role: Role, pairs: PairSet, out: Path, runtime: Runtime, identity: dict[str, Any]) -> Result:
     session = build_session(role.settings, role, runtime=runtime, pairs=pairs)
     stage, engine, checkpoints = session.stage, session.engine, Checkpoints(out, keep_last=runtime.keep_checkpoints)
+    if is_first_rank():
+        print(f"{out}: {stage.spec.in_words()}", file=sys.stderr)
     validation, test = (session.eval_split(split) for split in ("val", "test"))
     meters = _meters(session, out, identity)
     at_start = out / "metrics_at_0.json"

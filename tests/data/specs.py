@@ -10,7 +10,7 @@ from mmlg_scale.data.tokens import load_tokenizer
 
 def spec_for(root: Path, image_size: int = 32, context_length: int = 16, preprocess: towers.Preprocess | None = None) -> towers.ModelSpec:
     """A small model with the tokenizer that the data set offers, or byte pairs."""
-    tokenizer = load_tokenizer(root) or towers.BytePairTokenizer()
+    tokenizer = load_tokenizer(root)
     config = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": image_size, "patch_size": 8, "width": 16, "head_width": 8, "layers": 1},

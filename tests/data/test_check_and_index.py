@@ -27,7 +27,7 @@ from mmlg_scale.data.indexing import index_dataset, index_shard
 from mmlg_scale.data.manifest import load_manifest, new_dataset
 from mmlg_scale.data.reader import HASH, HEADER, IMAGE, ShardReader, header_problem
 from mmlg_scale.data.scenes import write_scenes
-from mmlg_scale.data.tokens import load_tokenizer
+from mmlg_scale.data.tokens import offered_tokenizer
 from mmlg_scale.errors import UserError
 from tests.data.damage import KINDS, overwrite
 
@@ -187,7 +187,7 @@ def test_many_ways_to_name_and_caption(tmp_path: Path) -> None:
             "members of other kinds": 3,
         }
         assert scan(root / "train", ShardReader(root / "train")) == []
-        tokenizer = load_tokenizer(root)
+        tokenizer = offered_tokenizer(root)
         assert tokenizer is not None
         assert tokenizer.vocab_size == 4 + len({"one", "two", "three", "drei", "vi\u00e9r", "long", "umlaut", "first"})
 

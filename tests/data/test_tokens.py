@@ -15,7 +15,7 @@ from mmlg_scale.data.indexing import index_dataset
 from mmlg_scale.data.pack import PackSettings, pack_table
 from mmlg_scale.data.pipeline import StreamSettings, TrainStream, load_eval_split
 from mmlg_scale.data.reader import ShardReader
-from mmlg_scale.data.tokens import MAX_IDS, WORDS_LIMIT, load_tokenizer, read_offer, truncated, word_tokenizer_files
+from mmlg_scale.data.tokens import MAX_IDS, WORDS_LIMIT, offered_tokenizer, read_offer, truncated, word_tokenizer_files
 from mmlg_scale.errors import UserError
 from tests.data.specs import spec_for
 from tests.data.test_check_and_index import img2dataset, write_tar
@@ -153,7 +153,7 @@ def test_an_evaluation_says_once_how_many_captions_are_cut(table: Path, tmp_path
 
 def test_what_a_set_offers(table: Path, scenes: Path, tmp_path: Path) -> None:
     tokenizers = scenes / "tokenizer"
-    foreign = load_tokenizer(scenes)
+    foreign = offered_tokenizer(scenes)
     assert isinstance(foreign, towers.FileTokenizer)
     named, unnamed = spec_for(scenes), towers.ModelSpec(spec_for(scenes).config)
     state = towers.build_clip(named.config, seed=0).state_dict()
@@ -172,7 +172,7 @@ def test_what_a_set_offers(table: Path, scenes: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
         shutil.rmtree(out, ignore_errors=True)
         pack_table(table, out, PackSettings(tokenizer=choice))
-        found = load_tokenizer(out)
+        found = offered_tokenizer(out)
         assert (found and found.identity) == identity, choice
         assert json.loads((out / "dataset.json").read_text())["args"]["tokenizer"] == recorded
 
@@ -200,16 +200,16 @@ def test_what_is_no_tokenizer(table: Path, tmp_path: Path) -> None:
 
 
 def test_sets_of_earlier_versions_offer_what_they_did(scenes: Path, tmp_path: Path) -> None:
-    own = load_tokenizer(scenes)
+    own = offered_tokenizer(scenes)
     assert own is not None
     assert own.files == {path.name: path.read_text() for path in (scenes / "tokenizer").iterdir()}
     (tmp_path / "dataset.json").write_text('{"format_version": 1, "kind": "packed", "args": {"tokenizer": "bpe"}}')
-    assert isinstance(load_tokenizer(tmp_path), towers.BytePairTokenizer)
+    assert isinstance(offered_tokenizer(tmp_path), towers.BytePairTokenizer)
     (tmp_path / "dataset.json").write_text('{"format_version": 1, "kind": "scenes", "args": {}}')
-    assert load_tokenizer(tmp_path) is None
+    assert offered_tokenizer(tmp_path) is None
     (tmp_path / "tokenizer").mkdir()
     with pytest.raises(UserError, match=r"tokenizer holds no readable tokenizer: 'tokenizer.json'. Pack the data set again"):
-        load_tokenizer(tmp_path)
+        offered_tokenizer(tmp_path)
 
 
 def test_indexing_renews_its_own_tokenizer_and_leaves_others(tmp_path: Path) -> None:
@@ -217,17 +217,17 @@ def test_indexing_renews_its_own_tokenizer_and_leaves_others(tmp_path: Path) -> 
         write_tar(tmp_path / "set" / f"{shard}.tar", img2dataset(10 * shard, 10))
     root = tmp_path / "set"
     index_dataset(root)
-    assert load_tokenizer(root) is None
+    assert offered_tokenizer(root) is None
     index_dataset(root, tokenizer="words")
-    first = load_tokenizer(root)
+    first = offered_tokenizer(root)
     assert first is not None
     assert first.vocab_size == 4 + 1 + 20  # "caption" and twenty numbers
     index_dataset(root, tokenizer="words", test_shards=2)
-    second = load_tokenizer(root)
+    second = offered_tokenizer(root)
     assert second is not None
     assert second.vocab_size == 4 + 1 + 10
     index_dataset(root, tokenizer="bpe")
-    assert isinstance(load_tokenizer(root), towers.BytePairTokenizer)
+    assert isinstance(offered_tokenizer(root), towers.BytePairTokenizer)
     assert not (root / "tokenizer").exists()
     (root / "tokenizer").mkdir()
     (root / "tokenizer" / "mine").write_text("mine")
