@@ -161,7 +161,7 @@ def _from_folder(folder: Path, remedy: str) -> FileTokenizer:
     try:
         return FileTokenizer({name: (folder / name).read_text(encoding="utf-8") for name in FILES if (folder / name).is_file()})
     except Exception as error:  # the tokenizers library raises plain Exception
-        told = " ".join(str(error).split())
+        told = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"{folder} holds no readable tokenizer: {told}. {remedy}") from error
 
 

@@ -22,6 +22,7 @@ from mmlg_scale.training.engine import Engine
 
 PARTIAL = "partial-"
 RANKS = "ranks.json"
+"""How the checkpoint is divided: world_size and zero_stage."""
 
 
 class Checkpoints:
@@ -56,7 +57,7 @@ class Checkpoints:
         dist.barrier()
         engine.save(temporary, {**state, "step": step})
         if first:
-            write_json_atomic(temporary / RANKS, {"world_size": dist.get_world_size()})
+            write_json_atomic(temporary / RANKS, _division(engine))
         dist.barrier()
         if first and not final.exists():
             os.replace(temporary, final)
@@ -68,18 +69,26 @@ class Checkpoints:
         """Load the newest checkpoint into `engine` and return the state given to `save`, or None where there is none. Collective.
 
         Raises:
-            UserError: it was written by another number of ranks, whose shares of the optimiser's state do not fit.
+            UserError: it was written by another number of ranks or at another ZeRO stage: their parts of the optimiser's state do not fit.
         """
         steps = self.steps()
         if not steps:
             return None
         newest = self.folder / f"step-{steps[-1]:08d}"
-        written_by, here = json.loads((newest / RANKS).read_text())["world_size"], dist.get_world_size()
-        if written_by != here:
-            raise UserError(f"{newest} was written by {written_by} ranks, this run has {here}. Start it with {written_by}, or elsewhere.")
+        found, here = json.loads((newest / RANKS).read_text()), _division(engine)
+        for key, told in (("world_size", "{} ranks"), ("zero_stage", "ZeRO stage {}")):
+            if found[key] != here[key]:
+                written, now = told.format(found[key]), told.format(here[key])
+                raise UserError(
+                    f"{newest} was written with {written}, this run has {now}. Resume it with {written}, or use another folder."
+                )
         return engine.load(newest)
 
     def remove(self) -> None:
         """Drop all checkpoints: the run is complete and has its result."""
         if dist.get_rank() == 0 and self.folder.exists():
             shutil.rmtree(self.folder)
+
+
+def _division(engine: Engine) -> dict[str, int]:
+    return {"world_size": dist.get_world_size(), "zero_stage": engine.zero_stage}

@@ -95,7 +95,7 @@ class Engine:
         # every later run if that one is killed. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.precision = precision
-        self._zero_stage, self._checkpoint_blocks = runtime.zero_stage, runtime.activation_checkpointing
+        self.zero_stage, self._checkpoint_blocks = runtime.zero_stage, runtime.activation_checkpointing
         self.device = next(model.parameters()).device
         if name == "sgd":
             torch_optimizer: torch.optim.Optimizer = torch.optim.SGD(parameter_groups, lr=optimizer.learning_rate)
@@ -134,7 +134,7 @@ class Engine:
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Several `backward` calls inside add up; ranks exchange gradients once, at the end."""
-        if self._zero_stage == 0:
+        if self.zero_stage == 0:
             with self._engine.no_sync():
                 yield
             self._engine.allreduce_gradients()

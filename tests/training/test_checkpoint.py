@@ -29,7 +29,9 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
     (folder / "state.json").write_text(json.dumps(state))
 
 
-ENGINE: Any = SimpleNamespace(checkpoint_bytes=2**20, save=save, load=lambda folder: json.loads((folder / "state.json").read_text()))
+ENGINE: Any = SimpleNamespace(
+    checkpoint_bytes=2**20, zero_stage=1, save=save, load=lambda folder: json.loads((folder / "state.json").read_text())
+)
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -42,9 +44,16 @@ def test_a_full_disk_leaves_the_older_checkpoint(monkeypatch: pytest.MonkeyPatch
     assert checkpoints.load_latest(ENGINE) == {"step": 10}
 
 
-def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ({"world_size": 4, "zero_stage": 1}, "written with 4 ranks, this run has 1 ranks. Resume it with 4 ranks"),
+        ({"world_size": 1, "zero_stage": 3}, "written with ZeRO stage 3, this run has ZeRO stage 1"),
+    ],
+)
+def test_another_division_is_refused(written: dict[str, int], said: str, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(ENGINE, 10, {})
-    (checkpoints.folder / "step-00000010" / RANKS).write_text('{"world_size": 4}')
-    with pytest.raises(UserError, match="written by 4 ranks, this run has 1"):
+    (checkpoints.folder / "step-00000010" / RANKS).write_text(json.dumps(written))
+    with pytest.raises(UserError, match=said):
         checkpoints.load_latest(ENGINE)
