@@ -4,7 +4,7 @@
     python -m benchmarks.extraction_step --out DIR         # and extraction_step.json
 
 Three ways of composing the layers' weights out of the blocks: one product per matrix (as eager torch does it), `block_transfer` of all
-layers at once, and one layer at a time inside activation-checkpointed layers (`extraction.compose_per_layer`). Each runs in a process of
+layers at once, and one layer at a time inside activation-checkpointed layers (`runtime.compose_per_layer`). Each runs in a process of
 its own, since a process's peak memory only rises. Operators are counted by the profiler while the weights are composed, those that only
 view or allocate left out; memory is the process's peak in one forward and backward pass (random weights, 8 pairs, contrastive loss, fp32,
 all blocks checkpointed), less what the process held before.

@@ -191,7 +191,7 @@ def _charge(entry: DescendantEntry) -> Charge:
 def _totals(family: FamilyResult, entries: Sequence[DescendantEntry], init: str, sizes: Sequence[Size]) -> Totals | None:
     """Sums (and means, for quality) over the sizes in the sum; None where a size is missing.
 
-    The ancestor's kept features are charged once to each way that compares with the ancestor.
+    The ancestor's cached features are charged once to each way that compares with the ancestor.
     """
     groups = [[entry for entry in entries if entry.init == init and size_of(entry) == size] for size in sizes]
     if not groups or not all(groups):

@@ -141,7 +141,7 @@ class RunResult:
     curve: list[Point]
     stopped_early: bool = False
     kept_features: Cost | None = None
-    """What the ancestor's kept features cost, where the run read them."""
+    """What the ancestor's cached features cost, where the run read them."""
     metrics_at_0: dict[str, float] | None = None
     params: int | None = field(default=None, metadata=OMIT_NONE)
     image_layers: int | None = None

@@ -72,13 +72,19 @@ def pack(arguments: list[str]) -> int:
         "--allow-other-counts", action="store_true", help="Take a Karpathy file whose splits have other sizes than are known of its set."
     )
     parser.add_argument("--skip-bad", action="store_true", help="Leave out images that are missing or do not decode, and list them.")
+    parser.add_argument(
+        "--as-stored",
+        action="store_true",
+        help="Pack every image byte for byte. By default those that viewers show otherwise than they are stored (rotated by EXIF, "
+        "transparent, 16-bit, palette) are packed as shown, and counted.",
+    )
     args = parse(parser, arguments)
     from mmlg_scale.data.pack import PackSettings, pack_folders, pack_table
     from mmlg_scale.data.pack_json import pack_json
 
     source, out, bar = Path(args.source), Path(args.out), progress("pack")
     keys = ("val", "test", "seed", "tokenizer", "resize", "skip_bad")
-    settings = PackSettings(**{key: getattr(args, key) for key in keys})
+    settings = PackSettings(**{key: getattr(args, key) for key in keys}, as_shown=not args.as_stored)
     if source.is_dir():
         pack_folders(source, out, settings, templates=args.templates, progress=bar)
     elif source.suffix.lower() == ".json":
