@@ -294,12 +294,15 @@ class DescendantRole:
             inputs["ancestor"] = file_digest(self.ancestor, "--ancestor-model")
         size = {key: value for key, value in asdict(self.size).items() if key != "in_sum"}
         target = self.target
+        used = self.settings.used_by("descendant", init=self.init, has_target=target is not None)
+        if self.size.modality != "both":
+            del used["adaptation"]  # a single tower is not trained
         return {
             "role": "descendant",
             "init": self.init,
             "size": size,
             "target": target,
-            "recipe": self.settings.used_by("descendant", init=self.init, has_target=target is not None),
+            "recipe": used,
             "inputs": inputs,
         }
 
