@@ -88,8 +88,10 @@ class Model:
 
 @dataclass
 class Optimizer:
-    """AdamW with linear warm-up and cosine decay to zero."""
+    """AdamW or Muon with linear warm-up and cosine decay to zero."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for weight matrices and AdamW for all else, at the same learning rate and weight decay. ZeRO stages 0 to 2."""
     learning_rate: PositiveFloat = 1e-3
     """Peak rate."""
     weight_decay: NonNegativeFloat = 0.1

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmlg_scale import recipe
 from mmlg_scale.errors import UserError
 from mmlg_scale.runtime import Runtime
+from mmlg_scale.training.muon import MuonAdamW
 
 
 def start_ranks(runtime: Runtime) -> torch.device:
@@ -71,8 +72,11 @@ class Engine:
         runtime: ZeRO stage, activation checkpointing.
         batch_size: global; must be a multiple of the world size.
         precision: fp32 or bf16.
-        optimizer: rates, decays, clipping. `name` "adamw" is what recipes use; "sgd" is for exactness tests, because AdamW amplifies
-            rounding noise in small gradients.
+        optimizer: the recipe's: name, rates, decays, clipping.
+        sgd: use plain SGD instead: for exactness tests, because AdamW amplifies rounding noise in small gradients.
+
+    Raises:
+        UserError: the batch cannot be divided among the ranks, or Muon is asked for at ZeRO stage 3.
     """
 
     def __init__(
@@ -84,7 +88,7 @@ class Engine:
         batch_size: int,
         optimizer: recipe.Optimizer,
         precision: str = "fp32",
-        name: str = "adamw",
+        sgd: bool = False,
     ) -> None:
         import deepspeed
 
@@ -97,17 +101,9 @@ class Engine:
         self.precision = precision
         self.zero_stage, self._checkpoint_blocks = runtime.zero_stage, runtime.activation_checkpointing
         self.device = next(model.parameters()).device
-        if name == "sgd":
-            torch_optimizer: torch.optim.Optimizer = torch.optim.SGD(parameter_groups, lr=optimizer.learning_rate)
-        else:
-            torch_optimizer = torch.optim.AdamW(
-                parameter_groups,
-                lr=optimizer.learning_rate,
-                betas=(optimizer.beta1, optimizer.beta2),
-                eps=optimizer.epsilon,
-                weight_decay=optimizer.weight_decay,
-                fused=True,
-            )
+        torch_optimizer = (
+            torch.optim.SGD(parameter_groups, lr=optimizer.learning_rate) if sgd else _optimizer(parameter_groups, optimizer, runtime)
+        )
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=torch_optimizer,
@@ -185,6 +181,22 @@ class Engine:
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self._engine.destroy()
+
+
+def _optimizer(groups: list[dict[str, Any]], settings: recipe.Optimizer, runtime: Runtime) -> torch.optim.Optimizer:
+    """AdamW, or Muon for matrices and AdamW for the rest."""
+    adamw: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.epsilon,
+        "weight_decay": settings.weight_decay,
+        "fused": True,
+    }
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, **adamw)
+    if runtime.zero_stage == 3:
+        raise UserError("runtime.zero_stage 3 divides matrices, which Muon needs whole. Use stage 2, or optimizer.name adamw.")
+    return MuonAdamW(groups, sharded=runtime.zero_stage in (1, 2), **adamw)
 
 
 def deepspeed_config(runtime: Runtime, precision: str, *, batch_size: int, world_size: int, clipping: float) -> dict[str, Any]:

@@ -21,11 +21,13 @@ from mmlg_scale.accounting import forward_flops
 from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
+from mmlg_scale.learngene.blocks import BlockLayout
 from mmlg_scale.learngene.descend import Descendant
 from mmlg_scale.learngene.file import Learngene
 from mmlg_scale.objectives import contrastive, distillation
 from mmlg_scale.streams import Stream, generator, key
 from mmlg_scale.training.inputs import Inputs
+from mmlg_scale.training.muon import Place, places_of
 from mmlg_scale.training.teacher import Autocast, PlainCLIP, Teacher, tap_layers
 
 Terms = dict[str, Tensor]
@@ -146,18 +148,45 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(
-    model: nn.Module, optimizer: recipe.Optimizer, factor: Callable[[str], float] = lambda name: 1.0
+    model: nn.Module,
+    optimizer: recipe.Optimizer,
+    factor: Callable[[str], float] = lambda name: 1.0,
+    layouts: Mapping[str, BlockLayout] | None = None,
 ) -> list[dict[str, Any]]:
-    """torch optimiser groups: parameters of one rate and one decay together, each at `factor(name)` times the recipe's rate."""
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    """torch optimizer groups: parameters of one rate and one decay together, each at `factor(name)` times the recipe's rate.
+
+    With Muon, decayed groups say where their matrices lie (`muon.Place`); `layouts` are those of flat blocks [K, P], by name.
+    """
+    groups: dict[tuple[float, bool], dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.numel():
-            groups.setdefault((factor(name), is_decayed(name, parameter)), []).append(parameter)
+            groups.setdefault((factor(name), is_decayed(name, parameter)), {})[name] = parameter
     return [
-        {"params": parameters, "lr": optimizer.learning_rate * rate, "weight_decay": optimizer.weight_decay if decayed else 0.0}
+        {
+            "params": list(named.values()),
+            "lr": optimizer.learning_rate * rate,
+            "weight_decay": optimizer.weight_decay if decayed else 0.0,
+            "matrices": _places(named, layouts or {}) if decayed and optimizer.name == "muon" else [],
+        }
         # Matrices first: the first group's rate is the one that is shown, and the order of summation in the gradient's norm is fixed.
-        for (rate, decayed), parameters in sorted(groups.items(), key=lambda item: not item[0][1])
+        for (rate, decayed), named in sorted(groups.items(), key=lambda item: not item[0][1])
     ]
+
+
+def _places(named: Mapping[str, nn.Parameter], layouts: Mapping[str, BlockLayout]) -> list[Place]:
+    """Where the matrices of these parameters lie, one parameter after the other."""
+    found: list[Place] = []
+    offset = 0
+    for name, parameter in named.items():
+        layout = layouts.get(name.removeprefix("model."))
+        if layout is None:
+            found += places_of(name, parameter.shape, offset)
+        else:
+            for block in range(parameter.shape[0]):
+                for entry in layout.matrices:
+                    found += places_of(entry.name, entry.shape, offset + block * layout.matrix_size + entry.offset)
+        offset += parameter.numel()
+    return found
 
 
 class ClipStage:
@@ -306,7 +335,9 @@ class ExtractionStage:
                 return 1.0
             return self.settings.coefficient_rate if kind.startswith("coefficients") else self.settings.stem_rate
 
-        return parameter_groups(self.model, self.training.optimizer, factor)
+        structure = self.auxiliary.structure
+        layouts = {"multimodal": structure.layout(structure.wide)} | {f"unimodal_{tower}": structure.layout(tower) for tower in TOWERS}
+        return parameter_groups(self.model, self.training.optimizer, factor, layouts)
 
     def students(self, step: int) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []

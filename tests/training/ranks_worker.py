@@ -69,7 +69,8 @@ WRONG = [
     Case("ancestor", 2, change="detached_gather"),
 ]
 BF16 = [Case(kind, zero, precision="bf16") for zero in (0, 1, 2, 3) for kind in KINDS]
-RESUMED = [(kind, zero) for zero in (0, 1, 2, 3) for kind in KINDS]
+MUON = [(kind, zero) for zero in (0, 1, 2) for kind in KINDS]
+RESUMED = [(kind, zero, "adamw") for zero in (0, 1, 2, 3) for kind in KINDS] + [("extraction", 2, "muon")]
 
 
 class OwnContrastive(ClipStage):
@@ -124,7 +125,8 @@ def make(case: Case, device: torch.device, name: str = "sgd") -> tuple[Stage, En
         persistence_threshold=0,  # else ZeRO-3 leaves models as small as these whole on every rank
         activation_checkpointing=case.checkpointing,
     )
-    optimizer = OPTIMIZER if name == "sgd" else recipe.Optimizer(learning_rate=1e-3)
+    optimizer = OPTIMIZER if name == "sgd" else recipe.Optimizer(name=name, learning_rate=1e-3)  # type: ignore[arg-type]
+    stage.training.optimizer = optimizer
     engine = Engine(
         stage.model,
         stage.parameter_groups(),
@@ -132,7 +134,7 @@ def make(case: Case, device: torch.device, name: str = "sgd") -> tuple[Stage, En
         batch_size=BATCH,
         optimizer=optimizer,
         precision=case.precision,
-        name=name,
+        sgd=name == "sgd",
     )
     if case.zero_stage == 3:
         assert all(parameter.numel() == 0 for parameter in stage.model.parameters())  # each rank holds its part alone
@@ -155,18 +157,18 @@ def finish(engine: Engine, file: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
 
 
-def resume(kind: str, zero_stage: int, device: torch.device, out: Path) -> None:
-    """Four AdamW steps in one go, and the last two of them again from a checkpoint in between."""
+def resume(kind: str, zero_stage: int, name: str, device: torch.device, out: Path) -> None:
+    """Four steps in one go, and the last two of them again from a checkpoint in between."""
     case = Case(kind, zero_stage)
-    stage, engine = make(case, device, "adamw")
+    stage, engine = make(case, device, name)
     advance(stage, engine, range(2))
-    engine.save(out / f"checkpoint-{case.name}", {"step": 2})
+    engine.save(out / f"checkpoint-{case.name}-{name}", {"step": 2})
     advance(stage, engine, range(2, 4))
-    finish(engine, out / f"straight-{case.name}.safetensors")
-    stage, engine = make(case, device, "adamw")
-    assert engine.load(out / f"checkpoint-{case.name}")["step"] == 2
+    finish(engine, out / f"straight-{case.name}-{name}.safetensors")
+    stage, engine = make(case, device, name)
+    assert engine.load(out / f"checkpoint-{case.name}-{name}")["step"] == 2
     advance(stage, engine, range(2, 4))
-    finish(engine, out / f"resumed-{case.name}.safetensors")
+    finish(engine, out / f"resumed-{case.name}-{name}.safetensors")
 
 
 def main(out: Path) -> None:
@@ -175,8 +177,13 @@ def main(out: Path) -> None:
         stage, engine = make(case, device)
         advance(stage, engine, range(STEPS))
         finish(engine, out / f"{case.name}.safetensors")
-    for kind, zero_stage in RESUMED:
-        resume(kind, zero_stage, device, out)
+    for kind, zero_stage in MUON:
+        case = Case(kind, zero_stage)
+        stage, engine = make(case, device, "muon")
+        advance(stage, engine, range(STEPS))
+        finish(engine, out / f"muon-{case.name}.safetensors")
+    for kind, zero_stage, name in RESUMED:
+        resume(kind, zero_stage, name, device, out)
     stop_ranks()
 
 
