@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -96,5 +98,5 @@ def test_every_decayed_parameter_is_covered_by_its_places() -> None:
             covered = sorted((offset, offset + rows * columns) for offset, rows, columns in group["matrices"])
             if covered:
                 assert covered[0][0] == 0
-                assert all(end == start for (_, end), (start, _) in zip(covered, covered[1:], strict=False))
+                assert all(end == start for (_, end), (start, _) in itertools.pairwise(covered))
                 assert covered[-1][1] == sum(parameter.numel() for parameter in group["params"])
