@@ -166,6 +166,8 @@ class Extraction:
     """How the multimodal blocks, as wide as the wider tower, reach the other: leading heads and channels, or learned maps."""
     width_shares: list[Fraction] = field(default_factory=lambda: [1.0])
     """Fractions of a tower's heads, one drawn for each tower every step; [1, 1, 0.5] takes half the width every third time."""
+    start: Literal["fitted", "random"] = "fitted"
+    """Blocks before training: fitted to the ancestor's layers by least squares after these are aligned, or random."""
     min_layers: PositiveInt = 2
     """Smallest depth drawn."""
     max_layers: PositiveInt | None = None

@@ -13,6 +13,8 @@ from torch.func import functional_call
 from mmlg_scale import towers
 from mmlg_scale.learngene.blocks import BlockLayout
 from mmlg_scale.learngene.compose import Sizes, compose_layers, compose_lazily, narrow_state
+from mmlg_scale.learngene.inherit import inherit
+from mmlg_scale.learngene.mixing import legendre
 from mmlg_scale.learngene.structure import STEM, TOWERS, Structure, stem_shapes
 
 # Matrices that write into the residual stream: scaled down with depth at the start, as in CLIP and GPT-2.
@@ -49,11 +51,12 @@ class AuxiliaryCLIP(nn.Module):
         self._templates: list[dict[tuple[str, int | None], nn.Module]] = [{}]
 
     @classmethod
-    def from_ancestor(cls, ancestor_state: Mapping[str, Tensor], structure: Structure, *, seed: int) -> AuxiliaryCLIP:
-        """Stems copied from the ancestor; blocks random like a fresh block; coefficients centred.
+    def from_ancestor(cls, ancestor_state: Mapping[str, Tensor], structure: Structure, *, seed: int, fitted: bool = False) -> AuxiliaryCLIP:
+        """Stems copied from the ancestor; blocks random like a fresh block, or `fitted` to its layers (`inherit`); coefficients centred.
 
         A multimodal block's coefficient starts at 1 at every depth, the j-th unimodal block's at the Legendre polynomial of degree j in
-        2t - 1 (the first: 2t - 1 itself), each with noise of 0.05, so that no two blocks start alike. Learned maps start as slices.
+        2t - 1 (the first: 2t - 1 itself), each with noise of 0.05, so that no two blocks start alike; fitted coefficients get
+        the same noise. Learned maps start as slices.
         """
         model = cls(structure)
         generator = torch.Generator().manual_seed(seed)
@@ -71,6 +74,9 @@ class AuxiliaryCLIP(nn.Module):
                 if structure.mapped(tower):
                     for kind in ("residual_map", "head_map"):
                         nn.init.eye_(model._get(f"{kind}_{tower}"))
+            for name, tensor in inherit(structure, ancestor_state).items() if fitted else ():
+                noise = COEFFICIENT_NOISE * torch.randn(tensor.shape, generator=generator) if name.startswith("coefficients") else 0.0
+                model._get(name).copy_(tensor + noise)
         return model
 
     def _get(self, name: str) -> Tensor:
@@ -228,13 +234,5 @@ def _fill_coefficients(coefficients_RGK: Tensor, num_multimodal: int, generator:
         for knot in range(num_knots):
             centred = 2 * knot / (num_knots - 1) - 1
             degree = 0 if index < num_multimodal else index - num_multimodal + 1
-            coefficients_RGK[knot, :, index] = _legendre(degree, centred)
+            coefficients_RGK[knot, :, index] = legendre(degree, centred)
     coefficients_RGK += COEFFICIENT_NOISE * torch.randn(coefficients_RGK.shape, generator=generator)
-
-
-def _legendre(degree: int, x: float) -> float:
-    """Legendre polynomial by Bonnet's recursion."""
-    values = [1.0, x]
-    for n in range(1, degree):
-        values.append(((2 * n + 1) * x * values[n] - n * values[n - 1]) / (n + 1))
-    return values[degree]

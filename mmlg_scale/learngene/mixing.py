@@ -75,3 +75,11 @@ def fixed_sum(weights_LK: list[list[float]], values_K: Tensor) -> Tensor:
         terms = [values_K[k] if weight == 1.0 else weight * values_K[k] for k, weight in enumerate(weights_K) if weight]
         layers.append(sum(terms[1:], start=terms[0]))
     return torch.stack(layers)
+
+
+def legendre(degree: int, x: float) -> float:
+    """Legendre polynomial by Bonnet's recursion."""
+    values = [1.0, x]
+    for n in range(1, degree):
+        values.append(((2 * n + 1) * x * values[n] - n * values[n - 1]) / (n + 1))
+    return values[degree]

@@ -199,7 +199,7 @@ class ExtractionRole:
         structure = Structure(model.spec.config, **{key: getattr(extraction, key) for key in Structure.SETTINGS})
         return ExtractionStage(
             extraction,
-            AuxiliaryCLIP.from_ancestor(model.state, structure, seed=self.settings.seed),
+            AuxiliaryCLIP.from_ancestor(model.state, structure, seed=self.settings.seed, fitted=extraction.start == "fitted"),
             teacher_of(self.settings, context, model, self.ancestor, self.features),
             context.device,
             seed=self.settings.seed,
