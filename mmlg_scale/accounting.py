@@ -1,8 +1,8 @@
 """Parameters, bytes, FLOPs, seconds: the only place where a ratio is computed.
 
 Cost of a family. For each size, the target q is what training from scratch ends with on the validation split (mean over seeds). Every
-side is charged what it had spent at the first of two consecutive evaluations that reach q, or its full schedule where it never does (and
-is then marked).
+side is charged nothing where its untrained model is at q, else what it had spent at the first of two consecutive evaluations that reach q,
+or its full schedule where it never does (and is then marked).
 
     cost_ratio = sum over sizes of scratch's charge / (extraction, teacher included + sum over sizes of adaptation's charge)
 
@@ -79,13 +79,13 @@ def parameter_counts(state: Mapping[str, Any]) -> dict[str, int]:
 
 
 def first_reached(curve: Curve, target: float, metric: str) -> Mapping[str, Any] | None:
-    """The first of two consecutive evaluations at `target` or above; None where there is no such pair.
+    """Where a run is at `target`: at step 0, where the untrained model is, else at the first of two consecutive evaluations.
 
-    A curve that is there in its last evaluation only has not reached it: one evaluation may be luck.
-    A curve of a single point at step 0 (an untrained descendant) has no second evaluation to wait for: that point decides.
+    None where there is no such point. A curve that is there in its last evaluation only has not reached it: one evaluation may be luck.
+    An untrained model at the target needs no training, so nothing that training does to it afterwards counts.
     """
-    if len(curve) == 1 and curve[0]["step"] == 0:
-        return curve[0] if curve[0][metric] >= target else None
+    if curve[0]["step"] == 0 and curve[0][metric] >= target:
+        return curve[0]
     for point, following in pairwise(curve):
         if point[metric] >= target and following[metric] >= target:
             return point

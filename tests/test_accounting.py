@@ -104,6 +104,8 @@ def _curve(*values: float, step: int = 10, start: int = 1, flops: int = 100, sec
         ((0.1, 0.5, 0.4, 0.6, 0.7), 1, 40),  # a lone evaluation does not
         ((0.1, 0.2, 0.3, 0.9), 1, None),  # nor does the last one alone
         ((0.6, 0.6), 0, 0),  # there before any training
+        ((0.6, 0.4, 0.6, 0.6), 0, 0),  # also where training first makes it worse
+        ((0.4, 0.6, 0.4, 0.6, 0.6), 0, 30),
         ((0.6,), 0, 0),  # an untrained descendant: nothing to wait for
         ((0.4,), 0, None),
         ((0.6,), 1, None),  # one evaluation after training is a lone evaluation
