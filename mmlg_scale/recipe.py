@@ -280,7 +280,7 @@ class Family:
     sizes: list[Size] = field(default_factory=lambda: [Size(n, n) for n in (2, 3, 4, 6, 8)])
     """The descendants."""
     stop_at_target: bool = True
-    """Stop adaptation, even and distil once they are at scratch's final quality in two consecutive evaluations."""
+    """Stop adaptation, even and distil once they are at scratch's final quality: untrained, or in two consecutive evaluations."""
 
 
 @dataclass

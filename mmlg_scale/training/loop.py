@@ -75,7 +75,7 @@ def train(
         evaluate: metrics of the present weights on the validation split.
         evaluate_first: whether the curve begins at step 0.
         checkpoint_every: steps between checkpoints; None: one after each evaluation.
-        stop: asked after each evaluation; True ends the run.
+        stop: asked after each evaluation, that before the first step included; True ends the run.
 
     Raises:
         UserError: the loss is not a number; names the rank and the step.
@@ -90,9 +90,10 @@ def train(
     meters.resume_from(progress.step)
     if evaluate_first and not progress.curve:
         _evaluate(progress, stage, meters, evaluate)
+        progress.stopped_early = stop(progress.curve)
 
     # A model that is not trained, as weights from elsewhere, needs no training data.
-    stream = iter(batches(progress.step) if progress.step < training.steps else ())
+    stream = iter(batches(progress.step) if progress.step < training.steps and not progress.stopped_early else ())
     while progress.step < training.steps and not progress.stopped_early:
         step = progress.step
         with meters.loader_wait():
