@@ -135,12 +135,12 @@ def _disk() -> tuple[str, str, str]:
 
 def _shared_memory() -> tuple[str, str, str]:
     if not SHARED_MEMORY.is_dir():
-        return "absent", f"no {SHARED_MEMORY}", "Set data.workers to 0, or mount it: data workers pass batches through it."
+        return "absent", f"no {SHARED_MEMORY}", "Set runtime.num_workers to 0, or mount it: loader processes pass batches through it."
     free = free_bytes(SHARED_MEMORY)
     found = f"{free / 2**30:.1f} GiB free in {SHARED_MEMORY}"
     if free >= LEAST_SHARED_MEMORY:
         return "ok", found, ""
-    return "absent", found, "Give a container --shm-size=8g, or set data.workers to 0: a worker that runs out is killed."
+    return "absent", found, "Give a container --shm-size=8g, or set runtime.num_workers to 0: a loader process that runs out is killed."
 
 
 def _slurm() -> tuple[str, str, str]:
