@@ -57,7 +57,11 @@ def train(arguments: list[str]) -> int:
     )
     group.add_argument("--learngene", type=str | None, default=None, metavar="FILE", help="The learngene, for mmlg, tleg and sws.")
     group.add_argument(
-        "--modality", type=str, default="both", choices=MODALITIES, help="Both towers, or one. One tower is for mmlg only, and is not trained."
+        "--modality",
+        type=str,
+        default="both",
+        choices=MODALITIES,
+        help="Both towers, or one. One tower is for mmlg only, and is not trained.",
     )
     help_text = "A finished scratch run: training stops once it has reached that run's quality."
     group.add_argument("--target-of", type=str | None, default=None, metavar="DIR", help=help_text)
@@ -191,7 +195,7 @@ def plan(arguments: list[str]) -> int:
     if parsed is None:
         return 0
     args, recipe, runtime = parsed
-    from mmlg_scale.plan import forecast, print_forecast
+    from mmlg_scale.forecast import forecast, print_forecast
 
     found = forecast(recipe, runtime, path_or_none(args.out), peak_flops=args.flops_per_second, mfu=args.mfu)
     print_forecast(found, as_json=args.json)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmlg_scale import recipe
+from mmlg_scale.accounting import checkpoint_bytes
 from mmlg_scale.errors import UserError
 from mmlg_scale.runtime import Runtime
 
@@ -168,8 +169,8 @@ class Engine:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """About what a checkpoint takes on disk: a parameter, its fp32 copy and AdamW's two moments."""
-        return sum(16 * getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.model.parameters())
+        """About what a checkpoint takes on disk."""
+        return checkpoint_bytes(sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.model.parameters()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model's parameters and buffers in fp32 on the CPU, gathered under ZeRO-3. Collective."""
