@@ -182,6 +182,7 @@ def run_family(settings: recipe.Recipe, runtime: Runtime, out: Path, *, launcher
                 console=console,
                 is_complete=lambda step: _is_complete(by_id[step.id], plan, console),
                 progress=_trained_steps,
+                news=_Evaluations(settings.evaluation.metric),
             )
         except StepFailed as error:
             raise UserError(f"{error} Start the same command to resume.") from error
@@ -316,6 +317,33 @@ def _trained_steps(step: Step) -> int:
         except (ValueError, KeyError):
             continue  # a line still being written
     return 0
+
+
+class _Evaluations:
+    """The evaluations that a step's metrics file has gained since the last call, in words."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self._sizes: dict[str, int] = {}
+        self._last: dict[str, int] = {}
+
+    def __call__(self, step: Step) -> list[str]:
+        path = step.folder / "metrics.jsonl"
+        size = path.stat().st_size if path.is_file() else 0
+        if step.total is None or size == self._sizes.get(step.id, 0):
+            return []
+        self._sizes[step.id] = size
+        told = []
+        for line in path.read_bytes().splitlines():
+            try:
+                content = json.loads(line)
+                number, value = content["step"], content["evaluation"][self.metric]
+            except (ValueError, KeyError):
+                continue  # figures of training, or a line still being written
+            if number > self._last.get(step.id, -1):
+                self._last[step.id] = number
+                told.append(f"{number}/{step.total}  {self.metric} {value:.3f}")
+        return told
 
 
 def _local_launcher() -> LocalLauncher:

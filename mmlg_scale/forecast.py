@@ -28,7 +28,7 @@ from mmlg_scale.accounting import (
     state_bytes,
     training_flops,
 )
-from mmlg_scale.data.corpus import PairSet, open_pairs
+from mmlg_scale.data.corpus import open_pairs
 from mmlg_scale.data.scenes import TRAIN_CAPTIONS, scenes_tokenizer
 from mmlg_scale.data.summary import num_pairs
 from mmlg_scale.family import Member, Plan, check, check_folder, num_parallel, standing
@@ -41,7 +41,7 @@ from mmlg_scale.training.meters import measure_peak_flops
 from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole, fresh_spec
 from mmlg_scale.training.sizes import SizeDraw
 
-_NAMES: Mapping[str, str] = dict(NAMES)
+_NAMES: Mapping[str, str] = {str(init): name for init, name in NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -354,7 +354,8 @@ def print_forecast(found: Forecast, *, as_json: bool) -> None:
         f"at most {_bytes(totals['memory_bytes_per_rank'])} of memory a rank (estimate, tensors only).",
         f"Disk: {_bytes(totals['export_bytes'])} of results, and up to {_bytes(totals['checkpoint_bytes'])} of checkpoints while it runs.",
         f"Time: about {seconds(found.seconds)} (estimate): {_count(found.parallel, 'step')} at a time, {_count(found.ranks, 'rank')} each, "
-        f"{found.mfu:.0%} of {si(found.peak_flops)}FLOP/s a rank (--mfu, --flops-per-second). Not counted: reading data, evaluation, start-up.",
+        f"{found.mfu:.0%} of {si(found.peak_flops)}FLOP/s a rank (--mfu, --flops-per-second). "
+        "Not counted: reading data, evaluation, start-up.",
         "FLOPs are of whole schedules. A run that reaches its target earlier stops there.",
     ]
     for line in lines:

@@ -45,18 +45,21 @@ def run_graph(
     console: Console,
     is_complete: Callable[[Step], bool] = lambda step: step.marker.exists(),
     progress: Callable[[Step], int] = lambda step: 0,
+    news: Callable[[Step], Sequence[str]] = lambda step: (),
 ) -> None:
     """Run every step that is not complete, at most `parallel` side by side; free places go to steps in their order.
 
     Args:
         is_complete: asked once for each step, when all that it needs is complete: a step may depend on what those wrote.
-        progress: how far a running step is.
+        progress: how far a running step is, for its bar.
+        news: what a running step has to say since the last call, in lines; asked and printed only where there are no bars.
 
     Raises:
         StepFailed: a step failed. The other running steps are stopped.
     """
     waiting, done = list(steps), set[str]()
-    running: dict[Step, tuple[Job, TaskID]] = {}
+    running: dict[Step, tuple[Job, TaskID, float]] = {}
+    has_bars = console.is_terminal
     columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         overall = bars.add_task("steps", total=len(steps))
@@ -64,7 +67,10 @@ def run_graph(
         def complete(step: Step, how: str) -> None:
             done.add(step.id)
             bars.advance(overall)
-            console.print(f"[{len(done)}/{len(steps)}] {step.id}: {how}", highlight=False)
+            say(f"[{len(done)}/{len(steps)}] {step.id}: {how}")
+
+        def say(line: str) -> None:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
         try:
             while waiting or running:
@@ -75,20 +81,28 @@ def run_graph(
                         complete(step, "kept")
                         continue
                     job = launcher.submit(list(step.argv), step.resources, step.folder.parent / f"{step.folder.name}.launch")
-                    running[step] = (job, bars.add_task(step.id, total=step.total))
+                    running[step] = (job, bars.add_task(step.id, total=step.total), time.monotonic())
+                    if not has_bars:
+                        news(step)  # of an earlier start
+                        say(f"{step.id}: started; log {job.log_paths()[0]}")
                 if running:
                     time.sleep(0.2)
-                for step, (job, bar) in list(running.items()):
-                    bars.update(bar, completed=progress(step))
-                    if not job.state().is_final:
+                for step, (job, bar, started) in list(running.items()):
+                    is_final = job.state().is_final
+                    if has_bars:
+                        bars.update(bar, completed=progress(step))
+                    else:
+                        for line in news(step):
+                            say(f"{step.id}: {line}  {time.monotonic() - started:.0f} s")
+                    if not is_final:
                         continue
                     del running[step]
                     bars.remove_task(bar)
                     if job.exit_code != 0 or not step.marker.exists():
                         raise StepFailed(_failure(step, job))
-                    complete(step, "complete")
+                    complete(step, f"complete after {time.monotonic() - started:.0f} s")
         finally:
-            for job, _ in running.values():
+            for job, *_ in running.values():
                 job.cancel()
 
 

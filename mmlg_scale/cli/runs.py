@@ -61,7 +61,7 @@ def train(arguments: list[str]) -> int:
         type=str,
         default="both",
         choices=MODALITIES,
-        help="Both towers, or one. One tower is for mmlg only, and is not trained.",
+        help="Both towers, or one, which is not trained (mmlg only).",
     )
     help_text = "A finished scratch run: training stops once it has reached that run's quality."
     group.add_argument("--target-of", type=str | None, default=None, metavar="DIR", help=help_text)

@@ -116,6 +116,7 @@ class Engine:
             dist_init_required=False,
         )
         self.model: nn.Module = self._engine.module
+        self._norm: Tensor | float = 0.0
         self._peak_rates = [group["lr"] for group in self._engine.optimizer.param_groups]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,7 +148,15 @@ class Engine:
         """Clip, and one optimiser step at `rate_factor` times each group's peak rate."""
         for group, peak in zip(self._engine.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * rate_factor
+        if self.zero_stage == 0:  # where DeepSpeed clips without telling the norm
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(gradients)
         self._engine.step()
+
+    @property
+    def gradient_norm(self) -> Tensor | float:
+        """The norm of the last step's gradients, all ranks' together, before clipping."""
+        return self._norm if self.zero_stage == 0 else self._engine.get_global_grad_norm()
 
     @property
     def learning_rate(self) -> float:

@@ -162,6 +162,7 @@ def _meters(session: Session, out: Path, identity: dict[str, Any]) -> Meters:
         device=session.engine.device,
         enabled=is_first_rank(),
         log_every=runtime.log_every,
+        shown=dict.fromkeys((session.settings.evaluation.metric, "mean_recall@1", "acc1")),
     )
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import training_flops
 from mmlg_scale.digests import file_digest
-from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
 from mmlg_scale.learngene.descend import Descendant
 from mmlg_scale.learngene.file import Learngene
