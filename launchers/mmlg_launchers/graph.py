@@ -58,52 +58,92 @@ def run_graph(
         StepFailed: a step failed. The other running steps are stopped.
     """
     waiting, done = list(steps), set[str]()
-    running: dict[Step, tuple[Job, TaskID, float]] = {}
-    has_bars = console.is_terminal
-    columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        overall = bars.add_task("steps", total=len(steps))
-
-        def complete(step: Step, how: str) -> None:
-            done.add(step.id)
-            bars.advance(overall)
-            say(f"[{len(done)}/{len(steps)}] {step.id}: {how}")
-
-        def say(line: str) -> None:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-
+    running: dict[Step, Job] = {}
+    with _Display(console, len(steps), progress, news) as display:
         try:
             while waiting or running:
                 ready = [step for step in waiting if set(step.needs) <= done]
                 for step in ready[: max(0, parallel - len(running))]:
                     waiting.remove(step)
                     if is_complete(step):
-                        complete(step, "kept")
+                        done.add(step.id)
+                        display.kept(step)
                         continue
-                    job = launcher.submit(list(step.argv), step.resources, step.folder.parent / f"{step.folder.name}.launch")
-                    running[step] = (job, bars.add_task(step.id, total=step.total), time.monotonic())
-                    if not has_bars:
-                        news(step)  # of an earlier start
-                        say(f"{step.id}: started; log {job.log_paths()[0]}")
+                    display.before(step)
+                    running[step] = launcher.submit(list(step.argv), step.resources, step.folder.parent / f"{step.folder.name}.launch")
+                    display.started(step, running[step])
                 if running:
                     time.sleep(0.2)
-                for step, (job, bar, started) in list(running.items()):
+                for step, job in list(running.items()):
                     is_final = job.state().is_final
-                    if has_bars:
-                        bars.update(bar, completed=progress(step))
-                    else:
-                        for line in news(step):
-                            say(f"{step.id}: {line}  {time.monotonic() - started:.0f} s")
+                    display.look_at(step)
                     if not is_final:
                         continue
                     del running[step]
-                    bars.remove_task(bar)
                     if job.exit_code != 0 or not step.marker.exists():
                         raise StepFailed(_failure(step, job))
-                    complete(step, f"complete after {time.monotonic() - started:.0f} s")
+                    done.add(step.id)
+                    display.complete(step)
         finally:
-            for job, *_ in running.values():
+            for job in running.values():
                 job.cancel()
+
+
+class _Display:
+    """What the console shows of a graph: bars on a terminal, lines elsewhere."""
+
+    def __init__(self, console: Console, num_steps: int, progress: Callable[[Step], int], news: Callable[[Step], Sequence[str]]) -> None:
+        self._console, self._num_steps, self._progress, self._news = console, num_steps, progress, news
+        columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, console=console, transient=True)
+        self._overall = self._bars.add_task("steps", total=num_steps)
+        self._num_done = 0
+        self._running: dict[Step, tuple[TaskID, float]] = {}
+
+    def __enter__(self) -> _Display:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def kept(self, step: Step) -> None:
+        """The step need not run."""
+        self._done(step, "kept")
+
+    def before(self, step: Step) -> None:
+        """What the step has to say of an earlier start is no news."""
+        if not self._console.is_terminal:
+            self._news(step)
+
+    def started(self, step: Step, job: Job) -> None:
+        """The step runs."""
+        self._running[step] = self._bars.add_task(step.id, total=step.total), time.monotonic()
+        if not self._console.is_terminal:
+            self._say(f"{step.id}: started, log in {job.log_paths()[0]}")
+
+    def look_at(self, step: Step) -> None:
+        """How far a running step is."""
+        bar, started = self._running[step]
+        if self._console.is_terminal:
+            self._bars.update(bar, completed=self._progress(step))
+            return
+        for line in self._news(step):
+            self._say(f"{step.id}: {line}  {time.monotonic() - started:.0f} s")
+
+    def complete(self, step: Step) -> None:
+        """The step has ended as it should."""
+        bar, started = self._running.pop(step)
+        self._bars.remove_task(bar)
+        self._done(step, f"complete after {time.monotonic() - started:.0f} s")
+
+    def _done(self, step: Step, how: str) -> None:
+        self._num_done += 1
+        self._bars.advance(self._overall)
+        self._say(f"[{self._num_done}/{self._num_steps}] {step.id}: {how}")
 
 
 def _failure(step: Step, job: Job) -> str:
