@@ -129,7 +129,7 @@ class Plan:
         training = settings.adaptation.training if from_learngene else getattr(settings.baselines, init)
         if training is None or (init != "mmlg" and not counted):
             return
-        has_target = init != "scratch" and counted and settings.baselines.scratch is not None
+        has_target = init != "scratch" and counted and settings.baselines.scratch is not None and settings.family.stop_at_target
         role = DescendantRole(
             settings,
             init,

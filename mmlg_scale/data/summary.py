@@ -105,15 +105,20 @@ def print_summary(root: Path, *, brief: bool = False) -> None:
     lines = [f"{root}:"]
     for split, part in found.items():
         about = "" if part.is_whole else "about "
-        lines.append(f"  {split:6}{part.num_samples:>9,} images  {about}{part.num_captions:,} captions  {_megabytes(part.num_bytes)}")
+        lines.append(f"  {split:6}{part.num_samples:>9,} images  {about}{part.num_captions:,} captions  {_in_bytes(part.num_bytes)}")
     tokenizer = offered_tokenizer(root)
     if not brief:
         lines += [*_of_images(found), *_of_captions(tokenizer or BytePairTokenizer(), found)]
     print("\n".join([*lines, f"  vocabulary: {_vocabulary(tokenizer, found)}"]))
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+def _in_bytes(count: int) -> str:
+    unit, size = next((unit, size) for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= size or unit == "kB")
+    return f"{count / size:,.1f} {unit}"
+
+
+def _range(least: int, most: int) -> str:
+    return f"{most}" if least == most else f"{least} to {most}"
 
 
 def _of_images(found: dict[str, SplitSummary]) -> list[str]:
@@ -124,7 +129,7 @@ def _of_images(found: dict[str, SplitSummary]) -> list[str]:
     if (least_w, least_h) == (most_w, most_h):
         return [f"  images: {most_w} × {most_h} pixels"]
     width, height = np.median(sizes, axis=0).astype(int)
-    return [f"  images: {least_w} to {most_w} pixels wide and {least_h} to {most_h} high, median {width} × {height}"]
+    return [f"  images: {_range(least_w, most_w)} pixels wide and {_range(least_h, most_h)} high, median {width} × {height}"]
 
 
 def _of_captions(tokenizer: Tokenizer, found: dict[str, SplitSummary]) -> list[str]:
