@@ -157,6 +157,13 @@ def test_a_folder_of_something_else_is_kept(tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "mine" / "notes.txt").read_text() == "kept"
 
 
+@pytest.mark.parametrize("command", ["train", "extract", "features", "family", "plan"])
+def test_a_recipe_that_is_left_out_or_not_first_is_asked_for(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(command, "--out", str(tmp_path / "o"), "demo", capsys=capsys)
+    assert f"RECIPE is missing. It comes first: mmlg {command} RECIPE" in said
+    assert main([command, "--model.architecture", "ViT-B-32", "--print-config"]) == 0  # all of it by options
+
+
 def test_runtime_keys_in_the_wrong_place_are_shown_the_right_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("data:\n  num_workers: 3\n")

@@ -117,6 +117,8 @@ def parse_recipe(parser: ArgumentParser, arguments: list[str]) -> tuple[Any, Rec
         path = resolve_recipe_path(arguments[0])
         check_keys(path)
         arguments = ["--recipe", str(path), *arguments[1:]]
+    elif not any(word.startswith(("--recipe", "--model", "--print-config")) for word in arguments):
+        raise UserError(f"RECIPE is missing. It comes first: {parser.prog} RECIPE ...; mmlg recipe lists the shipped ones.")
     args = parse(parser, arguments)
     recipe, runtime = recipe_of(args)
     if args.print_config:

@@ -144,6 +144,8 @@ def _train(role: Role, pairs: PairSet, out: Path, runtime: Runtime, identity: di
 
     result = on_first_rank(finish)
     meters.close()
+    if is_first_rank():
+        print(f"{out}: complete{_in_words(result)}.", file=sys.stderr)
     checkpoints.remove()
     return result
 
