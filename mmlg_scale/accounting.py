@@ -52,6 +52,49 @@ def forward_flops(config: Mapping[str, Any], *, image_layers: int | None = None,
     return {"image": int(image), "text": int(caption), "total": int(image + caption)}
 
 
+def training_flops(config: Mapping[str, Any]) -> int:
+    """FLOPs of one sample's forward and backward pass: three times the forward pass."""
+    return 3 * forward_flops(config)["total"]
+
+
+def state_bytes(params: int, *, zero_stage: int, ranks: int) -> dict[str, float]:
+    """Bytes on each rank of what training keeps of `params` fp32 parameters: {"weights", "gradients", "optimizer"}.
+
+    AdamW has two moments. From ZeRO stage 1 on, the optimiser's part is divided among the ranks and holds a copy of the weights; stage 2
+    divides the gradients too, stage 3 the weights. DeepSpeed's buffers are not counted.
+    """
+    part = params / ranks
+    return {
+        "weights": BYTES_PER_PARAMETER * (part if zero_stage == 3 else params),
+        "gradients": BYTES_PER_PARAMETER * (part if zero_stage >= 2 else params),
+        "optimizer": BYTES_PER_PARAMETER * (3 * part if zero_stage else 2 * params),
+    }
+
+
+def checkpoint_bytes(params: int) -> int:
+    """About what a checkpoint takes on disk: a parameter, its fp32 copy and AdamW's two moments."""
+    return 4 * BYTES_PER_PARAMETER * params
+
+
+def activation_bytes(config: Mapping[str, Any], *, bf16: bool, checkpointing: bool) -> int:
+    """About what one sample's forward pass keeps for the backward pass, in bytes.
+
+    A block keeps for each token the inputs of its norms and products: 8 + 2 x mlp_ratio numbers a channel, of which the two inputs of the
+    norms are fp32 and the others are of the precision. With checkpointing, a block's input, and one block at a time whole. Not counted:
+    the norms' statistics, projections, the loss.
+    """
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    height, width = _height_and_width(vision.get("image_size", 224))
+    patch = vision.get("patch_size", 16)
+    tokens = {"vision_cfg": (height // patch) * (width // patch) + 1, "text_cfg": text.get("context_length", 77)}
+    total = 3 * 4 * height * width  # the image itself
+    for key, tower, default in (("vision_cfg", vision, 768), ("text_cfg", text, 512)):
+        channels, layers = tokens[key] * tower.get("width", default), tower.get("layers", 12)
+        per_block = channels * (8 + (2 if bf16 else 4) * (6 + 2 * tower.get("mlp_ratio", 4.0)))
+        total += 4 * channels * layers + per_block if checkpointing else per_block * layers
+    return int(total)
+
+
 def _height_and_width(size: int | Sequence[int]) -> Sequence[int]:
     return (size, size) if isinstance(size, int) else size
 

@@ -1,4 +1,4 @@
-"""`mmlg doctor`: what this machine has, and a remedy for what it lacks."""
+"""`mmlg doctor`: what this machine has, and what to do about what is missing."""
 
 from __future__ import annotations
 
@@ -66,6 +66,10 @@ def _triton() -> tuple[str, str, str]:
 
 
 def _deepspeed() -> tuple[str, str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it looks for accelerators, and warns
     from mmlg_scale.training.engine import deepspeed_version
 
     return "ok", deepspeed_version(), ""
@@ -76,7 +80,7 @@ def _deepspeed_ops() -> tuple[str, str, str]:
     from mmlg_scale.training.engine import compatible_deepspeed_ops
 
     compatible = compatible_deepspeed_ops()
-    return "ok", f"{len(compatible)} can be built here, none is needed: {', '.join(compatible) or 'none'}", ""
+    return "ok", f"none is needed; {len(compatible)} could be compiled here", ""
 
 
 def _open_clip() -> tuple[str, str, str]:
@@ -135,12 +139,12 @@ def _disk() -> tuple[str, str, str]:
 
 def _shared_memory() -> tuple[str, str, str]:
     if not SHARED_MEMORY.is_dir():
-        return "absent", f"no {SHARED_MEMORY}", "Set data.workers to 0, or mount it: data workers pass batches through it."
+        return "absent", f"no {SHARED_MEMORY}", "Set runtime.num_workers to 0, or mount it: loader processes pass batches through it."
     free = free_bytes(SHARED_MEMORY)
     found = f"{free / 2**30:.1f} GiB free in {SHARED_MEMORY}"
     if free >= LEAST_SHARED_MEMORY:
         return "ok", found, ""
-    return "absent", found, "Give a container --shm-size=8g, or set data.workers to 0: a worker that runs out is killed."
+    return "absent", found, "Give a container --shm-size=8g, or set runtime.num_workers to 0: a loader process that runs out is killed."
 
 
 def _slurm() -> tuple[str, str, str]:
@@ -196,6 +200,7 @@ def report(findings: list[Finding], *, as_json: bool) -> int:
     from rich.markup import escape
     from rich.table import Table
 
+    missing = [finding.name for finding in findings if finding.state == "missing"]
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
@@ -204,5 +209,9 @@ def report(findings: list[Finding], *, as_json: bool) -> int:
         for finding in findings:
             state = f"[{colours[finding.state]}]{finding.state}[/]"
             table.add_row(finding.name, state, escape(finding.found), escape(finding.remedy))
-        Console().print(table)
-    return int(any(finding.state == "missing" for finding in findings))
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=120)
+        console.print(table)
+        print(f"Training needs: {', '.join(missing)}. See what to do." if missing else "Training works on this machine.")
+    return int(bool(missing))

@@ -23,7 +23,7 @@ from mmlg_launchers import Launcher, LocalLauncher, Resources, Step, StepFailed,
 from rich.console import Console
 
 from mmlg_scale import recipe, towers
-from mmlg_scale.accounting import summarise
+from mmlg_scale.accounting import BYTES_PER_PARAMETER, checkpoint_bytes, summarise
 from mmlg_scale.data.corpus import PairSet, open_pairs
 from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
@@ -129,7 +129,7 @@ class Plan:
         training = settings.adaptation.training if from_learngene else getattr(settings.baselines, init)
         if training is None or (init != "mmlg" and not counted):
             return
-        has_target = init != "scratch" and counted and settings.baselines.scratch is not None
+        has_target = init != "scratch" and counted and settings.baselines.scratch is not None and settings.family.stop_at_target
         role = DescendantRole(
             settings,
             init,
@@ -165,7 +165,10 @@ def run_family(settings: recipe.Recipe, runtime: Runtime, out: Path, *, launcher
     console = Console(stderr=True)
     if not console.is_terminal:
         console = Console(stderr=True, width=130)  # a log file has no width of its own
-    config = _check(settings, runtime, out)
+    config = check(settings, runtime, out)
+    params = sum(tensor.numel() for tensor in towers.build_meta(config).state_dict().values())
+    # Weights of every model, and two checkpoints of the ancestor.
+    require_space(out, params * BYTES_PER_PARAMETER * (1 + len(settings.family.sizes)) + 2 * checkpoint_bytes(params), "the family")
     plan = Plan(settings, runtime, out, image_size=towers.image_size(config))
     with hold(out):
         _claim(settings, out)
@@ -175,10 +178,11 @@ def run_family(settings: recipe.Recipe, runtime: Runtime, out: Path, *, launcher
             run_graph(
                 [member.step for member in plan.members],
                 launcher or _local_launcher(),
-                parallel=_parallel(runtime),
+                parallel=num_parallel(runtime),
                 console=console,
                 is_complete=lambda step: _is_complete(by_id[step.id], plan, console),
                 progress=_trained_steps,
+                news=_Evaluations(settings.evaluation.metric),
             )
         except StepFailed as error:
             raise UserError(f"{error} Start the same command to resume.") from error
@@ -191,8 +195,12 @@ def run_family(settings: recipe.Recipe, runtime: Runtime, out: Path, *, launcher
     return family
 
 
-def _check(settings: recipe.Recipe, runtime: Runtime, out: Path) -> dict[str, Any]:
-    """Refuse whatever can be known to fail later; returns the ancestor's configuration."""
+def check(settings: recipe.Recipe, runtime: Runtime, out: Path) -> dict[str, Any]:
+    """Refuse whatever can be known to fail later; returns the ancestor's configuration, in which a vocab_size left out stays out.
+
+    Raises:
+        UserError: the recipe does not fit the data, the architecture or the runtime.
+    """
     pairs = open_pairs(settings.data.path) if settings.data.path is not None else None
     check_metric(settings.evaluation.metric, has_classes=pairs is None or pairs.classes is not None)
     config = recipe_config(settings)
@@ -215,9 +223,6 @@ def _check(settings: recipe.Recipe, runtime: Runtime, out: Path) -> dict[str, An
         for member in Plan(settings, runtime, out, image_size=towers.image_size(config)).members:
             if member.role is not None:
                 member.role.check(pairs)
-    params = sum(tensor.numel() for tensor in towers.build_meta(config).state_dict().values())
-    # Weights of every model, and two checkpoints (a parameter, its fp32 copy and two moments) of the ancestor.
-    require_space(out, params * (4 * (1 + len(settings.family.sizes)) + 32), "the family")
     return config
 
 
@@ -241,6 +246,15 @@ def _check_batches(settings: recipe.Recipe, runtime: Runtime) -> None:
 
 def _claim(settings: recipe.Recipe, out: Path) -> None:
     """Make `out`, which is held, the family of this ancestor and data set, or recognise it."""
+    write_json_atomic(out / IDENTITY_FILE, check_folder(settings, out))
+
+
+def check_folder(settings: recipe.Recipe, out: Path) -> dict[str, Any]:
+    """What makes a folder the family of this ancestor and data set; nothing is written.
+
+    Raises:
+        UserError: `out` holds something else, or a family of another ancestor or data set with work in it.
+    """
     whole = settings.to_dict()
     used = settings.used_by("ancestor")
     inputs = {}
@@ -253,24 +267,32 @@ def _claim(settings: recipe.Recipe, out: Path) -> None:
     identity = {"role": "family", "recipe": used, "inputs": inputs}
     differing = differences(out, identity)
     if differing is None:
-        foreign = [path.name for path in out.iterdir() if path.name != ".lock" and not path.name.endswith(".tmp")]
+        foreign = [path.name for path in (out.iterdir() if out.is_dir() else ()) if path.name != ".lock" and not path.name.endswith(".tmp")]
         if foreign:
             raise UserError(f"{out} exists and holds no family of mmlg, but {foreign[0]}. Give another --out, or an empty folder.")
     elif differing and any(has_work(folder) for folder in (*out.iterdir(), *(out / "descendants").glob("*")) if folder.is_dir()):
         raise UserError(
             f"{out} holds a family of another ancestor or data set: {'; '.join(differing)}. Give another --out, or remove that folder."
         )
-    write_json_atomic(out / IDENTITY_FILE, identity)
+    return identity
+
+
+def standing(member: Member, plan: Plan) -> list[str] | None:
+    """What the folder of a step holds, all that the step needs being complete.
+
+    None: no run of it; else in what the run there differs from the one that the recipe asks for, in words: [] where it is that run.
+    """
+    if member.identity is None:
+        return [] if member.step.marker.exists() else None
+    return differences(member.step.folder, member.identity(open_pairs(str(plan.data)))) if member.step.folder.exists() else None
 
 
 def _is_complete(member: Member, plan: Plan, console: Console) -> bool:
     """Whether a step, all that it needs being complete, need not run; a run that the recipe no longer asks for is moved aside."""
     folder, step = member.step.folder, member.step
-    if member.identity is None:
-        return step.marker.exists()
-    differing = differences(folder, member.identity(open_pairs(str(plan.data)))) if folder.exists() else None
+    differing = standing(member, plan)
     if not differing:
-        return differing is not None and result_of(folder) is not None
+        return differing is not None and (member.identity is None or result_of(folder) is not None)
     if step.id == "ancestor" and has_work(folder):
         raise UserError(f"{folder} holds another ancestor: {'; '.join(differing)}. Give another --out, or remove {plan.out}.")
     if has_work(folder):
@@ -297,6 +319,33 @@ def _trained_steps(step: Step) -> int:
     return 0
 
 
+class _Evaluations:
+    """The evaluations that a step's metrics file has gained since the last call, in words."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self._sizes: dict[str, int] = {}
+        self._last: dict[str, int] = {}
+
+    def __call__(self, step: Step) -> list[str]:
+        path = step.folder / "metrics.jsonl"
+        size = path.stat().st_size if path.is_file() else 0
+        if step.total is None or size == self._sizes.get(step.id, 0):
+            return []
+        self._sizes[step.id] = size
+        told = []
+        for line in path.read_bytes().splitlines():
+            try:
+                content = json.loads(line)
+                number, value = content["step"], content["evaluation"][self.metric]
+            except (ValueError, KeyError):
+                continue  # figures of training, or a line still being written
+            if number > self._last.get(step.id, -1):
+                self._last[step.id] = number
+                told.append(f"{number}/{step.total}  {self.metric} {value:.3f}")
+        return told
+
+
 def _local_launcher() -> LocalLauncher:
     """On the CPU, steps are forks of a process that has the heavy imports behind it; a GPU's driver does not survive a fork."""
     if torch.cuda.is_available():
@@ -305,7 +354,8 @@ def _local_launcher() -> LocalLauncher:
     return LocalLauncher(preload=("mmlg_scale.training.run", "deepspeed"))
 
 
-def _parallel(runtime: Runtime) -> int:
+def num_parallel(runtime: Runtime) -> int:
+    """Steps that run side by side."""
     if runtime.parallel is not None:
         return runtime.parallel
     if torch.cuda.is_available():

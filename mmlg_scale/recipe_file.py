@@ -28,13 +28,13 @@ T = TypeVar("T")
 SHIPPED = Path(__file__).with_name("recipes")
 
 
-def new_parser(prog: str, description: str) -> ArgumentParser:
+def new_parser(prog: str, description: str, **settings: Any) -> ArgumentParser:
     """A parser that raises instead of exiting, with help out of the docstrings below fields."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    return ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    return ArgumentParser(prog=prog, description=description, exit_on_error=False, **settings)
 
 
 def add_recipe_options(parser: ArgumentParser) -> None:
@@ -79,7 +79,7 @@ def from_dict(cls: type[T], content: Mapping[str, Any]) -> T:
     types = typing.get_type_hints(cls)
 
     def value_of(kind: Any, value: Any) -> Any:
-        inner = _dataclass_in(kind)
+        inner = dataclass_in(kind)
         if inner is None or value is None:
             return _plain(value)
         if isinstance(value, list):
@@ -99,7 +99,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _dataclass_in(kind: Any) -> Any:
+def dataclass_in(kind: Any) -> Any:
     """The dataclass that an annotation names, looking through `| None` and `list[...]`; None where it names none."""
     return next((t for t in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(t)), None)
 
@@ -127,7 +127,7 @@ def _check_keys(content: Any, types: Mapping[str, Any], path: Path, prefix: str)
         if key not in types:
             near = _elsewhere(str(key)) or prefix + difflib.get_close_matches(str(key), list(types), n=1, cutoff=0.0)[0]
             raise UserError(f"{path}: unknown recipe key {prefix}{key}. Nearest valid key: {near}.")
-        inner = _dataclass_in(types[key])
+        inner = dataclass_in(types[key])
         if inner is not None:
             _check_keys(value, typing.get_type_hints(inner), path, f"{prefix}{key}.")
 

@@ -120,12 +120,14 @@ def si(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """8.25 -> 8.2 s; 87.25 -> 87 s; 200 -> 3 min 20 s; 8000 -> 2 h 13 min."""
+    """8.25 -> 8.2 s; 87.25 -> 87 s; 200 -> 3 min 20 s; 8000 -> 2 h 13 min; 500000 -> 5 d 19 h."""
     if value is None:
         return "–"
     if value < 120:
         return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
     minutes, rest = divmod(round(value), 60)
+    if minutes >= 48 * 60:
+        return f"{minutes // 1440:,} d {minutes // 60 % 24} h"
     return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 

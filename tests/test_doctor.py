@@ -28,20 +28,24 @@ def test_this_machine_can_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert "gloo" in found["communication"]["found"]
     assert all(entry["state"] == "ok" or entry["remedy"] for entry in found.values())
     assert main(["doctor"]) == 0
-    assert "DeepSpeed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "DeepSpeed" in said
+    assert said.endswith("\nTraining works on this machine.\n")
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in names})
 
 
-def test_too_little_disk_and_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_and_shared_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     only(monkeypatch, "disk", "shared memory")
     monkeypatch.setattr(doctor, "free_bytes", lambda folder: 2**29)
     assert finding("disk").state == "missing"
     assert finding("disk").found.startswith("0.5 GiB")
     assert "--shm-size" in finding("shared memory").remedy
+    assert "runtime.num_workers" in finding("shared memory").remedy
     assert main(["doctor"]) == 1
+    assert capsys.readouterr().out.endswith("\nTraining needs: disk. See what to do.\n")
 
 
 def test_a_cgroup_limits_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

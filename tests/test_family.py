@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,8 @@ import yaml
 from mmlg_scale.cli import main
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.family import _cost_of_weights
+from mmlg_scale.forecast import forecast
+from mmlg_scale.recipe_file import load_recipe
 
 RECIPE = {
     "data": {"scenes": {"num_train": 160, "num_val": 24, "num_test": 24}},
@@ -97,8 +100,47 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("family") / "undisturbed"
-    complete(recipe_file, out)
+    (out.parent / "said.txt").write_text(complete(recipe_file, out))
     return out
+
+
+def test_a_log_file_has_a_line_for_each_start_evaluation_and_end(undisturbed: Path) -> None:
+    said = (undisturbed.parent / "said.txt").read_text()
+    assert f"ancestor: started, log in {undisturbed / 'ancestor.launch' / 'log.txt'}\n" in said
+    for step, total, every in (("ancestor", 60, 4), ("i2-t2-scratch", 8, 4), ("i2-t2-mmlg", 4, 2)):
+        folder = undisturbed / ("" if step == "ancestor" else "descendants") / step
+        curve = {point["step"]: point["mean_recall@1"] for point in json.loads((folder / "result.json").read_text())["curve"]}
+        told = re.findall(rf"^{step}: (\d+)/{total}  mean_recall@1 ([0-9.]+)  \d+ s$", said, re.MULTILINE)
+        assert [(int(number), value) for number, value in told] == [(number, f"{value:.3f}") for number, value in curve.items()]
+        assert set(range(every, total + 1, every)) <= set(curve)
+        assert re.search(rf"^\[\d/8\] {step}: complete after \d+ s$", said, re.MULTILINE)
+
+
+def test_the_plan_is_what_the_runs_charged(recipe_file: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every step's parameters, steps and FLOPs before the run, against its result.json; and which are complete."""
+
+    def plan(*options: str) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main(["plan", str(recipe_file), "--json", "--flops-per-second", "1e12", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    fresh, there = plan(), plan("--out", str(undisturbed))
+    results = {path.parent.name: json.loads(path.read_text()) for path in undisturbed.rglob("result.json")}
+    steps = {step["id"]: step for step in fresh["steps"]}
+    assert set(steps) == {*results, "data"}
+    for name, result in results.items():
+        for key in ("params", "steps", "flops", "teacher_flops"):
+            assert steps[name][key] == result[key], (name, key)
+        weights = list(undisturbed.rglob(f"{name}/model/*.safetensors")) or list(undisturbed.rglob(f"{name}/*.safetensors"))
+        assert steps[name]["export_bytes"] == pytest.approx(weights[0].stat().st_size, rel=0.35)  # headers: the models are tiny
+    assert {step["state"] for step in fresh["steps"]} == {"new"}
+    assert {step["state"] for step in there["steps"]} == {"kept"}
+    assert there["totals"]["seconds"] == 0 < fresh["totals"]["seconds"]
+    changed = plan("--out", str(undisturbed), "--baselines.scratch.steps", "12", "--adaptation.training.steps", "6")
+    states = {step["id"]: step["state"] for step in changed["steps"]}
+    again = {"i2-t2-scratch", "i2-t2-mmlg"}
+    # A single tower is not trained; targets are not used here, so that what is compared with scratch stays too.
+    assert {name for name, state in states.items() if state != "kept"} == again
 
 
 def test_killed_in_three_stages_gives_the_same_numbers(recipe_file: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -125,7 +167,11 @@ def test_family_json_report_and_metrics(undisturbed: Path) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
     lines = [json.loads(line) for line in (undisturbed / "ancestor" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "evaluation" in line] == list(range(4, 61, 4))
-    assert all(line["loss"] > 0 and line["samples_per_second"] > 0 for line in lines if "loss" in line)
+    trained = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in trained] == [1, *range(10, 61, 10)]
+    positive = ("loss", "samples_per_second", "gradient_norm", "peak_memory_bytes")
+    assert all(line[key] > 0 for line in trained for key in positive)
+    assert trained[0]["logit_scale"] == pytest.approx(1 / 0.07)
     assert list((undisturbed / "ancestor" / "tensorboard").iterdir())
 
 
@@ -314,6 +360,11 @@ def test_kept_features_change_no_number(tmp_path: Path) -> None:
         assert with_features["flops"] == without["flops"]
     family = json.loads((found[True] / "family.json").read_text())
     kept_flops = family["kept_features"]["flops"]
+    settings, runtime = load_recipe(str(tmp_path / "True.yaml"))
+    planned = {step.id: step.cost for step in forecast(settings, runtime, None, peak_flops=1e12, mfu=0.5).steps}
+    assert planned["features"].flops == kept_flops
+    assert planned["learngene"].flops == family["learngene"]["flops"]
+    assert planned["learngene"].teacher_flops == planned["i2-t2-distil"].teacher_flops == 0
     assert kept_flops == json.loads((found[True] / "features" / "result.json").read_text())["flops"] > 0
     assert family["totals_by_init"]["mmlg"]["flops_once"] == family["learngene"]["flops"] + kept_flops
     assert family["totals_by_init"]["distil"]["flops_once"] == kept_flops

@@ -45,51 +45,105 @@ def run_graph(
     console: Console,
     is_complete: Callable[[Step], bool] = lambda step: step.marker.exists(),
     progress: Callable[[Step], int] = lambda step: 0,
+    news: Callable[[Step], Sequence[str]] = lambda step: (),
 ) -> None:
     """Run every step that is not complete, at most `parallel` side by side; free places go to steps in their order.
 
     Args:
         is_complete: asked once for each step, when all that it needs is complete: a step may depend on what those wrote.
-        progress: how far a running step is.
+        progress: how far a running step is, for its bar.
+        news: what a running step has to say since the last call, in lines; asked and printed only where there are no bars.
 
     Raises:
         StepFailed: a step failed. The other running steps are stopped.
     """
     waiting, done = list(steps), set[str]()
-    running: dict[Step, tuple[Job, TaskID]] = {}
-    columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        overall = bars.add_task("steps", total=len(steps))
-
-        def complete(step: Step, how: str) -> None:
-            done.add(step.id)
-            bars.advance(overall)
-            console.print(f"[{len(done)}/{len(steps)}] {step.id}: {how}", highlight=False)
-
+    running: dict[Step, Job] = {}
+    with _Display(console, len(steps), progress, news) as display:
         try:
             while waiting or running:
                 ready = [step for step in waiting if set(step.needs) <= done]
                 for step in ready[: max(0, parallel - len(running))]:
                     waiting.remove(step)
                     if is_complete(step):
-                        complete(step, "kept")
+                        done.add(step.id)
+                        display.kept(step)
                         continue
-                    job = launcher.submit(list(step.argv), step.resources, step.folder.parent / f"{step.folder.name}.launch")
-                    running[step] = (job, bars.add_task(step.id, total=step.total))
+                    display.before(step)
+                    running[step] = launcher.submit(list(step.argv), step.resources, step.folder.parent / f"{step.folder.name}.launch")
+                    display.started(step, running[step])
                 if running:
                     time.sleep(0.2)
-                for step, (job, bar) in list(running.items()):
-                    bars.update(bar, completed=progress(step))
-                    if not job.state().is_final:
+                for step, job in list(running.items()):
+                    is_final = job.state().is_final
+                    display.look_at(step)
+                    if not is_final:
                         continue
                     del running[step]
-                    bars.remove_task(bar)
                     if job.exit_code != 0 or not step.marker.exists():
                         raise StepFailed(_failure(step, job))
-                    complete(step, "complete")
+                    done.add(step.id)
+                    display.complete(step)
         finally:
-            for job, _ in running.values():
+            for job in running.values():
                 job.cancel()
+
+
+class _Display:
+    """What the console shows of a graph: bars on a terminal, lines elsewhere."""
+
+    def __init__(self, console: Console, num_steps: int, progress: Callable[[Step], int], news: Callable[[Step], Sequence[str]]) -> None:
+        self._console, self._num_steps, self._progress, self._news = console, num_steps, progress, news
+        columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, console=console, transient=True)
+        self._overall = self._bars.add_task("steps", total=num_steps)
+        self._num_done = 0
+        self._running: dict[Step, tuple[TaskID, float]] = {}
+
+    def __enter__(self) -> _Display:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def kept(self, step: Step) -> None:
+        """The step need not run."""
+        self._done(step, "kept")
+
+    def before(self, step: Step) -> None:
+        """What the step has to say of an earlier start is no news."""
+        if not self._console.is_terminal:
+            self._news(step)
+
+    def started(self, step: Step, job: Job) -> None:
+        """The step runs."""
+        self._running[step] = self._bars.add_task(step.id, total=step.total), time.monotonic()
+        if not self._console.is_terminal:
+            self._say(f"{step.id}: started, log in {job.log_paths()[0]}")
+
+    def look_at(self, step: Step) -> None:
+        """How far a running step is."""
+        bar, started = self._running[step]
+        if self._console.is_terminal:
+            self._bars.update(bar, completed=self._progress(step))
+            return
+        for line in self._news(step):
+            self._say(f"{step.id}: {line}  {time.monotonic() - started:.0f} s")
+
+    def complete(self, step: Step) -> None:
+        """The step has ended as it should."""
+        bar, started = self._running.pop(step)
+        self._bars.remove_task(bar)
+        self._done(step, f"complete after {time.monotonic() - started:.0f} s")
+
+    def _done(self, step: Step, how: str) -> None:
+        self._num_done += 1
+        self._bars.advance(self._overall)
+        self._say(f"[{self._num_done}/{self._num_steps}] {step.id}: {how}")
 
 
 def _failure(step: Step, job: Job) -> str:

@@ -9,10 +9,11 @@ from mmlg_scale.cli.parsing import make_parser, parse, progress
 from mmlg_scale.data import RESTVAL, SPLITS
 from mmlg_scale.errors import UserError
 
+OUT_HELP = "Folder to write. It appears complete or not at all."
 TOKENIZER_HELP = (
-    "What the set offers to models trained from scratch on it; models that have a tokenizer use their own. none: open_clip's byte pairs, "
-    "and any model fits; words: a vocabulary of the captions' words, for toy models; bpe: byte pairs, and models with another tokenizer "
-    "are refused; or a model folder or a tokenizer.json."
+    "What models trained from scratch on the set will use; models that have a tokenizer keep their own. none: open_clip's byte pairs; bpe: "
+    "the same, and models with another tokenizer are refused; words: a vocabulary of the captions' words, for toy models; or a path: a "
+    "model folder or a tokenizer.json."
 )
 
 
@@ -20,12 +21,18 @@ def scenes(arguments: list[str]) -> int:
     """mmlg data scenes."""
     from mmlg_scale.recipe import Scenes
 
-    parser = make_parser("data scenes", "Write the procedural image-text set as webdataset shards: train, val and test share no scene.")
-    parser.add_argument("--out", type=str, required=True, help="Folder to write; made whole or not at all.")
-    parser.add_argument("--image-size", type=int, default=32, help="Side of the square images in pixels.")
+    parser = make_parser(
+        "data scenes",
+        "--out DIR [options]",
+        "Write the procedural image-text set as webdataset shards. Train, val and test share no scene.",
+        ("data scenes --out data", "data scenes --out small --num_train 2000 --num_val 100 --num_test 100 --image-size 64"),
+    )
+    parser.add_argument("--out", type=str, required=True, metavar="DIR", help=OUT_HELP)
+    parser.add_argument("--image-size", type=int, default=32, metavar="N", help="Side of the square images in pixels.")
     parser.add_class_arguments(Scenes, as_group=False)
     args = parse(parser, arguments)
     from mmlg_scale.data.scenes import write_scenes
+    from mmlg_scale.data.summary import print_summary
 
     write_scenes(
         Path(args.out),
@@ -36,51 +43,58 @@ def scenes(arguments: list[str]) -> int:
         image_size=args.image_size,
         progress=progress("scenes"),
     )
+    print_summary(Path(args.out), brief=True)
     return 0
 
 
 def pack(arguments: list[str]) -> int:
     """mmlg data pack."""
     parser = make_parser(
-        "data pack", "Pack a CSV/TSV table (filepath,caption), a folder per class, or COCO or Karpathy JSON into webdataset shards."
+        "data pack",
+        "SOURCE --out DIR [options]",
+        "Pack your images and captions into webdataset shards, and say what is in them.",
+        (
+            "data pack pairs.csv --out data --tokenizer words",
+            "data pack dataset_flickr30k.json --images flickr30k-images --out flickr30k",
+        ),
     )
-    parser.add_argument("source", type=str, help="The table, the JSON file, or the folder that holds one folder per class.")
-    parser.add_argument("--out", type=str, required=True, help="Folder to write; made whole or not at all.")
-    parser.add_argument("--image-column", type=str, default="filepath", help="Table column with image paths, relative to the table.")
-    parser.add_argument(
-        "--caption-column",
-        type=str,
-        default="caption",
-        help="Table column with captions; rows of one image are its captions.",
-    )
-    parser.add_argument(
-        "--templates", type=str, nargs="+", default=["a photo of {}."], help="Caption templates for folders; {} is the class."
-    )
-    parser.add_argument(
-        "--val",
-        type=float,
-        default=0.05,
-        help="Fraction of images for validation where the source has no split of its own.",
-    )
-    parser.add_argument("--test", type=float, default=0.1, help="Fraction of images for the test split, likewise.")
-    parser.add_argument("--tokenizer", type=str, default="none", help=TOKENIZER_HELP)
-    parser.add_argument("--resize", type=int | None, default=None, help="Resize images to this many pixels (shorter side, centre crop).")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the split.")
-    parser.add_argument("--images", type=str | None, default=None, help="Folder that a JSON file's image names are relative to.")
-    parser.add_argument("--restval", type=str, default="train", choices=RESTVAL, help="What becomes of a Karpathy file's restval images.")
-    parser.add_argument(
-        "--allow-other-counts", action="store_true", help="Take a Karpathy file whose splits have other sizes than are known of its set."
-    )
-    parser.add_argument("--skip-bad", action="store_true", help="Leave out images that are missing or do not decode, and list them.")
-    parser.add_argument(
+    help_text = "A CSV or TSV table (filepath,caption), a COCO or Karpathy JSON file, or a folder with one folder of images per class."
+    parser.add_argument("source", type=str, metavar="SOURCE", help=help_text)
+    parser.add_argument("--out", type=str, required=True, metavar="DIR", help=OUT_HELP)
+    parser.add_argument("--tokenizer", type=str, default="none", metavar="T", help=TOKENIZER_HELP)
+    group = parser.add_argument_group("splits, where the source has none of its own")
+    group.add_argument("--val", type=float, default=0.05, metavar="X", help="Fraction of images for validation.")
+    group.add_argument("--test", type=float, default=0.1, metavar="X", help="Fraction of images for the test split.")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="Seed of the split.")
+    group = parser.add_argument_group("images")
+    help_text = "Resize to N pixels (shorter side) and crop the centre square."
+    group.add_argument("--resize", type=int | None, default=None, metavar="N", help=help_text)
+    group.add_argument("--skip-bad", action="store_true", help="Leave out images that are missing or do not decode, and list them.")
+    group.add_argument(
         "--as-stored",
         action="store_true",
-        help="Pack every image byte for byte. By default those that viewers show otherwise than they are stored (rotated by EXIF, "
+        help="Pack every image byte for byte. By default images that viewers show differently from how they are stored (rotated by EXIF, "
         "transparent, 16-bit, palette) are packed as shown, and counted.",
     )
+    group = parser.add_argument_group("tables")
+    help_text = "Column with image paths, relative to the table."
+    group.add_argument("--image-column", type=str, default="filepath", metavar="NAME", help=help_text)
+    help_text = "Column with captions; rows of one image are its captions."
+    group.add_argument("--caption-column", type=str, default="caption", metavar="NAME", help=help_text)
+    group = parser.add_argument_group("folders per class")
+    group.add_argument(
+        "--templates", type=str, nargs="+", default=["a photo of {}."], metavar="TEXT", help="Caption templates; {} is the class."
+    )
+    group = parser.add_argument_group("COCO and Karpathy JSON")
+    help_text = "Folder that the file's image names are relative to. Required for JSON."
+    group.add_argument("--images", type=str | None, default=None, metavar="DIR", help=help_text)
+    group.add_argument("--restval", type=str, default="train", choices=RESTVAL, help="What happens to a Karpathy file's restval images.")
+    help_text = "Accept a Karpathy file whose splits have other sizes than the published ones."
+    group.add_argument("--allow-other-counts", action="store_true", help=help_text)
     args = parse(parser, arguments)
     from mmlg_scale.data.pack import PackSettings, pack_folders, pack_table
     from mmlg_scale.data.pack_json import pack_json
+    from mmlg_scale.data.summary import print_summary
 
     source, out, bar = Path(args.source), Path(args.out), progress("pack")
     keys = ("val", "test", "seed", "tokenizer", "resize", "skip_bad")
@@ -94,19 +108,24 @@ def pack(arguments: list[str]) -> int:
         pack_json(source, out, settings, images=Path(args.images), progress=bar, **more)
     else:
         pack_table(source, out, settings, image_column=args.image_column, caption_column=args.caption_column, progress=bar)
+    print_summary(out)
     return 0
 
 
 def check(arguments: list[str]) -> int:
     """mmlg data check."""
     parser = make_parser(
-        "data check", "Check a data set: manifest, sizes, SHA-256, sample headers, captions, images. Exit code 1: damaged."
+        "data check",
+        "DIR [options]",
+        "Check a data set: manifest, sizes, SHA-256, sample headers, captions, images. Exit code 0: intact; 1: damaged, with a list.",
+        ("data check data", "data check data --split val test --no-decode"),
     )
-    parser.add_argument("folder", type=str, help="The data set.")
+    parser.add_argument("folder", type=str, metavar="DIR", help="The data set.")
     parser.add_argument("--split", type=str, nargs="+", default=None, choices=SPLITS, help="Only these splits.")
     parser.add_argument("--decode", action="store_true", default=True, help="Decode every image (the default).")
-    parser.add_argument("--no-decode", dest="decode", action="store_false", help="Do not decode images.")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="Threads that read and decode.")
+    parser.add_argument("--no-decode", dest="decode", action="store_false", help="Do not decode images: faster.")
+    help_text = "Threads that read and decode."
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help=help_text)
     args = parse(parser, arguments)
     from mmlg_scale.data.check import check_dataset, print_damage
 
@@ -119,18 +138,26 @@ def check(arguments: list[str]) -> int:
 def index(arguments: list[str]) -> int:
     """mmlg data index."""
     parser = make_parser(
-        "data index", "Write manifests for webdataset shards made elsewhere (KEY.jpg with KEY.txt or KEY.json); no shard is touched."
+        "data index",
+        "DIR [options]",
+        "Make a data set of webdataset shards from elsewhere (KEY.jpg with KEY.txt or KEY.json): manifests are written beside the shards, "
+        "which are not touched.",
+        ("data index cc3m --val-shards 2 --test-shards 2", "data index laion --tokenizer bpe"),
     )
-    parser.add_argument("folder", type=str, help="The folder of the shards, or of train/, val/ and test/ with shards.")
-    parser.add_argument("--val-shards", type=int, default=1, help="Shards for validation where there are no folders of splits.")
-    parser.add_argument("--test-shards", type=int, default=1, help="Shards for the test split, likewise: the last ones.")
-    parser.add_argument("--tokenizer", type=str, default="none", help=TOKENIZER_HELP)
+    parser.add_argument("folder", type=str, metavar="DIR", help="The folder of the shards, or of train/, val/ and test/ with shards.")
+    help_text = "Shards for the validation split, where there are no folders of splits."
+    parser.add_argument("--val-shards", type=int, default=1, metavar="N", help=help_text)
+    help_text = "Shards for the test split, likewise: the last ones."
+    parser.add_argument("--test-shards", type=int, default=1, metavar="N", help=help_text)
+    parser.add_argument("--tokenizer", type=str, default="none", metavar="T", help=TOKENIZER_HELP)
     args = parse(parser, arguments)
     from mmlg_scale.data.indexing import index_dataset, print_index
+    from mmlg_scale.data.summary import print_summary
 
     root = Path(args.folder)
     counts, problems = index_dataset(
         root, val_shards=args.val_shards, test_shards=args.test_shards, tokenizer=args.tokenizer, progress=progress("index")
     )
     print_index(counts, problems, root)
+    print_summary(root)
     return 0

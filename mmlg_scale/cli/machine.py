@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mmlg_scale.cli.parsing import make_parser, parse
 from mmlg_scale.errors import UserError
+from mmlg_scale.ranges import PositiveInt
 
 
 def launch_local(arguments: list[str]) -> int:
@@ -16,15 +17,21 @@ def launch_local(arguments: list[str]) -> int:
     split = arguments.index("--")
     parser = make_parser(
         "launch local",
-        "Run any mmlg command on several local processes: mmlg launch local --num-processes 2 -- train ...",
+        "[options] -- COMMAND ...",
+        "Run a command of mmlg on several processes of this machine: one for each GPU, or on a CPU one for every few cores.",
+        (
+            "launch local --num-processes 2 -- train demo --data.path data --out runs/ancestor",
+            "launch local --num-processes 8 --run-folder runs/gene.launch -- extract vit-b-32 \\\n"
+            "      --ancestor-model weights.safetensors --data.path data --out runs/gene",
+        ),
     )
-    parser.add_argument("--num-processes", type=int, default=1, help="Ranks.")
-    parser.add_argument("--run-folder", type=str, default="runs/launch", help="Where state and logs are written.")
+    parser.add_argument("--num-processes", type=PositiveInt, default=1, metavar="N", help="Ranks.")
+    parser.add_argument("--run-folder", type=str, default="runs/launch", metavar="DIR", help="Where the job's state and log are written.")
     args = parse(parser, arguments[:split])
     command = arguments[split + 1 :]
     command = command[1:] if command[:1] == ["mmlg"] else command
     if not command:
-        raise UserError("no command after --. Example: mmlg launch local --num-processes 2 -- train demo --data DIR --out DIR.")
+        raise UserError("no command after --. Example: mmlg launch local --num-processes 2 -- train demo --data.path DIR --out DIR.")
     from mmlg_launchers import LocalLauncher, Resources
 
     launcher = LocalLauncher(stream=True)
@@ -42,10 +49,13 @@ def doctor(arguments: list[str]) -> int:
     """mmlg doctor."""
     parser = make_parser(
         "doctor",
-        "Check what training needs on this machine: packages, GPU, kernels, communication, memory, disk, Slurm. For each: what was found, "
-        "and what to do. ok: there; absent: training goes without it; missing: training needs it, and the exit code is 1.",
+        "[--json]",
+        "Check what training needs on this machine: packages, GPU, kernels, communication, memory, disk, Slurm. Each line says what was "
+        "found and, where something is wrong, what to do. ok: nothing to do; absent: training works without it; missing: training needs "
+        "it, and the exit code is 1.",
+        ("doctor", "doctor --json"),
     )
-    parser.add_argument("--json", action="store_true", help="print a list of objects with name, state, found and remedy")
+    parser.add_argument("--json", action="store_true", help="Print a list of objects with name, state, found and remedy.")
     options = parse(parser, arguments)
     import contextlib
 

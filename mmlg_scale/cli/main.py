@@ -33,15 +33,17 @@ Step by step:
   mmlg train RECIPE --init mmlg|tleg|sws|scratch|even|distil --image-layers A --text-layers B ...
                                             train a descendant or a baseline
   mmlg eval MODEL --data DIR                retrieval and zero-shot metrics of any open_clip folder
-  mmlg report DIR                           draw report.html of a family run again
+  mmlg report DIR                           draw a family's report.html again
 
-Running:
+Before and around a run:
+  mmlg recipe                               list the shipped recipes; mmlg recipe --help lists the fields of a recipe
+  mmlg plan RECIPE                          the steps of mmlg family: parameters, FLOPs, memory, disk, time
   mmlg launch local --num-processes N -- <any mmlg command>
-  mmlg doctor                               what this machine has, and what to do about what it lacks
+  mmlg doctor                               check this machine, and say what to do about what is missing
 
 Every command has --help. Commands that take a RECIPE take every field of it as an option
-(--extraction.training.steps 200) and print the resolved whole with --print-config.
-A user's mistake ends with one line and exit code 2; --debug shows the traceback.
+(--extraction.training.steps 200); --print-config prints the recipe with all its fields.
+A mistake in what you give is one line and exit code 2; --debug adds the traceback.
 """
 
 # Command -> module and function, imported when the command is called.
@@ -54,6 +56,8 @@ COMMANDS = {
     "extract": "runs:extract",
     "features": "runs:features",
     "family": "runs:family",
+    "plan": "runs:plan",
+    "recipe": "recipes:recipe",
     "descend": "models:descend",
     "eval": "models:evaluate",
     "report": "models:report",
@@ -96,7 +100,7 @@ def _command(arguments: list[str]) -> int:
     name = " ".join(arguments[:words])
     if name in ("data", "launch"):
         choices = [key for key in COMMANDS if key.startswith(f"{name} ")]
-        print("usage: one of\n  " + "\n  ".join(f"mmlg {key} --help" for key in choices))
+        print(f"usage: mmlg {name} COMMAND ...\n\nOne of these; each has --help:\n  " + "\n  ".join(f"mmlg {key}" for key in choices))
         return 0 if arguments[1:] in (["-h"], ["--help"]) else 2
     if name not in COMMANDS:
         raise UserError(f"no command {name!r}.{nearest(name, list(COMMANDS))} See mmlg --help.")

@@ -15,24 +15,31 @@ from mmlg_scale.recipe import MODALITIES
 
 def descend(arguments: list[str]) -> int:
     """mmlg descend."""
-    parser = make_parser("descend", "Write a descendant from a learngene file: closed form, no data, no training.")
-    parser.add_argument("learngene", type=str, help="A learngene.safetensors file.")
-    parser.add_argument(
-        "--image-layers",
-        type=int | None,
-        default=None,
-        help="Depth of the image tower; deeper than the ancestor works too.",
+    parser = make_parser(
+        "descend",
+        "LEARNGENE --image-layers N --text-layers N --out DIR [options]",
+        "Write a descendant from a learngene file: a CLIP of any depth, as an ordinary open_clip model folder. It needs no data and no "
+        "training: milliseconds at toy size, about a second for a ViT-B/32.",
+        (
+            "descend runs/demo/learngene/learngene.safetensors --image-layers 5 --text-layers 3 --out small",
+            "descend runs/demo/learngene/learngene.safetensors --image-layers 6 --image-width 48 --modality image --out image-tower",
+        ),
     )
-    parser.add_argument("--text-layers", type=int | None, default=None, help="Depth of the text tower.")
+    parser.add_argument("learngene", type=str, metavar="LEARNGENE", help="A learngene.safetensors file.")
+    help_text = "Depth of the image tower. Deeper than the ancestor works too."
+    parser.add_argument("--image-layers", type=int | None, default=None, metavar="N", help=help_text)
+    parser.add_argument("--text-layers", type=int | None, default=None, metavar="N", help="Depth of the text tower.")
     for tower in ("image", "text"):
-        parser.add_argument(f"--{tower}-width", type=int | None, default=None, help=WIDTH_HELP.format(tower) + ".")
-    parser.add_argument("--modality", type=str, default="both", choices=MODALITIES, help="Both towers, or one alone.")
-    parser.add_argument("--out", type=str, required=True, help="Folder to write: open_clip.create_model('local-dir:OUT') loads it.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace the export that is there; other files in the folder stay.")
+        parser.add_argument(f"--{tower}-width", type=int | None, default=None, metavar="N", help=WIDTH_HELP.format(tower))
+    parser.add_argument("--modality", type=str, default="both", choices=MODALITIES, help="Both towers, or one.")
+    help_text = "Folder to write. open_clip.create_model('local-dir:DIR') loads it."
+    parser.add_argument("--out", type=str, required=True, metavar="DIR", help=help_text)
+    help_text = "Replace the model that is there; other files in the folder are kept."
+    parser.add_argument("--overwrite", action="store_true", help=help_text)
     args = parse(parser, arguments)
     for tower in ("image", "text"):
         if getattr(args, f"{tower}_layers") is None and args.modality in ("both", tower):
-            raise UserError(f"--{tower}-layers is missing. Say how deep the {tower} tower is to be.")
+            raise UserError(f"--{tower}-layers is missing. Give the depth of the {tower} tower.")
     from mmlg_scale.learngene.file import load_learngene
 
     learngene = load_learngene(Path(args.learngene))
@@ -47,11 +54,20 @@ def descend(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """mmlg eval."""
-    parser = make_parser("eval", "Retrieval (and, where the set has classes, zero-shot) metrics of an open_clip folder.")
-    parser.add_argument("model", type=str, help="A folder that open_clip loads by local-dir:.")
-    parser.add_argument("--data", type=str, required=True, help="A data set folder (mmlg data scenes / pack).")
+    parser = make_parser(
+        "eval",
+        "MODEL --data DIR [options]",
+        "Measure an open_clip model folder on a data set, with the model's own preprocessing and tokenizer. Prints one JSON object of "
+        "fractions from 0 to 1: image_retrieval_recall@K (captions that find their image among the first K), text_retrieval_recall@K "
+        "(images that find one of their captions) and mean_recall@K (the mean of both), K being 1, 5 and 10; where the set has classes "
+        "also acc1, acc5 and mean_per_class_recall (zero-shot).",
+        ("eval small --data data", "eval runs/ancestor/model --data data --split val --out metrics.json"),
+    )
+    parser.add_argument("model", type=str, metavar="MODEL", help="A folder that open_clip loads as local-dir:MODEL.")
+    help_text = "A data set that mmlg data pack, index or scenes wrote."
+    parser.add_argument("--data", type=str, required=True, metavar="DIR", help=help_text)
     parser.add_argument("--split", type=str, default="test", choices=SPLITS, help="Which split.")
-    parser.add_argument("--out", type=str | None, default=None, help="Write the metrics to this JSON file too.")
+    parser.add_argument("--out", type=str | None, default=None, metavar="FILE", help="Write the JSON to this file too.")
     args = parse(parser, arguments)
     from mmlg_scale.evaluation.evaluate import evaluate_folder
     from mmlg_scale.files import write_json_atomic
@@ -65,8 +81,13 @@ def evaluate(arguments: list[str]) -> int:
 
 def report(arguments: list[str]) -> int:
     """mmlg report."""
-    parser = make_parser("report", "Draw report.html again from family.json.")
-    parser.add_argument("run", type=str, help="The folder of a family run.")
+    parser = make_parser(
+        "report",
+        "DIR",
+        "Draw DIR/report.html again from DIR/family.json, with every ratio computed anew. Nothing is trained or evaluated.",
+        ("report runs/demo", "report runs/mine"),
+    )
+    parser.add_argument("run", type=str, metavar="DIR", help="The folder of a finished mmlg family run.")
     args = parse(parser, arguments)
     from mmlg_scale.report import write_report
 

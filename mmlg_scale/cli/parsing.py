@@ -25,11 +25,23 @@ def nearest(word: str, choices: Sequence[str]) -> str:
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
-def make_parser(name: str, description: str) -> ArgumentParser:
-    """The parser of a command."""
+def make_parser(name: str, usage: str, description: str, examples: Sequence[str]) -> ArgumentParser:
+    """The parser of a command.
+
+    Args:
+        usage: what follows `mmlg NAME` in the usage line.
+        examples: what follows `mmlg ` in the examples that end the help.
+    """
+    from mmlg_scale.cli.formatter import EXAMPLES, HelpFormatter
     from mmlg_scale.recipe_file import new_parser
 
-    return new_parser(f"mmlg {name}", description)
+    return new_parser(
+        f"mmlg {name}",
+        description,
+        usage=f"mmlg {name} {usage}",
+        epilog="\n".join([EXAMPLES, *(f"  mmlg {example}" for example in examples)]),
+        formatter_class=HelpFormatter,
+    )
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
@@ -72,6 +84,12 @@ def _underscored(word: str, options: set[str]) -> str:
     return word
 
 
+RECIPE_FIELDS = (
+    "Every field of the recipe is an option too: --data.path DIR, --extraction.training.steps 200, --runtime.num_workers 8. "
+    "mmlg recipe --help lists them."
+)
+
+
 def required(args: Any, *names: str) -> None:
     """Raise UserError for the first option that was not given. Checked here so that --print-config needs none of them."""
     for name in names:
@@ -82,18 +100,25 @@ def required(args: Any, *names: str) -> None:
 def parse_recipe(parser: ArgumentParser, arguments: list[str]) -> tuple[Any, Recipe, Runtime] | None:
     """Parse a command whose first argument is a recipe; every field of recipe and runtime is an option of the command.
 
-    With --print-config, prints the resolved recipe, a valid recipe file, and returns None.
+    With --print-config, prints the resolved recipe, a valid recipe file, and returns None. --help leaves the fields out: there are hundreds
+    of them, and `mmlg recipe --help` lists them.
     """
     import yaml
 
     from mmlg_scale.recipe_file import add_recipe_options, check_keys, recipe_of, resolve_recipe_path, to_content
 
-    parser.add_argument("--print-config", action="store_true", help="Print the resolved recipe, which is a valid recipe file, and stop.")
+    group = parser.add_argument_group("recipe", RECIPE_FIELDS)
+    group.add_argument("--print-config", action="store_true", help="Print the recipe with all its fields, a valid recipe file, and stop.")
+    if {"-h", "--help"} & set(arguments):
+        parser.add_argument("RECIPE", help="A YAML file, or the name of a shipped recipe: mmlg recipe lists them.")
+        parse(parser, ["--help"])
     add_recipe_options(parser)
     if arguments and not arguments[0].startswith("-"):
         path = resolve_recipe_path(arguments[0])
         check_keys(path)
         arguments = ["--recipe", str(path), *arguments[1:]]
+    elif not any(word.startswith(("--recipe", "--model", "--print-config")) for word in arguments):
+        raise UserError(f"RECIPE is missing. It comes first: {parser.prog} RECIPE ...; mmlg recipe lists the shipped ones.")
     args = parse(parser, arguments)
     recipe, runtime = recipe_of(args)
     if args.print_config:

@@ -1,42 +1,71 @@
-"""Commands that train: train, extract, features, family."""
+"""Commands that train, or say what training will cost: train, extract, features, family, plan."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mmlg_scale.cli.parsing import make_parser, parse_recipe, path_or_none, required
-from mmlg_scale.ranges import PositiveInt
+from mmlg_scale.ranges import Fraction, PositiveFloat, PositiveInt
 from mmlg_scale.recipe import INITS, METHODS, MODALITIES
 
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from mmlg_scale.recipe import Recipe
+    from mmlg_scale.runtime import Runtime
+
 ANCESTOR_HELP = "The ancestor: a model folder, or a file of weights (.safetensors, .pt) for the recipe's architecture."
-FEATURES_HELP = "What mmlg features wrote, for recipes with engine.keep_features."
-WIDTH_HELP = "Residual width of the {} tower, a multiple of its head dimension; the ancestor's where left out"
+FEATURES_HELP = "The folder that mmlg features wrote, for recipes with engine.keep_features."
+WIDTH_HELP = "Width of the {} tower, a multiple of its head dimension; left out: the ancestor's."
+DEFAULT_MFU = 0.4
+RESUMES = "Start the same command again and it resumes from its last checkpoint, with the same numbers."
 
 
 def train(arguments: list[str]) -> int:
     """mmlg train."""
     parser = make_parser(
         "train",
-        "Train the ancestor, or (with --init) a descendant or a baseline. Started again, it resumes from its last checkpoint.",
+        "RECIPE --data.path DIR --out DIR [options]",
+        f"Train the ancestor, or with --init a descendant or a baseline. {RESUMES}",
+        (
+            "train demo --data.path data --out runs/ancestor",
+            "train demo --init mmlg --learngene runs/gene/learngene.safetensors --ancestor-model runs/ancestor/model \\\n"
+            "      --image-layers 4 --text-layers 4 --data.path data --out runs/i4-t4",
+        ),
     )
-    parser.add_argument("--out", type=str | None, default=None, help="The run's folder.")
-    parser.add_argument("--init", type=str, default="ancestor", choices=INITS, help="What is trained.")
-    for tower in ("image", "text"):
-        help_text = f"Depth of the {tower} tower (not for the ancestor)."
-        parser.add_argument(f"--{tower}-layers", type=PositiveInt, default=4, help=help_text)
-        help_text = f"{WIDTH_HELP.format(tower)} (not for the ancestor)."
-        parser.add_argument(f"--{tower}-width", type=PositiveInt | None, default=None, help=help_text)
+    parser.add_argument("--out", type=str | None, default=None, metavar="DIR", help="The run's folder.")
     parser.add_argument(
+        "--init",
+        type=str,
+        default="ancestor",
+        choices=INITS,
+        help="What is trained. mmlg, tleg, sws: a descendant of that learngene; scratch: random weights; even: every n-th layer of the "
+        "ancestor; distil: random weights with the ancestor as teacher.",
+    )
+    group = parser.add_argument_group("descendants and baselines (with --init)")
+    for tower in ("image", "text"):
+        group.add_argument(f"--{tower}-layers", type=PositiveInt, default=4, metavar="N", help=f"Depth of the {tower} tower.")
+        group.add_argument(f"--{tower}-width", type=PositiveInt | None, default=None, metavar="N", help=WIDTH_HELP.format(tower))
+    group.add_argument(
         "--ancestor-model",
         type=str | None,
         default=None,
-        help=f"{ANCESTOR_HELP} For even, distil, and learngenes when their descendants are adapted.",
+        metavar="PATH",
+        help=f"{ANCESTOR_HELP} For even and distil, and for adapting descendants.",
     )
-    parser.add_argument("--learngene", type=str | None, default=None, help="Learngene file (mmlg, tleg, sws).")
-    parser.add_argument("--modality", type=str, default="both", choices=MODALITIES, help="One tower alone: mmlg only, not trained.")
-    parser.add_argument("--target-of", type=str | None, default=None, help="A finished scratch run: training stops at its quality.")
-    parser.add_argument("--features", type=str | None, default=None, help=FEATURES_HELP)
+    group.add_argument("--learngene", type=str | None, default=None, metavar="FILE", help="The learngene, for mmlg, tleg and sws.")
+    group.add_argument(
+        "--modality",
+        type=str,
+        default="both",
+        choices=MODALITIES,
+        help="Both towers, or one, which is not trained (mmlg only).",
+    )
+    help_text = "A finished scratch run: training stops once it has reached that run's quality."
+    group.add_argument("--target-of", type=str | None, default=None, metavar="DIR", help=help_text)
+    group.add_argument("--features", type=str | None, default=None, metavar="DIR", help=FEATURES_HELP)
     parsed = parse_recipe(parser, arguments)
     if parsed is None:
         return 0
@@ -63,11 +92,21 @@ def train(arguments: list[str]) -> int:
 
 def extract(arguments: list[str]) -> int:
     """mmlg extract."""
-    parser = make_parser("extract", "Distil the learngene out of an ancestor. Started again, it resumes from its last checkpoint.")
-    parser.add_argument("--ancestor-model", type=str | None, default=None, help=ANCESTOR_HELP)
-    parser.add_argument("--out", type=str | None, default=None, help="The run's folder; the result is OUT/learngene.safetensors.")
-    parser.add_argument("--method", type=str, default="mmlg", choices=METHODS, help="Whose settings: extraction's, or a baseline's.")
-    parser.add_argument("--features", type=str | None, default=None, help=FEATURES_HELP)
+    parser = make_parser(
+        "extract",
+        "RECIPE --ancestor-model PATH --data.path DIR --out DIR [options]",
+        f"Distil the learngene out of an ancestor, trained here or elsewhere. {RESUMES}",
+        (
+            "extract demo --ancestor-model runs/ancestor/model --data.path data --out runs/gene",
+            "extract vit-b-32 --ancestor-model weights.safetensors --data.path data --out runs/gene --extraction.training.steps 2000",
+        ),
+    )
+    parser.add_argument("--ancestor-model", type=str | None, default=None, metavar="PATH", help=ANCESTOR_HELP)
+    help_text = "The run's folder; the result is DIR/learngene.safetensors."
+    parser.add_argument("--out", type=str | None, default=None, metavar="DIR", help=help_text)
+    help_text = "mmlg takes the settings of extraction; tleg and sws those of baselines.tleg and baselines.sws."
+    parser.add_argument("--method", type=str, default="mmlg", choices=METHODS, help=help_text)
+    parser.add_argument("--features", type=str | None, default=None, metavar="DIR", help=FEATURES_HELP)
     parsed = parse_recipe(parser, arguments)
     if parsed is None:
         return 0
@@ -84,11 +123,17 @@ def features(arguments: list[str]) -> int:
     """mmlg features."""
     parser = make_parser(
         "features",
-        "Compute the ancestor's features of the training split once, for recipes with engine.keep_features. Started again, it resumes.",
+        "RECIPE --ancestor-model PATH --data.path DIR --out DIR",
+        "Compute the ancestor's features of every training image and caption once, for recipes with engine.keep_features: later runs read "
+        "them instead of running the ancestor. Start the same command again and it resumes.",
+        (
+            "features my-recipe.yaml --ancestor-model runs/ancestor/model --data.path data --out runs/features",
+            "extract my-recipe.yaml --features runs/features --ancestor-model runs/ancestor/model --data.path data --out runs/gene",
+        ),
     )
-    parser.add_argument("--ancestor-model", type=str | None, default=None, help=ANCESTOR_HELP)
-    help_text = "Folder to write: 4 bytes a number, one row for each image and caption."
-    parser.add_argument("--out", type=str | None, default=None, help=help_text)
+    parser.add_argument("--ancestor-model", type=str | None, default=None, metavar="PATH", help=ANCESTOR_HELP)
+    help_text = "Folder to write: one row for each image and caption, 4 bytes a number."
+    parser.add_argument("--out", type=str | None, default=None, metavar="DIR", help=help_text)
     parsed = parse_recipe(parser, arguments)
     if parsed is None:
         return 0
@@ -104,30 +149,80 @@ def family(arguments: list[str]) -> int:
     """mmlg family."""
     parser = make_parser(
         "family",
-        "data -> ancestor -> learngene -> descendants and baselines -> report. Started again, it runs what is not complete, and after a "
-        "change of the recipe what depends on the change.",
+        "RECIPE --out DIR [--data.path DIR] [options]",
+        "The whole job: data, ancestor, learngene, descendants and baselines, report. Start the same command again and it runs what is not "
+        "complete yet; with a changed recipe, only what depends on the change. mmlg plan shows the steps and what they cost first.",
+        (
+            "family demo --out runs/demo",
+            "family my-recipe.yaml --data.path data --ancestor runs/ancestor --out runs/mine",
+        ),
     )
-    parser.add_argument("--out", type=str | None, default=None, help="The family's folder: family.json and report.html are written there.")
+    help_text = "The family's folder: DIR/family.json and DIR/report.html are the result."
+    parser.add_argument("--out", type=str | None, default=None, metavar="DIR", help=help_text)
+    add_ancestor(parser)
+    parsed = parse_family(parser, arguments)
+    if parsed is None:
+        return 0
+    args, recipe, runtime = parsed
+    required(args, "out")
+    from mmlg_scale.family import run_family
+
+    run_family(recipe, runtime, Path(args.out))
+    return 0
+
+
+def plan(arguments: list[str]) -> int:
+    """mmlg plan."""
+    parser = make_parser(
+        "plan",
+        "RECIPE [--data.path DIR] [--out DIR] [options]",
+        "Show the steps of mmlg family before anything runs: parameters, FLOPs, memory, disk, and an estimate of the time. Where --out "
+        "holds a family already, what is complete there is shown as kept. Nothing is written.",
+        (
+            "plan demo",
+            "plan vit-l-14 --data.path data --flops-per-second 989e12 --runtime.num_processes 8",
+        ),
+    )
+    parser.add_argument("--out", type=str | None, default=None, metavar="DIR", help="The family's folder, to see what is complete in it.")
+    add_ancestor(parser)
+    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of the table, for scripts.")
+    group = parser.add_argument_group("time")
+    help_text = "Peak of one device. Left out: a GPU's data-sheet bf16 peak, or the matrix products of this CPU, measured for 0.2 s."
+    group.add_argument("--flops-per-second", type=PositiveFloat | None, default=None, metavar="X", help=help_text)
+    help_text = "Fraction of the peak that training reaches (model FLOPs utilisation). Your own runs print theirs."
+    group.add_argument("--mfu", type=Fraction, default=DEFAULT_MFU, metavar="X", help=help_text)
+    parsed = parse_family(parser, arguments)
+    if parsed is None:
+        return 0
+    args, recipe, runtime = parsed
+    from mmlg_scale.forecast import forecast, print_forecast
+
+    found = forecast(recipe, runtime, path_or_none(args.out), peak_flops=args.flops_per_second, mfu=args.mfu)
+    print_forecast(found, as_json=args.json)
+    return 0
+
+
+def add_ancestor(parser: ArgumentParser) -> None:
+    """The option of commands on a whole family whose ancestor exists."""
     parser.add_argument(
         "--ancestor-model",
         type=str | None,
         default=None,
-        help="An ancestor that exists: the folder of an mmlg train run (its cost is counted) or a model folder. Also --ancestor DIR.",
+        metavar="PATH",
+        help="An ancestor that exists: the folder of an mmlg train run (its cost is counted), a model folder, or a file of weights. "
+        "--ancestor PATH says the same.",
     )
+
+
+def parse_family(parser: ArgumentParser, arguments: list[str]) -> tuple[Any, Recipe, Runtime] | None:
+    """`parse_recipe` of commands on a whole family; an ancestor that is given becomes the recipe's weights."""
     # --ancestor is the name of a section of the recipe too, which no plain word can be the value of.
     for index, word in enumerate(arguments):
         if word == "--ancestor" or word.startswith("--ancestor="):
             arguments = [*arguments[:index], word.replace("--ancestor", "--ancestor-model", 1), *arguments[index + 1 :]]
     parsed = parse_recipe(parser, arguments)
-    if parsed is None:
-        return 0
-    args, recipe, runtime = parsed
-    required(args, "out")
-    if args.ancestor_model is not None:
-        run = Path(args.ancestor_model)
+    if parsed is not None and parsed[0].ancestor_model is not None:
+        run = Path(parsed[0].ancestor_model)
         weights = run / "model" if (run / "model").is_dir() else run
-        recipe.model = dataclasses.replace(recipe.model, weights=str(weights.absolute()))
-    from mmlg_scale.family import run_family
-
-    run_family(recipe, runtime, Path(args.out))
-    return 0
+        parsed[1].model = dataclasses.replace(parsed[1].model, weights=str(weights.absolute()))
+    return parsed

@@ -23,6 +23,7 @@ from mmlg_scale.data.manifest import Progress, Sample, new_dataset, write_split
 from mmlg_scale.data.tokens import word_tokenizer_files, write_tokenizer
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_json_atomic
+from mmlg_scale.towers import FileTokenizer
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 45, 45),
@@ -44,6 +45,8 @@ TEMPLATES = ("a {a} {r} a {b}", "{a} {r} {b}", "there is a {a} {r} a {b}", "the 
 CLASS_TEMPLATES = ("a {}", "there is a {}")
 """Of words that captions have, so that the vocabulary knows them."""
 MAX_WORDS = 14
+TRAIN_CAPTIONS = 3
+"""Of each training image."""
 """With start and end token a caption fits a context of 16."""
 
 
@@ -180,7 +183,7 @@ def write_scenes(
             return
         for number, (split, indices) in enumerate(chosen.items()):
             picked = (scenes[index] for index in progress(indices.tolist()))
-            samples = _samples(picked, 3 if split == "train" else 2, image_size, [seed, 2, number])
+            samples = _samples(picked, TRAIN_CAPTIONS if split == "train" else 2, image_size, [seed, 2, number])
             write_split(root, split, samples, samples_per_shard=samples_per_shard)
         write_tokenizer(root, word_tokenizer_files(_every_word()))
         write_json_atomic(root / "classes.json", {"classnames": classnames(), "templates": list(CLASS_TEMPLATES)})
@@ -192,6 +195,11 @@ def _samples(scenes: Iterator[Scene], num_captions: int, image_size: int, seed: 
         buffer = io.BytesIO()
         render(scene, image_size, generator).save(buffer, "PNG")
         yield Sample(f"{position:08d}", buffer.getvalue(), "png", captions(scene, num_captions, generator), label(scene))
+
+
+def scenes_tokenizer() -> FileTokenizer:
+    """The word tokenizer that the set offers: of every word that a caption can hold."""
+    return FileTokenizer(word_tokenizer_files(_every_word()))
 
 
 def _every_word() -> list[str]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmlg_scale import recipe
+from mmlg_scale.accounting import checkpoint_bytes
 from mmlg_scale.errors import UserError
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.muon import MuonAdamW
@@ -111,6 +112,7 @@ class Engine:
             dist_init_required=False,
         )
         self.model: nn.Module = self._engine.module
+        self._norm: Tensor | float = 0.0
         self._peak_rates = [group["lr"] for group in self._engine.optimizer.param_groups]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -142,7 +144,15 @@ class Engine:
         """Clip, and one optimiser step at `rate_factor` times each group's peak rate."""
         for group, peak in zip(self._engine.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * rate_factor
+        if self.zero_stage == 0:  # where DeepSpeed clips without telling the norm
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(gradients)
         self._engine.step()
+
+    @property
+    def gradient_norm(self) -> Tensor | float:
+        """The norm of the last step's gradients, all ranks' together, before clipping."""
+        return self._norm if self.zero_stage == 0 else self._engine.get_global_grad_norm()
 
     @property
     def learning_rate(self) -> float:
@@ -164,8 +174,8 @@ class Engine:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """About what a checkpoint takes on disk: a parameter, its fp32 copy and AdamW's two moments."""
-        return sum(16 * getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.model.parameters())
+        """About what a checkpoint takes on disk."""
+        return checkpoint_bytes(sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.model.parameters()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model's parameters and buffers in fp32 on the CPU, gathered under ZeRO-3. Collective."""

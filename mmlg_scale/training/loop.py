@@ -106,7 +106,7 @@ def train(
         figures: dict[str, Any] = {"loss": loss, **terms}
         if meters.is_due(progress.step):
             figures = _mean_over_ranks(figures)
-        figures["learning_rate"] = engine.learning_rate
+        figures |= {"gradient_norm": engine.gradient_norm, "learning_rate": engine.learning_rate}
         meters.step(progress.step, figures, num_samples=training.batch_size, flops=student_flops + teacher_flops)
 
         due = progress.step % training.eval_every == 0 or progress.step == training.steps

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +63,7 @@ class Meters:
         trackers: where figures go besides the console.
         total_steps: length of the schedule.
         log_every: steps between figures.
+        shown: metrics of an evaluation that the console shows.
         line_every: seconds between console lines where the console is no terminal.
         peak_flops: FLOP/s of one device; measured where it is not given. MFU is against the peak of all ranks together.
         console: where the bar or the lines go; standard error where it is not given.
@@ -78,13 +79,14 @@ class Meters:
         device: torch.device,
         enabled: bool = True,
         log_every: int = 10,
+        shown: Iterable[str] = (),
         line_every: float = 10.0,
         peak_flops: float | None = None,
         console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.trackers, self.total_steps, self.name, self.enabled = trackers, total_steps, name, enabled
-        self.log_every, self.line_every = log_every, line_every
+        self.log_every, self.line_every, self.shown = log_every, line_every, tuple(shown)
         self._device, self._clock = device, clock
         self._console = console if console is not None else Console(stderr=True)
         self._before = 0.0  # training seconds of earlier processes
@@ -148,8 +150,8 @@ class Meters:
                 self._paused += spent
 
     def is_due(self, step: int) -> bool:
-        """Whether the figures of `step` will be written."""
-        return step % self.log_every == 0 or step == self.total_steps
+        """Whether the figures of `step` will be written: the first, every `log_every`-th, the last."""
+        return step == 1 or step % self.log_every == 0 or step == self.total_steps
 
     def step(self, step: int, figures: Mapping[str, Any], *, num_samples: int, flops: float) -> None:
         """Count one step; write a line when one is due.
@@ -176,9 +178,12 @@ class Meters:
         self._reset_window()
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Pass on the metrics of an evaluation."""
+        """Pass on the metrics of an evaluation, and print those of `shown`."""
         for tracker in self.trackers:
             tracker.scalars(step, metrics, kind="evaluation")
+        told = [f"{name} {metrics[name]:.3f}" for name in self.shown if name in metrics]
+        if self.enabled and told:
+            self._print(step, f"validation  {'  '.join(told)}  after {self.seconds:.0f} s")
 
     def _rates(self, step: int) -> dict[str, Any]:
         seconds = self.seconds  # waits for the device, so that the window's work is done
@@ -207,15 +212,24 @@ class Meters:
         return self._clock()
 
     def _say(self, step: int, line: Mapping[str, Any]) -> None:
+        of_model = "".join(
+            f"{told} {line[name]:{style}}  "
+            for name, told, style in (("gradient_norm", "grad norm", ".2f"), ("logit_scale", "logit scale", ".1f"))
+            if name in line
+        )
         figures = (
-            f"loss {line['loss']:.3f}  lr {line['learning_rate']:.1e}  {line['samples_per_second']:,.0f} samples/s  "
-            f"MFU {line['mfu']:.0%}  stall {line['loader_stall']:.0%}  ETA {line['eta_seconds']:.0f} s"
+            f"loss {line['loss']:.3f}  {of_model}lr {line['learning_rate']:.1e}  {line['samples_per_second']:,.0f} samples/s  "
+            f"MFU {line['mfu']:.0%}  stall {line['loader_stall']:.0%}  {line['peak_memory_bytes'] / 1e9:.1f} GB  "
+            f"ETA {line['eta_seconds']:.0f} s"
         )
         self._bar.update(self._task, figures=figures)
         due = self._clock() - self._last_line >= self.line_every or step == self.total_steps
         if not self._console.is_terminal and due:
             self._last_line = self._clock()
-            self._console.print(f"{self.name} {step}/{self.total_steps}  {figures}", highlight=False, soft_wrap=True)
+            self._print(step, figures)
+
+    def _print(self, step: int, told: str) -> None:
+        self._console.print(f"{self.name} {step}/{self.total_steps}  {told}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Flush and end the bar."""

@@ -22,7 +22,8 @@ from mmlg_scale.learngene.structure import Structure
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.folder import result_of
 from mmlg_scale.training.loop import Curve
-from mmlg_scale.training.stages import ClipStage, ExtractionStage, Stage, TowerStage, most_layers
+from mmlg_scale.training.sizes import most_layers
+from mmlg_scale.training.stages import ClipStage, ExtractionStage, Stage, TowerStage
 from mmlg_scale.training.teacher import CachedTeacher, LiveTeacher, Teacher
 
 

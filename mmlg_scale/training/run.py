@@ -144,6 +144,8 @@ def _train(role: Role, pairs: PairSet, out: Path, runtime: Runtime, identity: di
 
     result = on_first_rank(finish)
     meters.close()
+    if is_first_rank():
+        print(f"{out}: complete{_in_words(result)}.", file=sys.stderr)
     checkpoints.remove()
     return result
 
@@ -162,6 +164,7 @@ def _meters(session: Session, out: Path, identity: dict[str, Any]) -> Meters:
         device=session.engine.device,
         enabled=is_first_rank(),
         log_every=runtime.log_every,
+        shown=dict.fromkeys((session.settings.evaluation.metric, "mean_recall@1", "acc1")),
     )
 
 

@@ -17,21 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from mmlg_scale import recipe, towers
-from mmlg_scale.accounting import forward_flops
+from mmlg_scale.accounting import training_flops
 from mmlg_scale.digests import file_digest
-from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
 from mmlg_scale.learngene.blocks import BlockLayout
 from mmlg_scale.learngene.descend import Descendant
 from mmlg_scale.learngene.file import Learngene
 from mmlg_scale.objectives import contrastive, distillation
-from mmlg_scale.streams import Stream, generator, key
+from mmlg_scale.streams import Stream, key
 from mmlg_scale.training.inputs import Inputs
 from mmlg_scale.training.muon import Place, places_of
+from mmlg_scale.training.sizes import TOWERS, SizeDraw
 from mmlg_scale.training.teacher import Autocast, PlainCLIP, Teacher, tap_layers
 
 Terms = dict[str, Tensor]
-TOWERS = ("image", "text")
 
 
 class Stage(Protocol):
@@ -243,7 +242,7 @@ class ClipStage:
         return distillation(outputs, targets, text_BT, self.weights)
 
     def flops(self, step: int) -> tuple[int, int]:
-        return 3 * forward_flops(self.config)["total"], self.teacher.flops if self.teacher else 0
+        return training_flops(self.config), self.teacher.flops if self.teacher else 0
 
     def evaluated_sizes(self) -> dict[str, dict[str, int]]:
         return {"": {}}
@@ -296,7 +295,7 @@ class ExtractionStage:
     ) -> None:
         self.settings, self.training, self.teacher, self.seed = settings, settings.training, teacher, seed
         self.spec, self.compose_per_layer = teacher.spec, compose_per_layer
-        self.max_layers = most_layers(settings, teacher.spec.config)
+        self.draw = SizeDraw(settings, teacher.spec.config, seed)
         self.auxiliary = auxiliary
         model: nn.Module = auxiliary
         if settings.loss.hidden:
@@ -305,26 +304,7 @@ class ExtractionStage:
 
     def sizes(self, step: int) -> list[dict[str, int]]:
         """The sizes drawn at `step`: the same on every rank, and after every resume."""
-        return [self._size(step, index) for index in range(self.settings.students_per_step)]
-
-    def _size(self, step: int, index: int) -> dict[str, int]:
-        """One depth for both towers, scaled down for the one that has fewer layers to draw from, and a width for each."""
-        draw = generator(self.seed, Stream.SIZES, step, index)
-        layers = self._depths(int(draw.integers(self.settings.min_layers, max(self.max_layers.values()), endpoint=True)))
-        shares = draw.choice(self.settings.width_shares, size=2)
-        return layers | {f"{tower}_width": self._width(tower, share) for tower, share in zip(TOWERS, shares, strict=True)}
-
-    def _depths(self, layers: int) -> dict[str, int]:
-        """Both towers' depths where the deeper one has `layers`: equally far between the least and each tower's most."""
-        least, most = self.settings.min_layers, max(self.max_layers.values())
-        share = (layers - least) / max(1, most - least)
-        return {f"{tower}_layers": least + int(share * (own - least) + 0.5) for tower, own in self.max_layers.items()}
-
-    def _width(self, tower: str, share: float) -> int:
-        """The residual width with this fraction of the tower's heads, rounded to whole ones."""
-        head = towers.head_dim(self.spec.config, tower)
-        heads = towers.width(self.spec.config, tower) // head
-        return head * max(1, int(share * heads + 0.5))
+        return self.draw.sizes(step)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Blocks and vectors at the recipe's rate, coefficients and all else at multiples of it."""
@@ -361,27 +341,10 @@ class ExtractionStage:
         return distillation(outputs, targets, text_BT, self.settings.loss)
 
     def flops(self, step: int) -> tuple[int, int]:
-        students = sum(forward_flops(towers.with_sizes(self.spec.config, **size))["total"] for size in self.sizes(step))
-        return 3 * students, self.teacher.flops
+        return self.draw.flops(step), self.teacher.flops
 
     def evaluated_sizes(self) -> dict[str, dict[str, int]]:
-        least, most = self.settings.min_layers, max(self.max_layers.values())
-        sizes = [self._depths(layers) for layers in sorted({least, (least + most) // 2, most})]
-        narrowest = min(self.settings.width_shares)
-        if narrowest < 1:
-            sizes.append(sizes[-1] | {f"{tower}_width": self._width(tower, narrowest) for tower in TOWERS})
-        return {recipe.Size(**size).name: size for size in sizes}  # type: ignore[arg-type]
-
-    def trained_range(self) -> dict[str, dict[str, list[int]]]:
-        """The depths and widths that steps draw from: per tower [least, most]."""
-        narrowest, widest = min(self.settings.width_shares), max(self.settings.width_shares)
-        return {
-            tower: {
-                "layers": [self.settings.min_layers, self.max_layers[tower]],
-                "width": [self._width(tower, narrowest), self._width(tower, widest)],
-            }
-            for tower in TOWERS
-        }
+        return self.draw.evaluated()
 
     def auxiliary_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The learngene's part of the engine's gathered state (the maps are left behind)."""
@@ -394,7 +357,7 @@ class ExtractionStage:
             self.auxiliary_state(state),
             spec=self.spec,
             extraction=asdict(self.settings),
-            trained=self.trained_range(),
+            trained=self.draw.trained_range(),
         )
         file = out / "learngene.safetensors"
         learngene.save(file)
@@ -405,15 +368,6 @@ class ExtractionStage:
             "block_params": learngene.block_params,
             "stem_params": learngene.stem_params,
         }
-
-
-def most_layers(settings: recipe.Extraction, config: Mapping[str, Any]) -> dict[str, int]:
-    """The largest depth of each tower that extraction draws. Raises UserError where it is below the least."""
-    found = {tower: settings.max_layers or towers.num_layers(config, tower) for tower in TOWERS}
-    for tower, most in found.items():
-        if most < settings.min_layers:
-            raise UserError(f"recipe key extraction.min_layers: is {settings.min_layers}, the {tower} tower has {most}. Use fewer.")
-    return found
 
 
 def _strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

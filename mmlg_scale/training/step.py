@@ -27,7 +27,7 @@ _PER_BATCH = ("logit_scale", "logit_bias")  # every other output has a row for e
 
 
 def compute_gradients(stage: Stage, engine: Engine, inputs: Inputs, step: int) -> tuple[Tensor, Terms]:
-    """Leave the step's gradients in `engine`; return the mean loss of the step's students and its terms, detached.
+    """Leave the step's gradients in `engine`; return the mean loss of the step's students, its terms and the logit scale, detached.
 
     The result does not depend on `training.accumulation`: every sum over the batch is taken over the whole of it.
 
@@ -68,9 +68,10 @@ def _direct(
     share: float,
 ) -> tuple[Tensor, Terms]:
     """Gradients of `share` times one student's loss, the batch in one piece."""
-    loss, terms = stage.objective(_forward(engine, micro_batches[0], student), targets, text_BT)
+    outputs = _forward(engine, micro_batches[0], student)
+    loss, terms = stage.objective(outputs, targets, text_BT)
     engine.backward(loss * share)
-    return loss.detach(), {name: term.detach() for name, term in terms.items()}
+    return loss.detach(), _figures(terms, outputs)
 
 
 def _cached(
@@ -101,7 +102,12 @@ def _cached(
                 grad = leaf.grad / len(micro_batches) if name in _PER_BATCH else leaf.grad[rows]
                 carriers.append((output.float() * grad.float()).sum())
         engine.backward(torch.stack(carriers).sum())  # a number with the loss's gradients, whatever its value
-    return loss.detach(), {name: term.detach() for name, term in terms.items()}
+    return loss.detach(), _figures(terms, whole)
+
+
+def _figures(terms: Terms, outputs: Outputs) -> Terms:
+    """What is reported of a step besides its loss."""
+    return {name: term.detach() for name, term in terms.items()} | {"logit_scale": outputs["logit_scale"].detach().squeeze()}
 
 
 def _tensors(outputs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,13 @@ def test_rates_by_hand(tmp_path: Path) -> None:
         _step(meters, clock, step, seconds=1.0)
     meters.close()
 
-    first, second, last = _lines(tmp_path)
-    memory = [line.pop("peak_memory_bytes") for line in (first, second, last)]
+    start, first, second, last = _lines(tmp_path)
+    memory = [line.pop("peak_memory_bytes") for line in (start, first, second, last)]
     assert all(1e6 < num_bytes < 1e12 for num_bytes in memory)
-    common = {"loss": 3.0, "learning_rate": 0.1, "step": 2, "seconds": 4.0}
-    # Two steps of 8 samples and 4000 FLOPs in 4 s at a peak of 10,000 FLOP/s, 1 s of them waiting; three steps to go.
-    assert first == {**common, "samples_per_second": 4.0, "mfu": 0.2, "loader_stall": 0.25, "eta_seconds": 6.0}
+    # A step of 8 samples and 4000 FLOPs in 2 s at a peak of 10,000 FLOP/s, 0.5 s of them waiting; four, then three steps to go.
+    common = {"learning_rate": 0.1, "samples_per_second": 4.0, "mfu": 0.2, "loader_stall": 0.25}
+    assert start == {**common, "step": 1, "loss": 1.0, "seconds": 2.0, "eta_seconds": 8.0}
+    assert first == {**common, "step": 2, "loss": 3.0, "seconds": 4.0, "eta_seconds": 6.0}
     assert (second["step"], second["seconds"], second["samples_per_second"], second["loader_stall"]) == (4, 6.0, 8.0, 0.0)
     # The last window holds one step only.
     assert (last["step"], last["seconds"], last["samples_per_second"], last["mfu"], last["eta_seconds"]) == (5, 7.0, 8.0, 0.4, 0.0)
@@ -123,11 +125,18 @@ def test_a_resumed_run_continues_without_doubling(tmp_path: Path) -> None:
         _step(again, clock, step)
     again.close()
     lines = _lines(tmp_path)
-    assert [(line["step"], "evaluation" in line) for line in lines] == [(0, True), (2, False), (2, True), (4, False), (5, False)]
-    assert [line["loss"] for line in lines if "loss" in line] == [1.0, 1.0, 1.0]  # the 9s of the lost steps are gone
-    assert [line["seconds"] for line in lines if "seconds" in line] == [4.0, 8.0, 10.0]
+    assert [(line["step"], "evaluation" in line) for line in lines] == [
+        (0, True),
+        (1, False),
+        (2, False),
+        (2, True),
+        (4, False),
+        (5, False),
+    ]
+    assert [line["loss"] for line in lines if "loss" in line] == [1.0] * 4  # the 9s of the lost steps are gone
+    assert [line["seconds"] for line in lines if "seconds" in line] == [2.0, 4.0, 8.0, 10.0]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("training/loss")] == [(2, 1.0), (4, 1.0), (5, 1.0)]
+    assert [(event.step, event.value) for event in events.Scalars("training/loss")] == [(1, 1.0), (2, 1.0), (4, 1.0), (5, 1.0)]
     assert [(event.step, round(event.value, 6)) for event in events.Scalars("evaluation/mean_recall@1")] == [(0, 0.1), (2, 0.2)]
 
 
@@ -162,8 +171,8 @@ class Unreadable:
 def test_figures_are_read_only_when_a_line_is_due(tmp_path: Path) -> None:
     meters = _meters(tmp_path, Clock(), log_every=3)
     meters.resume_from(0)
-    for step in (1, 2):
-        meters.step(step, {"loss": Unreadable(), "learning_rate": 0.1}, num_samples=1, flops=1)
+    meters.step(1, {"loss": 1.0, "learning_rate": 0.1}, num_samples=1, flops=1)
+    meters.step(2, {"loss": Unreadable(), "learning_rate": 0.1}, num_samples=1, flops=1)
     with pytest.raises(AssertionError, match="writes no line"):
         meters.step(3, {"loss": Unreadable(), "learning_rate": 0.1}, num_samples=1, flops=1)
 
@@ -175,8 +184,26 @@ def test_plain_lines_where_the_console_is_no_terminal(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):  # 2 s each: a line at once, then one after 5 s or more, and one at the end
         _step(meters, clock, step, loss=2.5, wait=1.0)
     meters.close()
-    figures = "loss 2.500  lr 1.0e-01  4 samples/s  MFU 20%  stall 50%  ETA"
-    assert file.getvalue().splitlines() == [f"run 1/4  {figures} 6 s", f"run 4/4  {figures} 0 s"]
+    figures = "loss 2.500  lr 1.0e-01  4 samples/s  MFU 20%  stall 50%  N GB  ETA"
+    lines = re.sub(r"[0-9.]+ GB", "N GB", file.getvalue()).splitlines()
+    assert lines == [f"run 1/4  {figures} 6 s", f"run 4/4  {figures} 0 s"]
+
+
+def test_the_model_s_own_figures_and_evaluations_are_in_the_lines(tmp_path: Path) -> None:
+    clock, file = Clock(), io.StringIO()
+    meters = _meters(tmp_path, clock, console=Console(file=file, width=60), total_steps=4, shown=["mean_recall@1", "acc1"])
+    meters.resume_from(0)
+    clock.pass_by(2.0)
+    figures = {"loss": 2.5, "gradient_norm": torch.tensor(0.126), "logit_scale": torch.tensor(14.28), "learning_rate": 0.1}
+    meters.step(1, figures, num_samples=8, flops=4000)
+    meters.evaluation(1, {"acc1": 0.25, "acc5": 0.5, "mean_recall@1": 0.1234})
+    meters.evaluation(2, {"acc5": 0.5})  # nothing to show
+    meters.close()
+    first, second = file.getvalue().splitlines()
+    assert first.startswith("run 1/4  loss 2.500  grad norm 0.13  logit scale 14.3  lr 1.0e-01  4 samples/s  MFU 20%")
+    assert second == "run 1/4  validation  mean_recall@1 0.123  acc1 0.250  after 2 s"
+    line = _lines(tmp_path)[0]
+    assert (line["gradient_norm"], line["logit_scale"]) == (pytest.approx(0.126), pytest.approx(14.28))
 
 
 def test_a_bar_where_the_console_is_a_terminal(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""The sizes that extraction trains: drawn each step, evaluated, and remembered in the learngene."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from mmlg_scale import recipe, towers
+from mmlg_scale.accounting import training_flops
+from mmlg_scale.errors import UserError
+from mmlg_scale.streams import Stream, generator
+
+TOWERS = ("image", "text")
+
+
+class SizeDraw:
+    """Draws the sizes of the students of every step, from the seed and the step number only.
+
+    Args:
+        config: the ancestor's open_clip configuration.
+
+    Raises:
+        UserError: a tower has fewer layers than the smallest depth.
+    """
+
+    def __init__(self, settings: recipe.Extraction, config: Mapping[str, Any], seed: int) -> None:
+        self.settings, self.config, self.seed = settings, config, seed
+        self.max_layers = most_layers(settings, config)
+        self._flops = functools.cache(lambda *sizes: training_flops(towers.with_sizes(config, **dict(sizes))))
+
+    def sizes(self, step: int) -> list[dict[str, int]]:
+        """The sizes of the students at `step`: the same on every rank, and after every resume."""
+        return [self._size(step, index) for index in range(self.settings.students_per_step)]
+
+    def _size(self, step: int, index: int) -> dict[str, int]:
+        """One depth for both towers, scaled down for the one that has fewer layers to draw from, and a width for each."""
+        draw = generator(self.seed, Stream.SIZES, step, index)
+        layers = self._depths(int(draw.integers(self.settings.min_layers, max(self.max_layers.values()), endpoint=True)))
+        shares = draw.choice(self.settings.width_shares, size=2)
+        return layers | {f"{tower}_width": self._width(tower, share) for tower, share in zip(TOWERS, shares, strict=True)}
+
+    def _depths(self, layers: int) -> dict[str, int]:
+        """Both towers' depths where the deeper one has `layers`: equally far between the least and each tower's most."""
+        least, most = self.settings.min_layers, max(self.max_layers.values())
+        share = (layers - least) / max(1, most - least)
+        return {f"{tower}_layers": least + int(share * (own - least) + 0.5) for tower, own in self.max_layers.items()}
+
+    def _width(self, tower: str, share: float) -> int:
+        """The residual width with this fraction of the tower's heads, rounded to whole ones."""
+        head = towers.head_dim(self.config, tower)
+        heads = towers.width(self.config, tower) // head
+        return head * max(1, int(share * heads + 0.5))
+
+    def flops(self, step: int) -> int:
+        """FLOPs per sample of the students' forward and backward passes at `step`."""
+        return sum(self._flops(*size.items()) for size in self.sizes(step))
+
+    def evaluated(self) -> dict[str, dict[str, int]]:
+        """The sizes to evaluate, by name: the least, middle and greatest depth, and the least width where several are drawn."""
+        least, most = self.settings.min_layers, max(self.max_layers.values())
+        sizes = [self._depths(layers) for layers in sorted({least, (least + most) // 2, most})]
+        narrowest = min(self.settings.width_shares)
+        if narrowest < 1:
+            sizes.append(sizes[-1] | {f"{tower}_width": self._width(tower, narrowest) for tower in TOWERS})
+        return {recipe.Size(**size).name: size for size in sizes}  # type: ignore[arg-type]
+
+    def trained_range(self) -> dict[str, dict[str, list[int]]]:
+        """The depths and widths that steps draw from: per tower [least, most]."""
+        narrowest, widest = min(self.settings.width_shares), max(self.settings.width_shares)
+        return {
+            tower: {
+                "layers": [self.settings.min_layers, self.max_layers[tower]],
+                "width": [self._width(tower, narrowest), self._width(tower, widest)],
+            }
+            for tower in TOWERS
+        }
+
+
+def most_layers(settings: recipe.Extraction, config: Mapping[str, Any]) -> dict[str, int]:
+    """The largest depth of each tower that extraction draws. Raises UserError where it is below the least."""
+    found = {tower: settings.max_layers or towers.num_layers(config, tower) for tower in TOWERS}
+    for tower, most in found.items():
+        if most < settings.min_layers:
+            raise UserError(f"recipe key extraction.min_layers: is {settings.min_layers}, the {tower} tower has {most}. Use fewer.")
+    return found

@@ -1,0 +1,191 @@
+"""What `mmlg plan` says before a run, against what building and running really takes. (A whole family: tests/test_family.py.)"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmlg_scale import recipe, towers
+from mmlg_scale.accounting import activation_bytes, state_bytes, training_flops
+from mmlg_scale.cli import main
+from mmlg_scale.data.corpus import open_pairs
+from mmlg_scale.data.scenes import write_scenes
+from mmlg_scale.forecast import StepCost, StepForecast, _until_the_end, forecast
+from mmlg_scale.recipe_file import load_recipe
+from mmlg_scale.training.roles import AncestorRole, Context, ExtractionRole
+from mmlg_scale.training.stages import ClipStage
+from tests.training.tiny import CONFIG
+
+GPU = 1e15
+"""A peak in FLOP/s: nothing is measured."""
+
+
+@functools.cache
+def planned(name: str, **options: Any) -> Any:
+    settings, runtime = load_recipe(name, **options)
+    return forecast(settings, runtime, None, peak_flops=GPU, mfu=0.5)
+
+
+def steps_of(name: str, **options: Any) -> dict[str, StepForecast]:
+    return {step.id: step for step in planned(name, **options).steps}
+
+
+def test_training_flops_are_what_torch_counts_forward_and_backward() -> None:
+    config = towers.model_config({**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "layers": 6}})  # type: ignore[dict-item]
+    model = towers.Bundle(towers.ModelSpec(config), towers.build_clip(config, seed=0).state_dict())
+    stage = ClipStage("ancestor", model, recipe.Training(steps=1, batch_size=4), torch.device("cpu"))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        outputs = stage.model(torch.randn(4, 3, 16, 16), torch.randint(3, 19, (4, 8)), patches=None)
+        (outputs["image_features"].sum() + outputs["text_features"].sum()).backward()
+    counted = counter.get_total_flops() / 4
+    assert stage.flops(0) == (training_flops(config), 0)
+    # The formula charges a gradient of the images too, which nobody needs: at this size 3 % of the whole.
+    assert counted == pytest.approx(training_flops(config), rel=0.04)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("width", "mlp_ratio"), [(64, 4.0), (128, 2.0)])
+def test_activations_are_what_autograd_keeps(bf16: bool, width: int, mlp_ratio: float) -> None:
+    tower = {"width": width, "mlp_ratio": mlp_ratio, "layers": 6}
+    config = towers.model_config(
+        {
+            "embed_dim": 32,
+            "vision_cfg": {**tower, "image_size": 32, "patch_size": 8, "head_width": 32},
+            "text_cfg": {**tower, "context_length": 16, "vocab_size": 50, "heads": width // 32},
+        }
+    )
+    clip = towers.build_clip(config, seed=0)
+    weights = {parameter.data_ptr() for parameter in clip.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # or its place would be another's
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        image = towers.encode_image_with_hidden(clip, torch.randn(32, 3, 32, 32))[0]
+        text = towers.encode_text_with_hidden(clip, torch.randint(1, 20, (32, 16)))[0]
+    assert image.requires_grad
+    assert text.requires_grad
+    params = sum(parameter.numel() for parameter in clip.parameters())
+    estimated = 32 * activation_bytes(config, bf16=bf16, checkpointing=False) + (2 * params if bf16 else 0)
+    assert sum(kept.values()) == pytest.approx(estimated, rel=0.12)
+    assert activation_bytes(config, bf16=bf16, checkpointing=True) < 0.4 * activation_bytes(config, bf16=bf16, checkpointing=False)
+
+
+def test_state_by_zero_stage() -> None:
+    """Of 8 parameters on 4 ranks: 4 bytes each for weights and gradients, 8 for two moments; with ZeRO 4 more for a copy."""
+    assert state_bytes(8, zero_stage=0, ranks=4) == {"weights": 32, "gradients": 32, "optimizer": 64}
+    assert state_bytes(8, zero_stage=1, ranks=4) == {"weights": 32, "gradients": 32, "optimizer": 24}
+    assert state_bytes(8, zero_stage=2, ranks=4) == {"weights": 32, "gradients": 8, "optimizer": 24}
+    assert state_bytes(8, zero_stage=3, ranks=4) == {"weights": 8, "gradients": 8, "optimizer": 24}
+
+
+def test_the_demo_costs_what_its_stages_charge(tmp_path: Path) -> None:
+    """Real stages on the real scenes: parameters, FLOPs of the ancestor and of every drawn size of the extraction, memory of the states."""
+    write_scenes(tmp_path / "data", num_train=8, num_val=4, num_test=4)
+    settings, runtime = load_recipe("demo", **{"data.path": str(tmp_path / "data")})
+    context = Context(open_pairs(settings.data.path), runtime, torch.device("cpu"))
+    found = steps_of("demo")
+    ancestor = AncestorRole(settings).build(context)
+    cost = found["ancestor"].cost
+    assert cost.params == sum(parameter.numel() for parameter in ancestor.model.parameters())
+    assert (cost.flops, cost.teacher_flops) == (650 * 128 * ancestor.flops(0)[0], 0)
+    assert cost.memory is not None
+    assert cost.memory["optimizer"] == 8 * cost.params
+    assert cost.checkpoint_bytes == 3 * 16 * cost.params
+
+    towers.export(towers.Bundle(ancestor.spec, ancestor.model.clip.state_dict()), tmp_path / "model")  # type: ignore[union-attr, operator]
+    extraction = ExtractionRole(settings, tmp_path / "model").build(context)
+    per_step = [extraction.flops(step) for step in range(310)]
+    cost = found["learngene"].cost
+    assert len({student for student, _ in per_step}) > 5  # sizes differ
+    assert cost.flops == 128 * sum(student for student, _ in per_step)
+    assert cost.teacher_flops == 128 * sum(teacher for _, teacher in per_step)
+    trained = sum(parameter.numel() for parameter in extraction.model.parameters())
+    assert cost.memory is not None
+    assert cost.memory["gradients"] == 4 * trained
+    assert cost.params == trained - 2 * 64 * 64  # without the maps between hidden states
+    assert cost.memory["ancestor"] == 4 * found["ancestor"].cost.params
+
+
+def test_runtime_changes_memory_and_time_alone() -> None:
+    one, four = (
+        planned("demo", **{"runtime.num_processes": ranks, "runtime.zero_stage": stage, "runtime.parallel": 1})
+        for ranks, stage in ((1, 0), (4, 2))
+    )
+    for single, several in zip(one.steps, four.steps, strict=True):
+        assert (single.cost.flops, single.cost.teacher_flops, single.cost.params) == (
+            several.cost.flops,
+            several.cost.teacher_flops,
+            several.cost.params,
+        )
+        if single.cost.steps:
+            assert several.cost.memory_bytes < 0.5 * single.cost.memory_bytes
+            assert several.seconds == pytest.approx(single.seconds / 4)
+    total = sum(step.cost.flops + step.cost.teacher_flops for step in one.steps)
+    assert one.seconds == pytest.approx(total / (GPU * 0.5))  # one step at a time: the sum
+
+
+def test_kept_features_replace_the_teacher() -> None:
+    off = {f"{key}.hidden": 0 for key in ("extraction.loss", "adaptation.loss", "baselines.distil_loss")}
+    found = steps_of("demo", **{"engine.keep_features": "true", "baselines.tleg": "null", **off})
+    assert found["learngene"].cost.teacher_flops == found["i4-t4-distil"].cost.teacher_flops == 0
+    flops = found["features"].cost.flops
+    per_sample = steps_of("demo")["learngene"].cost.teacher_flops / (310 * 128)  # an image and a caption
+    assert 20000 * per_sample < flops < 3 * 20000 * per_sample  # each image with its three captions
+    assert found["learngene"].needs == ("data", "features")
+
+
+def test_steps_wait_for_what_they_need() -> None:
+    def step(name: str, length: float, *needs: str, state: str = "new") -> StepForecast:
+        return StepForecast(name, needs, state, 0, StepCost(""), length)
+
+    steps = [step("data", 0, state="kept"), step("a", 5, "data"), step("b", 2, "data"), step("c", 4, "b"), step("d", 1, "a", "c")]
+    assert _until_the_end(steps, 1) == 12
+    assert _until_the_end(steps, 2) == 7  # b then c beside a, then d
+    assert _until_the_end(steps, 9) == 7
+
+
+def test_the_largest_recipe_is_planned_without_building_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "vit-l-14", "--json", "--flops-per-second", "989e12", "--runtime.num_processes", "8"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    steps = {step["id"]: step for step in found["steps"]}
+    assert steps["ancestor"]["params"] == pytest.approx(427.6e6, rel=1e-3)  # the README's
+    assert steps["learngene"]["params"] == pytest.approx(72.7e6, rel=1e-3)
+    assert steps["ancestor"]["flops"] == 100_000 * 4096 * training_flops(towers.model_config("ViT-L-14"))
+    assert found["assumed"] == {"peak_flops": 989e12, "mfu": 0.4, "ranks": 8, "parallel": found["assumed"]["parallel"]}
+    assert found["totals"]["flops"] == sum(step["flops"] for step in found["steps"])
+    # One of 8 ranks at ZeRO 1: weights and gradients whole, an eighth of moments and copy.
+    params = steps["ancestor"]["params"]
+    assert {key: steps["ancestor"]["memory"][key] for key in ("weights", "gradients", "optimizer")} == {
+        "weights": 4 * params,
+        "gradients": 4 * params,
+        "optimizer": 12 * params / 8,
+    }
+
+
+def test_the_table_and_its_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "demo", "--flops-per-second", "1e12"]) == 0
+    said = capsys.readouterr().out
+    assert "31 steps, 43.7 TFLOP in all" in said
+    assert "650 × 128" in said
+    assert main(["plan", "demo", "--family.sizes", "[{image_width: 17}]"]) == 2
+    assert "recipe key family.sizes[0]" in capsys.readouterr().err
+    assert main(["plan", "demo", "--mfu", "1.5"]) == 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    assert main(["plan", "demo", "--out", str(tmp_path / "mine")]) == 2
+    assert "holds no family of mmlg, but notes.txt" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]  # nothing is written
