@@ -26,8 +26,10 @@ Curve = Sequence[Mapping[str, Any]]
 Size = tuple[Any, ...]
 BYTES_PER_PARAMETER = 4
 """fp32: sizes are compared at equal precision."""
-BASELINES = ("even", "distil", "tleg", "sws")
-"""Rivals that start from the ancestor, as the learngene does; training from scratch needs no ancestor."""
+BASELINES = ("even", "distil", "tleg", "sws", "direct")
+"""What the learngene is compared with besides training from scratch."""
+WITHOUT_ANCESTOR = ("scratch", "direct")
+"""Ways that need no ancestor."""
 
 
 def forward_flops(config: Mapping[str, Any], *, image_layers: int | None = None, text_layers: int | None = None) -> dict[str, int]:
@@ -245,10 +247,10 @@ def _totals(family: FamilyResult, entries: Sequence[DescendantEntry], init: str,
         return sum(mean(found for entry in group if (found := value(entry)) is not None) for group in groups)
 
     ancestor, learngene = family.ancestor, _learngene(family, init)
-    kept = family.kept_features if learngene or init == "distil" else None
+    kept = family.kept_features if (learngene or init == "distil") and init not in WITHOUT_ANCESTOR else None
     once = (learngene.all_flops if learngene else 0) + (kept.flops if kept else 0)
     flops = once + total(lambda entry: _charge(entry).flops_to_target)
-    with_ancestor = flops if init == "scratch" else flops + ancestor.flops if ancestor.flops is not None else None
+    with_ancestor = flops if init in WITHOUT_ANCESTOR else flops + ancestor.flops if ancestor.flops is not None else None
     seconds = total(lambda entry: _charge(entry).seconds_to_target)
     shipped = learngene.params if learngene else ancestor.params if init == "even" else total(lambda entry: entry.params)
     at_0 = [entry.metrics_at_0[family.metric] for group in groups for entry in group if entry.metrics_at_0]

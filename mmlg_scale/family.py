@@ -23,12 +23,13 @@ from mmlg_launchers import Launcher, LocalLauncher, Resources, Step, StepFailed,
 from rich.console import Console
 
 from mmlg_scale import recipe, towers
-from mmlg_scale.accounting import BYTES_PER_PARAMETER, checkpoint_bytes, summarise
+from mmlg_scale.accounting import BYTES_PER_PARAMETER, WITHOUT_ANCESTOR, checkpoint_bytes, summarise
 from mmlg_scale.data.corpus import PairSet, open_pairs
 from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
 from mmlg_scale.evaluation.evaluate import folder_features
 from mmlg_scale.files import require_space, write_json_atomic, write_text_atomic
+from mmlg_scale.learngene.baselines import FROM_LEARNGENE
 from mmlg_scale.learngene.structure import Structure
 from mmlg_scale.metric_names import check_metric
 from mmlg_scale.recipe_file import to_content
@@ -36,7 +37,15 @@ from mmlg_scale.report import console_table, retrieval_samples, write_report
 from mmlg_scale.results import FORMAT_VERSION, FamilyResult
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.folder import IDENTITY_FILE, RESULT_FILE, differences, has_work, hold, result_of, set_aside
-from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole, Role, features_identity, recipe_config
+from mmlg_scale.training.roles import (
+    AncestorRole,
+    DescendantRole,
+    ExtractionRole,
+    PretrainingRole,
+    Role,
+    features_identity,
+    recipe_config,
+)
 
 LEARNGENE_KEYS = ("params", "bytes", "block_params", "stem_params", "flops", "teacher_flops", "seconds", "metrics", "curve")
 SUPERSEDED = "superseded"
@@ -77,14 +86,21 @@ class Plan:
             marker = self._features / RESULT_FILE
             of = lambda pairs: features_identity(self.settings, pairs, self.ancestor / "model")  # noqa: E731
             self._add("features", words, (*self._first, "ancestor"), marker, of, None, total=0)
+        if settings.pretraining is not None:
+            role = PretrainingRole(self.settings)
+            self._train("direct", self.learngene("direct"), (), settings.pretraining.training.steps, role)
         for method in ("mmlg", *settings.baselines.learngenes()):
             self._extract(method)
-        for init in ("scratch", "mmlg", "distil", "even", *settings.baselines.learngenes()):
+        for init in ("scratch", "mmlg", *self.rivals(), "distil", "even"):
             for size in sorted(settings.family.sizes, key=lambda size: -(size.image_layers + size.text_layers)):
                 self._descend(init, size)
 
+    def rivals(self) -> list[str]:
+        """The other learngenes that the recipe asks for."""
+        return [*(["direct"] if self.settings.pretraining is not None else []), *self.settings.baselines.learngenes()]
+
     def learngene(self, method: str) -> Path:
-        """The folder of an extraction."""
+        """The folder in which a learngene is trained."""
         return self.out / ("learngene" if method == "mmlg" else method)
 
     def descendant(self, size: recipe.Size, init: str) -> Path:
@@ -113,7 +129,7 @@ class Plan:
         self.members.append(Member(Step(identifier, argv, resources, needs, marker, total), identity, role))
 
     def _train(self, identifier: str, folder: Path, needs: tuple[str, ...], total: int, role: Role, *options: str) -> None:
-        command = "extract" if isinstance(role, ExtractionRole) else "train"
+        command = {ExtractionRole: "extract", PretrainingRole: "pretrain"}.get(type(role), "train")
         words = [command, *self._common(folder), *options]
         self._add(identifier, words, (*self._first, *needs), folder / RESULT_FILE, role.identity, role, total)
 
@@ -125,7 +141,7 @@ class Plan:
 
     def _descend(self, init: str, size: recipe.Size) -> None:
         settings, counted = self.settings, size.in_sum and size.modality == "both"
-        from_learngene = init in recipe.METHODS
+        from_learngene = init in FROM_LEARNGENE
         training = settings.adaptation.training if from_learngene else getattr(settings.baselines, init)
         if training is None or (init != "mmlg" and not counted):
             return
@@ -134,7 +150,7 @@ class Plan:
             settings,
             init,
             size,
-            ancestor=None if init == "scratch" else self.ancestor / "model",
+            ancestor=None if init in WITHOUT_ANCESTOR else self.ancestor / "model",
             learngene=self.learngene(init) / "learngene.safetensors" if from_learngene else None,
             target_of=self.descendant(size, "scratch") if has_target else None,
             features=self._features,
@@ -213,11 +229,11 @@ def check(settings: recipe.Recipe, runtime: Runtime, out: Path) -> dict[str, Any
             towers.with_sizes(config, **size.sizes())
         except UserError as error:
             raise UserError(f"recipe key family.sizes[{index}]: {error}") from error
-    for name, extraction in {"extraction": settings.extraction, **settings.baselines.learngenes()}.items():
+    for section, elastic in settings.learngenes().items():
         try:
-            Structure(config, **{key: getattr(extraction, key) for key in Structure.SETTINGS})
+            Structure(config, **{key: getattr(elastic, key) for key in Structure.SETTINGS})
         except UserError as error:
-            raise UserError(str(error).replace("recipe key extraction", f"recipe key {_section(name)}")) from error
+            raise UserError(str(error).replace("recipe key extraction", f"recipe key {section}")) from error
     _check_batches(settings, runtime)
     if pairs is not None:
         for member in Plan(settings, runtime, out, image_size=towers.image_size(config)).members:
@@ -226,15 +242,10 @@ def check(settings: recipe.Recipe, runtime: Runtime, out: Path) -> dict[str, Any
     return config
 
 
-def _section(name: str) -> str:
-    return name if name == "extraction" else f"baselines.{name}"
-
-
 def _check_batches(settings: recipe.Recipe, runtime: Runtime) -> None:
-    trainings = {"ancestor": settings.ancestor, "extraction.training": settings.extraction.training}
-    trainings["adaptation.training"] = settings.adaptation.training
+    trainings = {"ancestor": settings.ancestor, "adaptation.training": settings.adaptation.training}
     trainings |= {f"baselines.{name}": getattr(settings.baselines, name) for name in ("scratch", "even", "distil")}
-    trainings |= {f"baselines.{name}.training": found.training for name, found in settings.baselines.learngenes().items()}
+    trainings |= {f"{section}.training": found.training for section, found in settings.learngenes().items()}
     for key, training in trainings.items():
         share = runtime.num_processes * training.accumulation if training is not None else 1
         if training is not None and training.batch_size % share:
@@ -381,9 +392,7 @@ def assemble(plan: Plan) -> FamilyResult:
         },
         "kept_features": learngene["kept_features"],
         "learngene": {key: learngene[key] for key in LEARNGENE_KEYS},
-        "rival_learngenes": {
-            method: {key: _result(plan.learngene(method))[key] for key in LEARNGENE_KEYS} for method in settings.baselines.learngenes()
-        },
+        "rival_learngenes": {method: {key: _result(plan.learngene(method))[key] for key in LEARNGENE_KEYS} for method in plan.rivals()},
         "descendants": [_entry(member.step.folder, member.role) for member in plan.members if isinstance(member.role, DescendantRole)],
         "environment": environment(plan.runtime),
         "recipe": to_content(plan.given, plan.runtime),

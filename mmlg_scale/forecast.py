@@ -38,7 +38,7 @@ from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.checkpoint import Checkpoints
 from mmlg_scale.training.folder import has_work, result_of
 from mmlg_scale.training.meters import measure_peak_flops
-from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole, fresh_spec
+from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole, PretrainingRole, fresh_spec
 from mmlg_scale.training.sizes import SizeDraw
 
 _NAMES: Mapping[str, str] = {str(init): name for init, name in NAMES.items()}
@@ -217,7 +217,9 @@ class _Costs:
         """What a step does and takes."""
         role = member.role
         if isinstance(role, ExtractionRole):
-            return self._extraction(role)
+            return self._elastic(_NAMES[role.method], role.extraction, role.extraction.loss)
+        if isinstance(role, PretrainingRole):
+            return self._elastic(_NAMES["direct"], role.pretraining, None)
         if isinstance(role, AncestorRole):
             if self.settings.model.weights is not None:
                 return StepCost(f"{self._sizes(self.config)} (its weights are given)", **self._export(self.params({})))
@@ -270,25 +272,26 @@ class _Costs:
             **self._export(params),
         )
 
-    def _extraction(self, role: ExtractionRole) -> StepCost:
-        extraction, training = role.extraction, role.extraction.training
-        structure = Structure(self.config, **{key: getattr(extraction, key) for key in Structure.SETTINGS})
+    def _elastic(self, name: str, settings: recipe.Elastic, loss: recipe.DistillationLoss | None) -> StepCost:
+        """A learngene's training, compared with the ancestor where there is a `loss`."""
+        training = settings.training
+        structure = Structure(self.config, **{key: getattr(settings, key) for key in Structure.SETTINGS})
         params = sum(torch.Size(shape).numel() for shape in structure.shapes().values())
-        trained = params + (_map_params(self.config, self.config) if extraction.loss.hidden else 0)
-        draw = SizeDraw(extraction, self.config, self.settings.seed)
+        trained = params + (_map_params(self.config, self.config) if loss is not None and loss.hidden else 0)
+        draw = SizeDraw(settings, self.config, self.settings.seed)
         deepest = towers.with_sizes(self.config, **{f"{tower}_layers": most for tower, most in draw.max_layers.items()})
-        memory = self._memory(trained, deepest, training, True, 0)
+        memory = self._memory(trained, deepest, training, loss is not None, 0)
         matrices = {tower: structure.layout(tower).matrix_size for tower in TOWERS}
-        one_layer = self.runtime.compose_per_layer and self.runtime.activation_checkpointing and extraction.basis == "knots"
+        one_layer = self.runtime.compose_per_layer and self.runtime.activation_checkpointing and settings.basis == "knots"
         layers = dict.fromkeys(TOWERS, 1) if one_layer else draw.max_layers
         memory["composed layers"] = (2 if self.bf16 else 4) * sum(layers[tower] * matrices[tower] for tower in TOWERS)
-        blocks = f"{extraction.num_multimodal} shared, {extraction.num_unimodal} a tower"
+        blocks = f"{settings.num_multimodal} shared, {settings.num_unimodal} a tower"
         return StepCost(
-            f"{_NAMES[role.method]}'s blocks: {blocks}",
+            f"{name}'s blocks: {blocks}",
             steps=training.steps,
             batch_size=training.batch_size,
             flops=training.batch_size * sum(draw.flops(step) for step in range(training.steps)),
-            teacher_flops=training.batch_size * training.steps * self._teacher_flops,
+            teacher_flops=training.batch_size * training.steps * self._teacher_flops if loss is not None else 0,
             memory=memory,
             checkpoint_bytes=self._checkpoints(trained),
             **self._export(params),

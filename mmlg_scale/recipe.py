@@ -24,7 +24,7 @@ from mmlg_scale.ranges import (
 )
 
 Modality = Literal["both", "image", "text"]
-Init = Literal["ancestor", "mmlg", "tleg", "sws", "scratch", "even", "distil"]
+Init = Literal["ancestor", "mmlg", "direct", "tleg", "sws", "scratch", "even", "distil"]
 """What `mmlg train` trains: the ancestor, or a size written or drawn in one of these ways."""
 Method = Literal["mmlg", "tleg", "sws"]
 """What `mmlg extract` extracts."""
@@ -149,8 +149,8 @@ class DistillationLoss:
 
 
 @dataclass
-class Extraction:
-    """Distilling the learngene: an auxiliary CLIP whose layers are weighted sums of the blocks, at a random depth each step."""
+class Elastic:
+    """Training a learngene: an auxiliary CLIP whose layers are weighted sums of the blocks, at a random depth each step."""
 
     num_multimodal: NonNegativeInt = 1
     """Blocks shared by both towers (K_M)."""
@@ -166,22 +166,18 @@ class Extraction:
     """How the multimodal blocks, as wide as the wider tower, reach the other: leading heads and channels, or learned maps."""
     width_shares: list[Fraction] = field(default_factory=lambda: [1.0])
     """Fractions of a tower's heads, one drawn for each tower every step; [1, 1, 0.5] takes half the width every third time."""
-    start: Literal["fitted", "random"] = "fitted"
-    """Blocks before training: fitted to the ancestor's layers by least squares after these are aligned, or random."""
     min_layers: PositiveInt = 2
     """Smallest depth drawn."""
     max_layers: PositiveInt | None = None
-    """Largest depth drawn; null: the ancestor's."""
+    """Largest depth drawn; null: the architecture's."""
     students_per_step: PositiveInt = 1
-    """Sizes drawn every step, which share the ancestor's one forward pass; their losses are averaged."""
+    """Sizes drawn every step; their losses are averaged. In extraction they share one forward pass of the ancestor."""
     training: Training = field(default_factory=Training)
     """The loop's settings; its learning rate is that of the blocks."""
     coefficient_rate: NonNegativeFloat = 3.0
     """Learning rate of the coefficients, as a multiple of the blocks'."""
     stem_rate: NonNegativeFloat = 0.5
     """Learning rate of the stems, as a multiple of the blocks'."""
-    loss: DistillationLoss = field(default_factory=DistillationLoss)
-    """What is compared with the ancestor."""
 
     def check(self, key: str) -> None:
         """Raise UserError where fields do not go together; `key` is where this object is in the recipe."""
@@ -190,6 +186,26 @@ class Extraction:
         most = self.max_layers
         _require(most is None or most >= self.min_layers, f"{key}.max_layers", f"is {most}, below min_layers", "Use that or more.")
         _require(bool(self.width_shares), f"{key}.width_shares", "is empty", "Use [1.0].")
+
+
+@dataclass
+class Extraction(Elastic):
+    """Distilling the learngene out of the ancestor."""
+
+    start: Literal["fitted", "random"] = "fitted"
+    """Blocks before training: fitted to the ancestor's layers, which are aligned first, by least squares; or random."""
+    loss: DistillationLoss = field(default_factory=DistillationLoss)
+    """What is compared with the ancestor."""
+
+
+@dataclass
+class Pretraining(Elastic):
+    """Training a learngene on the pairs themselves by the contrastive loss: no ancestor."""
+
+    coefficient_rate: NonNegativeFloat = 1.0
+    """Learning rate of the coefficients, as a multiple of the blocks'."""
+    stem_rate: NonNegativeFloat = 0.3
+    """Learning rate of the stems, as a multiple of the blocks'."""
 
 
 @dataclass
@@ -297,6 +313,9 @@ class Recipe:
     """Training of the ancestor."""
     extraction: Extraction = field(default_factory=Extraction)
     """Distilling the learngene."""
+    pretraining: Pretraining | None = None
+    """A learngene trained directly on the pairs, without the ancestor (mmlg pretrain), whose untrained descendants stand beside the others
+    under the name direct; null: left out."""
     adaptation: Adaptation = field(default_factory=Adaptation)
     """Training of descendants after they are written."""
     baselines: Baselines = field(default_factory=Baselines)
@@ -318,6 +337,8 @@ class Recipe:
         )
         self.ancestor.check("ancestor")
         self.extraction.check("extraction")
+        if self.pretraining is not None:
+            self.pretraining.check("pretraining")
         for name, extraction in self.baselines.learngenes().items():
             extraction.check(f"baselines.{name}")
         self.adaptation.training.check("adaptation.training", allow_zero_steps=True)
@@ -342,6 +363,13 @@ class Recipe:
             problem = f"keeps final features, {name}.hidden is {loss.hidden} and compares hidden states"
             _require(loss.hidden == 0, key, problem, f"Set {name}.hidden to 0, or keep no features.")
 
+    def learngenes(self) -> dict[str, Elastic]:
+        """The settings of every learngene that is asked for, by the dotted key of their section, ours first."""
+        found: dict[str, Elastic] = {"extraction": self.extraction}
+        if self.pretraining is not None:
+            found["pretraining"] = self.pretraining
+        return found | {f"baselines.{name}": extraction for name, extraction in self.baselines.learngenes().items()}
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain nested dictionaries."""
         return dataclasses.asdict(self)
@@ -350,7 +378,7 @@ class Recipe:
         """The keys that the numbers of a run depend on, as nested dictionaries; what a run reads is compared by digest instead.
 
         Args:
-            role: ancestor, features, extraction or descendant.
+            role: ancestor, features, extraction, pretraining or descendant.
             init: the extraction's method or the descendant's initialisation.
             has_target: whether the run may stop at another run's quality.
         """
@@ -366,6 +394,11 @@ class Recipe:
             del found["model"]["weights"]
             return found
         found["model"] = {key: whole["model"][key] for key in ("architecture", "config", "loss")}
+        if role == "pretraining":
+            found["engine"] = {"precision": self.engine.precision}
+            return found | {"pretraining": whole["pretraining"]}
+        if init == "direct":
+            return found
         if init in METHODS:
             section = ("extraction" if init == "mmlg" else f"baselines.{init}") if role == "extraction" else "adaptation"
         else:

@@ -29,6 +29,7 @@ from mmlg_scale.results import Charge, DescendantEntry, FamilyResult, Init, Summ
 
 NAMES: dict[Init, str] = {
     "mmlg": "learngene",
+    "direct": "learngene, pre-trained directly",
     "scratch": "scratch",
     "distil": "separate distillation",
     "even": "uniform layer selection",
@@ -41,7 +42,15 @@ SINGLE_METRICS = {
     "acc1": "zero-shot accuracy",
     "mean_per_class_recall": "mean per class",
 }
-COLOURS = {"mmlg": "#c2410c", "scratch": "#475569", "distil": "#2563eb", "even": "#16a34a", "tleg": "#9333ea", "sws": "#ca8a04"}
+COLOURS = {
+    "mmlg": "#c2410c",
+    "direct": "#f59e0b",
+    "scratch": "#475569",
+    "distil": "#2563eb",
+    "even": "#16a34a",
+    "tleg": "#9333ea",
+    "sws": "#ca8a04",
+}
 
 
 def write_report(run_folder: Path) -> Path:

@@ -18,7 +18,7 @@ from mmlg_scale.errors import UserError
 
 FORMAT_VERSION = 1
 """Of family.json."""
-Init = Literal["mmlg", "scratch", "distil", "even", "tleg", "sws"]
+Init = Literal["mmlg", "direct", "scratch", "distil", "even", "tleg", "sws"]
 INITS: tuple[Init, ...] = get_args(Init)
 Point = dict[str, float]
 POINT_KEYS = ("step", "samples", "flops", "seconds")

@@ -26,11 +26,13 @@ Step by step:
                                             train the ancestor
   mmlg extract RECIPE --data.path DIR --ancestor-model DIR --out DIR
                                             distil the learngene
+  mmlg pretrain RECIPE --data.path DIR --out DIR
+                                            or train a learngene directly on the pairs, without an ancestor
   mmlg features RECIPE --data.path DIR --ancestor-model DIR --out DIR
                                             keep the ancestor's features, for recipes with engine.keep_features
   mmlg descend LEARNGENE --image-layers A --text-layers B --out DIR
                                             write a descendant as an ordinary open_clip model
-  mmlg train RECIPE --init mmlg|tleg|sws|scratch|even|distil --image-layers A --text-layers B ...
+  mmlg train RECIPE --init mmlg|direct|tleg|sws|scratch|even|distil --image-layers A --text-layers B ...
                                             train a descendant or a baseline
   mmlg eval MODEL --data DIR                retrieval and zero-shot metrics of any open_clip folder
   mmlg report DIR                           draw a family's report.html again
@@ -54,6 +56,7 @@ COMMANDS = {
     "data check": "data:check",
     "train": "runs:train",
     "extract": "runs:extract",
+    "pretrain": "runs:pretrain",
     "features": "runs:features",
     "family": "runs:family",
     "plan": "runs:plan",

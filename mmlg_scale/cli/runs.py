@@ -1,4 +1,4 @@
-"""Commands that train, or say what training will cost: train, extract, features, family, plan."""
+"""Commands that train, or say what training will cost: train, extract, pretrain, features, family, plan."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def train(arguments: list[str]) -> int:
         type=str,
         default="ancestor",
         choices=INITS,
-        help="What is trained. mmlg, tleg, sws: a descendant of that learngene; scratch: random weights; even: every n-th layer of the "
-        "ancestor; distil: random weights with the ancestor as teacher.",
+        help="What is trained. mmlg, direct, tleg, sws: a descendant of that learngene; scratch: random weights; even: every n-th layer of "
+        "the ancestor; distil: random weights with the ancestor as teacher.",
     )
     group = parser.add_argument_group("descendants and baselines (with --init)")
     for tower in ("image", "text"):
@@ -55,7 +55,7 @@ def train(arguments: list[str]) -> int:
         metavar="PATH",
         help=f"{ANCESTOR_HELP} For even and distil, and for adapting descendants.",
     )
-    group.add_argument("--learngene", type=str | None, default=None, metavar="FILE", help="The learngene, for mmlg, tleg and sws.")
+    group.add_argument("--learngene", type=str | None, default=None, metavar="FILE", help="The learngene, for mmlg, direct, tleg and sws.")
     group.add_argument(
         "--modality",
         type=str,
@@ -116,6 +116,32 @@ def extract(arguments: list[str]) -> int:
     from mmlg_scale.training.run import run_role
 
     run_role(ExtractionRole(recipe, Path(args.ancestor_model), args.method, path_or_none(args.features)), Path(args.out), runtime)
+    return 0
+
+
+def pretrain(arguments: list[str]) -> int:
+    """mmlg pretrain."""
+    parser = make_parser(
+        "pretrain",
+        "RECIPE --data.path DIR --out DIR [options]",
+        "Train a learngene directly on the pairs, by the contrastive loss at a random depth each step: no ancestor is needed. Descendants "
+        f"of any size come out of its file. {RESUMES}",
+        (
+            "pretrain demo --data.path data --out runs/direct",
+            "pretrain vit-b-32 --data.path data --out runs/direct --pretraining.training.steps 50000",
+        ),
+    )
+    help_text = "The run's folder; the result is DIR/learngene.safetensors."
+    parser.add_argument("--out", type=str | None, default=None, metavar="DIR", help=help_text)
+    parsed = parse_recipe(parser, arguments)
+    if parsed is None:
+        return 0
+    args, recipe, runtime = parsed
+    required(args, "out")
+    from mmlg_scale.training.roles import PretrainingRole
+    from mmlg_scale.training.run import run_role
+
+    run_role(PretrainingRole(recipe), Path(args.out), runtime)
     return 0
 
 

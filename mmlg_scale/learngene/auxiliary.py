@@ -79,6 +79,11 @@ class AuxiliaryCLIP(nn.Module):
                 model._get(name).copy_(tensor + noise)
         return model
 
+    @classmethod
+    def fresh(cls, structure: Structure, *, seed: int) -> AuxiliaryCLIP:
+        """Stems, blocks and coefficients random: what is pre-trained without an ancestor."""
+        return cls.from_ancestor(towers.build_clip(structure.config, seed=seed).state_dict(), structure, seed=seed)
+
     def _get(self, name: str) -> Tensor:
         return self.get_parameter(_parameter_name(name))
 

@@ -12,7 +12,7 @@ from mmlg_scale.learngene.compose import narrow_state
 from mmlg_scale.learngene.file import Learngene
 from mmlg_scale.learngene.structure import TOWERS
 
-FROM_LEARNGENE = ("mmlg", "tleg", "sws")
+FROM_LEARNGENE = ("mmlg", "direct", "tleg", "sws")
 FROM_ANCESTOR = ("even",)
 INITIALISATIONS = (*FROM_LEARNGENE, "scratch", *FROM_ANCESTOR, "distil")
 
@@ -29,8 +29,8 @@ def initialise(
     """A CLIP state dict of the requested sizes, or (from a learngene, where `sizes` name one tower alone) that tower's part of one.
 
     Args:
-        init: `mmlg`, `tleg` and `sws` write it from a learngene of that kind; `scratch` and `distil` draw open_clip's random weights (the
-            teacher of `distil` comes in training); `even` picks layers of the ancestor at even distances, the first and the last among
+        init: `mmlg`, `direct`, `tleg` and `sws` write it from a learngene of that kind; `scratch` and `distil` draw open_clip's random
+            weights (the teacher of `distil` comes in training); `even` picks layers of the ancestor at even distances, the first and the last among
             them, with its stems, and takes the leading channels and heads where the size is narrower.
         config: the ancestor's configuration.
         sizes: image_layers, text_layers, image_width, text_width; a width left out is the ancestor's.

@@ -23,7 +23,7 @@ from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.folder import result_of
 from mmlg_scale.training.loop import Curve
 from mmlg_scale.training.sizes import most_layers
-from mmlg_scale.training.stages import ClipStage, ExtractionStage, Stage, TowerStage
+from mmlg_scale.training.stages import ClipStage, ElasticStage, ExtractionStage, Stage, TowerStage
 from mmlg_scale.training.teacher import CachedTeacher, LiveTeacher, Teacher
 
 
@@ -212,13 +212,46 @@ class ExtractionRole:
 
 
 @dataclass(frozen=True)
+class PretrainingRole:
+    """A learngene trained on the pairs themselves, without an ancestor."""
+
+    settings: recipe.Recipe
+    evaluate_first: ClassVar[bool] = False
+
+    @property
+    def pretraining(self) -> recipe.Pretraining:
+        """Its settings. Raises UserError where the recipe leaves them out."""
+        if self.settings.pretraining is None:
+            raise UserError("recipe key pretraining is null: direct pre-training is left out. Give it settings, or {} for the defaults.")
+        return self.settings.pretraining
+
+    def check(self, pairs: PairSet) -> None:
+        most_layers(self.pretraining, fresh_spec(self.settings, pairs).config)
+
+    def identity(self, pairs: PairSet) -> dict[str, Any]:
+        inputs = {"data_set": pairs.digest(), "model_spec": fresh_spec(self.settings, pairs).digest()}
+        return {"role": "pretraining", "recipe": self.settings.used_by("pretraining"), "inputs": inputs}
+
+    def build(self, context: Context) -> Stage:
+        settings, pretraining = self.settings, self.pretraining
+        spec = fresh_spec(settings, context.pairs)
+        structure = Structure(spec.config, **{key: getattr(pretraining, key) for key in Structure.SETTINGS})
+        auxiliary = AuxiliaryCLIP.fresh(structure, seed=settings.seed)
+        per_layer = context.runtime.compose_per_layer
+        return ElasticStage(pretraining, auxiliary, spec, context.device, seed=settings.seed, compose_per_layer=per_layer)
+
+    def stop(self, curve: Curve) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
 class DescendantRole:
     """A descendant (or a baseline at its size): written or drawn, evaluated untrained, trained, exported.
 
     A single tower is written and evaluated together with the ancestor's other tower, and not trained.
 
     Attributes:
-        init: mmlg, tleg, sws, scratch, even or distil.
+        init: mmlg, direct, tleg, sws, scratch, even or distil. Descendants of direct pre-training are not adapted: there is no ancestor.
         target_of: a finished scratch run: where the recipe says so, training stops once it is at that run's quality in two consecutive
             evaluations.
         features: what `mmlg features` wrote, where the recipe keeps features and this run compares with the ancestor.
@@ -245,7 +278,7 @@ class DescendantRole:
             found = getattr(self.settings.baselines, self.init)
         if found is None:
             raise UserError(f"recipe key baselines.{self.init} is null: this baseline is left out. Give it settings to train it.")
-        return found if self.size.modality == "both" else replace(found, steps=0)
+        return found if self.size.modality == "both" and self.init != "direct" else replace(found, steps=0)
 
     @property
     def weights(self) -> recipe.DistillationLoss | None:
@@ -297,7 +330,7 @@ class DescendantRole:
         target = self.target
         used = self.settings.used_by("descendant", init=self.init, has_target=target is not None)
         if self.size.modality != "both":
-            del used["adaptation"]  # a single tower is not trained
+            used.pop("adaptation", None)  # a single tower is not trained
         return {
             "role": "descendant",
             "init": self.init,

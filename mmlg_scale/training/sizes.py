@@ -1,4 +1,4 @@
-"""The sizes that extraction trains: drawn each step, evaluated, and remembered in the learngene."""
+"""The sizes that a learngene's training draws: drawn each step, evaluated, and remembered in the learngene."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SizeDraw:
         UserError: a tower has fewer layers than the smallest depth.
     """
 
-    def __init__(self, settings: recipe.Extraction, config: Mapping[str, Any], seed: int) -> None:
+    def __init__(self, settings: recipe.Elastic, config: Mapping[str, Any], seed: int) -> None:
         self.settings, self.config, self.seed = settings, config, seed
         self.max_layers = most_layers(settings, config)
         self._flops = functools.cache(lambda *sizes: training_flops(towers.with_sizes(config, **dict(sizes))))
@@ -77,8 +77,8 @@ class SizeDraw:
         }
 
 
-def most_layers(settings: recipe.Extraction, config: Mapping[str, Any]) -> dict[str, int]:
-    """The largest depth of each tower that extraction draws. Raises UserError where it is below the least."""
+def most_layers(settings: recipe.Elastic, config: Mapping[str, Any]) -> dict[str, int]:
+    """The largest depth of each tower that is drawn. Raises UserError where it is below the least."""
     found = {tower: settings.max_layers or towers.num_layers(config, tower) for tower in TOWERS}
     for tower, most in found.items():
         if most < settings.min_layers:

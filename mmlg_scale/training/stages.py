@@ -278,29 +278,30 @@ def _described(config: Mapping[str, Any], present: Sequence[str]) -> dict[str, A
     return layers | {f"{tower}_width": towers.width(config, tower) for tower in TOWERS}
 
 
-class ExtractionStage:
-    """Training the auxiliary CLIP, whose layers are weighted sums of the learngene's blocks, at a random size each step."""
+class ElasticStage:
+    """Training the auxiliary CLIP, whose layers are weighted sums of the learngene's blocks, at a random size each step.
 
-    name = "extraction"
+    As it is, by the contrastive loss on the pairs: pre-training without an ancestor.
+    """
+
+    name = "pretraining"
+    teacher: Teacher | None = None
 
     def __init__(
         self,
-        settings: recipe.Extraction,
+        settings: recipe.Elastic,
         auxiliary: AuxiliaryCLIP,
-        teacher: Teacher,
+        spec: towers.ModelSpec,
         device: torch.device,
         *,
         seed: int,
         compose_per_layer: bool = False,
     ) -> None:
-        self.settings, self.training, self.teacher, self.seed = settings, settings.training, teacher, seed
-        self.spec, self.compose_per_layer = teacher.spec, compose_per_layer
-        self.draw = SizeDraw(settings, teacher.spec.config, seed)
+        self.settings, self.training, self.seed = settings, settings.training, seed
+        self.spec, self.compose_per_layer = spec, compose_per_layer
+        self.draw = SizeDraw(settings, spec.config, seed)
         self.auxiliary = auxiliary
-        model: nn.Module = auxiliary
-        if settings.loss.hidden:
-            model = _with_maps(auxiliary, teacher.spec.config, teacher.spec.config)
-        self.model = model.to(device)
+        self.model: nn.Module = auxiliary.to(device)
 
     def sizes(self, step: int) -> list[dict[str, int]]:
         """The sizes drawn at `step`: the same on every rank, and after every resume."""
@@ -320,28 +321,20 @@ class ExtractionStage:
         return parameter_groups(self.model, self.training.optimizer, factor, layouts)
 
     def students(self, step: int) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
-        for size in self.sizes(step):
-            taps = {f"tap_{tower}": tap_layers(self._hidden_depths, size[f"{tower}_layers"]) for tower in TOWERS}
-            found.append(size | taps | {"compose_per_layer": self.compose_per_layer})
-        return found
-
-    @property
-    def _hidden_depths(self) -> Sequence[float]:
-        return self.settings.loss.hidden_depths if self.settings.loss.hidden else ()
+        return [{**size, "compose_per_layer": self.compose_per_layer} for size in self.sizes(step)]
 
     def patches(self, step: int, first_row: int, num_rows: int) -> Tensor | None:
         return draw_patches(self.spec.config, self.seed, step, first_row, num_rows)
 
     def targets(self, autocast: Autocast, inputs: Inputs) -> dict[str, Any] | None:
-        return self.teacher(inputs, autocast, self._hidden_depths)
+        return None
 
     def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
-        assert targets is not None
-        return distillation(outputs, targets, text_BT, self.settings.loss)
+        loss = contrastive(outputs)
+        return loss, {"contrastive": loss}
 
     def flops(self, step: int) -> tuple[int, int]:
-        return self.draw.flops(step), self.teacher.flops
+        return self.draw.flops(step), 0
 
     def evaluated_sizes(self) -> dict[str, dict[str, int]]:
         return self.draw.evaluated()
@@ -368,6 +361,48 @@ class ExtractionStage:
             "block_params": learngene.block_params,
             "stem_params": learngene.stem_params,
         }
+
+
+class ExtractionStage(ElasticStage):
+    """Distilling the learngene: the auxiliary CLIP is compared with the frozen ancestor."""
+
+    name = "extraction"
+    settings: recipe.Extraction
+
+    def __init__(
+        self,
+        settings: recipe.Extraction,
+        auxiliary: AuxiliaryCLIP,
+        teacher: Teacher,
+        device: torch.device,
+        *,
+        seed: int,
+        compose_per_layer: bool = False,
+    ) -> None:
+        super().__init__(settings, auxiliary, teacher.spec, device, seed=seed, compose_per_layer=compose_per_layer)
+        self.teacher: Teacher = teacher
+        if settings.loss.hidden:
+            self.model = _with_maps(auxiliary, teacher.spec.config, teacher.spec.config).to(device)
+
+    def students(self, step: int) -> list[dict[str, Any]]:
+        return [
+            student | {f"tap_{tower}": tap_layers(self._hidden_depths, student[f"{tower}_layers"]) for tower in TOWERS}
+            for student in super().students(step)
+        ]
+
+    @property
+    def _hidden_depths(self) -> Sequence[float]:
+        return self.settings.loss.hidden_depths if self.settings.loss.hidden else ()
+
+    def targets(self, autocast: Autocast, inputs: Inputs) -> dict[str, Any] | None:
+        return self.teacher(inputs, autocast, self._hidden_depths)
+
+    def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
+        assert targets is not None
+        return distillation(outputs, targets, text_BT, self.settings.loss)
+
+    def flops(self, step: int) -> tuple[int, int]:
+        return self.draw.flops(step), self.teacher.flops
 
 
 def _strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
