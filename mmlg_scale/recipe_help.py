@@ -70,7 +70,8 @@ def sections() -> dict[str, Section]:
 
 def _collect(cls: type, default: Any, prefix: str, section: Section, found: dict[str, Section]) -> None:
     """Add the fields of a dataclass to `section`, or to sections of their own."""
-    told = {param.arg_name: " ".join((param.description or "").split()) for param in parse_from_object(cls).params}
+    owners = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]  # each parses its own docstrings only
+    told = {param.arg_name: " ".join((param.description or "").split()) for owner in owners for param in parse_from_object(owner).params}
     kinds = typing.get_type_hints(cls)
     for each in dataclasses.fields(cls):
         key, kind, value = prefix + each.name, kinds[each.name], getattr(default, each.name)

@@ -44,7 +44,7 @@ SINGLE_METRICS = {
 }
 COLOURS = {
     "mmlg": "#c2410c",
-    "direct": "#f59e0b",
+    "direct": "#db2777",
     "scratch": "#475569",
     "distil": "#2563eb",
     "even": "#16a34a",

@@ -35,6 +35,7 @@ RECIPE = {
     },
     "ancestor": {"steps": 60, "batch_size": 32, "eval_every": 4},
     "extraction": {"min_layers": 1, "num_knots": 3, "training": {"steps": 60, "batch_size": 32, "eval_every": 4}},
+    "pretraining": {"min_layers": 1, "num_knots": 3, "training": {"steps": 8, "batch_size": 32, "eval_every": 4}},
     "adaptation": {"training": {"steps": 4, "batch_size": 32, "eval_every": 2}},
     "baselines": {
         "scratch": {"steps": 8, "batch_size": 32, "eval_every": 4},
@@ -154,9 +155,12 @@ def test_killed_in_three_stages_gives_the_same_numbers(recipe_file: Path, undist
 def test_family_json_report_and_metrics(undisturbed: Path) -> None:
     family = json.loads((undisturbed / "family.json").read_text())
     inits = {(entry["init"], entry["modality"]) for entry in family["descendants"]}
-    assert inits == {("mmlg", "both"), ("mmlg", "image"), ("scratch", "both"), ("even", "both"), ("distil", "both")}
+    assert inits == {("mmlg", "both"), ("mmlg", "image"), *((init, "both") for init in ("direct", "scratch", "even", "distil"))}
     assert family["cost_ratio"] > 0
-    assert set(family["cost_ratio_by_baseline"]) == {"even", "distil"}
+    assert set(family["cost_ratio_by_baseline"]) == {"even", "distil", "direct"}
+    totals = family["totals_by_init"]
+    assert totals["direct"]["flops"] == totals["direct"]["flops_with_ancestor"] == family["rival_learngenes"]["direct"]["flops"] > 0
+    assert family["rival_learngenes"]["direct"]["teacher_flops"] == 0
     by_init = {entry["init"]: entry for entry in family["descendants"] if entry["modality"] == "both"}
     assert [point["step"] for point in by_init["mmlg"]["curve"]] == [0, 2, 4]
     assert [point["step"] for point in by_init["scratch"]["curve"]] == [4, 8]
@@ -192,7 +196,7 @@ def stamps(out: Path) -> dict[str, tuple[int, dict[str, Any]]]:
 
 def test_a_second_start_repeats_nothing(recipe_file: Path, undisturbed: Path) -> None:
     before, numbers = stamps(undisturbed), figures(undisturbed)
-    assert len(before) == 7
+    assert len(before) == 9
     said = complete(recipe_file, undisturbed)
     assert stamps(undisturbed) == before
     assert figures(undisturbed) == numbers

@@ -128,7 +128,7 @@ def pretrain(arguments: list[str]) -> int:
         f"of any size come out of its file. {RESUMES}",
         (
             "pretrain demo --data.path data --out runs/direct",
-            "pretrain vit-b-32 --data.path data --out runs/direct --pretraining.training.steps 50000",
+            "pretrain my-recipe.yaml --data.path data --out runs/direct --runtime.num_workers 8",
         ),
     )
     help_text = "The run's folder; the result is DIR/learngene.safetensors."

@@ -30,8 +30,8 @@ def initialise(
 
     Args:
         init: `mmlg`, `direct`, `tleg` and `sws` write it from a learngene of that kind; `scratch` and `distil` draw open_clip's random
-            weights (the teacher of `distil` comes in training); `even` picks layers of the ancestor at even distances, the first and the last among
-            them, with its stems, and takes the leading channels and heads where the size is narrower.
+            weights (the teacher of `distil` comes in training); `even` picks layers of the ancestor at even distances, the
+            first and the last among them, with its stems, and takes the leading channels and heads where the size is narrower.
         config: the ancestor's configuration.
         sizes: image_layers, text_layers, image_width, text_width; a width left out is the ancestor's.
     """
