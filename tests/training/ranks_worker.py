@@ -60,6 +60,7 @@ EXACT = [
     *(Case(kind, zero, parts) for zero, parts in ((1, 1), (3, 2)) for kind in ("affinity", "students")),
     *(Case("siglip", zero, parts) for zero, parts in ((0, 1), (2, 4))),
     Case("siglip_extraction", 3),
+    *(Case("pretraining", zero, parts) for zero, parts in ((0, 1), (3, 2))),
     *(Case("extraction", zero, parts, dropout, shard=True) for zero, parts, dropout in ((0, 1, 0.0), (3, 4, 0.5))),
     Case("ancestor", 0, change="own_gather"),
 ]

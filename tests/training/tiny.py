@@ -11,7 +11,7 @@ from mmlg_scale import recipe, towers
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
 from mmlg_scale.learngene.structure import Structure
 from mmlg_scale.training.inputs import Inputs
-from mmlg_scale.training.stages import ClipStage, ExtractionStage, Stage
+from mmlg_scale.training.stages import ClipStage, ElasticStage, ExtractionStage, Stage
 from mmlg_scale.training.teacher import LiveTeacher
 
 CONFIG = {
@@ -41,6 +41,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 def build_stage(kind: str, device: torch.device, *, accumulation: int = 1, patch_dropout: float = 0.0, shard: bool = False) -> Stage:
     """`ancestor` (contrastive alone) or `extraction` (auxiliary model, hidden states, all terms), with `affinity`, or 3 `students`.
 
+    `pretraining` is the auxiliary model without an ancestor.
     `siglip` and `siglip_extraction` are the same two with SigLIP's loss. `shard`: the teacher.
     """
     training = recipe.Training(steps=STEPS, batch_size=BATCH, optimizer=OPTIMIZER, accumulation=accumulation)
@@ -50,6 +51,9 @@ def build_stage(kind: str, device: torch.device, *, accumulation: int = 1, patch
     model = towers.Bundle(towers.ModelSpec(config), towers.build_clip(config, seed=1).state_dict())
     if kind in ("ancestor", "siglip"):
         return ClipStage("ancestor", model, training, device, seed=4)
+    if kind == "pretraining":
+        elastic = recipe.Pretraining(training=training, min_layers=2)
+        return ElasticStage(elastic, AuxiliaryCLIP.fresh(Structure(config, num_knots=4), seed=2), model.spec, device, seed=3)
     auxiliary = AuxiliaryCLIP.from_ancestor(model.state, Structure(config, num_knots=4), seed=2)
     loss = recipe.DistillationLoss(affinity=2.0 if kind == "affinity" else 0.0)
     settings = recipe.Extraction(training=training, min_layers=2, loss=loss, students_per_step=3 if kind == "students" else 1)
