@@ -247,7 +247,8 @@ def _totals(family: FamilyResult, entries: Sequence[DescendantEntry], init: str,
         return sum(mean(found for entry in group if (found := value(entry)) is not None) for group in groups)
 
     ancestor, learngene = family.ancestor, _learngene(family, init)
-    kept = family.kept_features if (learngene or init == "distil") and init not in WITHOUT_ANCESTOR else None
+    compares = learngene is not None or init == "distil" or (init == "even" and _even_compares(family))
+    kept = family.kept_features if compares and init not in WITHOUT_ANCESTOR else None
     once = (learngene.all_flops if learngene else 0) + (kept.flops if kept else 0)
     flops = once + total(lambda entry: _charge(entry).flops_to_target)
     with_ancestor = flops if init in WITHOUT_ANCESTOR else flops + ancestor.flops if ancestor.flops is not None else None
@@ -265,6 +266,11 @@ def _totals(family: FamilyResult, entries: Sequence[DescendantEntry], init: str,
         mean_metric_at_0=mean(at_0) if at_0 else None,
         mean_metric_final=mean(mean(entry.metrics_final[family.metric] for entry in group) for group in groups),
     )
+
+
+def _even_compares(family: FamilyResult) -> bool:
+    """Whether uniform layer selection was trained against the ancestor."""
+    return (family.recipe.get("baselines") or {}).get("even_loss") is not None
 
 
 def _learngene(family: FamilyResult, init: str) -> LearngeneEntry | None:

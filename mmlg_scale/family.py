@@ -162,7 +162,7 @@ class Plan:
             words += ["--learngene", str(role.learngene)]
             needs = (self.learngene(init).name,)
         elif init != "scratch":
-            needs = ("ancestor",) if init == "even" else (self._source,)
+            needs = (self._source,)
         if role.target_of is not None:
             words += ["--target-of", str(role.target_of)]
             needs = (*needs, role.target_of.name)

@@ -255,7 +255,9 @@ class Baselines:
     scratch: Training | None = field(default_factory=Training)
     """Training each size from random weights. Its final quality is the target of all others."""
     even: Training | None = field(default_factory=Training)
-    """Every n-th layer of the ancestor, then training."""
+    """Uniform layer selection: every n-th layer of the ancestor, then training."""
+    even_loss: DistillationLoss | None = None
+    """Terms that compare uniform layer selection with the ancestor while it trains; null: the contrastive loss only."""
     distil: Training | None = field(default_factory=Training)
     """Training each size from random weights with the ancestor as teacher."""
     distil_loss: DistillationLoss = field(default_factory=DistillationLoss)
@@ -359,6 +361,8 @@ class Recipe:
         losses |= {f"baselines.{name}.loss": found.loss for name, found in self.baselines.learngenes().items()}
         losses |= {"adaptation.loss": self.adaptation.loss} if self.adaptation.training.steps else {}
         losses |= {"baselines.distil_loss": self.baselines.distil_loss} if self.baselines.distil is not None else {}
+        if self.baselines.even is not None and self.baselines.even_loss is not None:
+            losses["baselines.even_loss"] = self.baselines.even_loss
         for name, loss in losses.items():
             problem = f"keeps final features, {name}.hidden is {loss.hidden} and compares hidden states"
             _require(loss.hidden == 0, key, problem, f"Set {name}.hidden to 0, or keep no features.")
@@ -403,7 +407,7 @@ class Recipe:
             section = ("extraction" if init == "mmlg" else f"baselines.{init}") if role == "extraction" else "adaptation"
         else:
             section = f"baselines.{init}"
-        for key in (section, *(["baselines.distil_loss"] if init == "distil" else [])):
+        for key in (section, *([f"baselines.{init}_loss"] if init in ("even", "distil") else [])):
             outer, _, inner = key.partition(".")
             found.setdefault(outer, {}).update({inner: whole[outer][inner]} if inner else whole[outer])
         if has_target:

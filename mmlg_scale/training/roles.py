@@ -287,7 +287,8 @@ class DescendantRole:
             return None
         if self.init in FROM_LEARNGENE:
             return self.settings.adaptation.loss
-        return self.settings.baselines.distil_loss if self.init == "distil" else None
+        baselines = self.settings.baselines
+        return {"distil": baselines.distil_loss, "even": baselines.even_loss}.get(self.init)
 
     @property
     def needs_ancestor(self) -> bool:
