@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from mmlg_scale.data.scenes import write_scenes
+from mmlg_scale.recipe import Size, Training
 from mmlg_scale.recipe_file import load_recipe
-from mmlg_scale.training.roles import AncestorRole, ExtractionRole
+from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole
 from mmlg_scale.training.run import run_role
 from mmlg_scale.training.session import build_session
 
@@ -49,3 +50,21 @@ def test_a_session_trains_as_a_run_does(options: dict[str, Any], tmp_path: Path)
     assert torch.isfinite(loss)
     assert set(session.stage.evaluated_sizes()) == {"i2-t2", "i5-t5", "i8-t8", "i8w48-t8w48"}
     session.close()
+
+
+@pytest.mark.parametrize(("target", "steps"), [(0.0, 0), (1.1, 4)])
+def test_a_run_that_is_at_its_target_untrained_is_not_trained(target: float, steps: int, options: dict[str, Any], tmp_path: Path) -> None:
+    """Uniform layer selection compared with the ancestor: charged nothing, teacher included; or trained, and then both are charged."""
+    settings, runtime = load_recipe("demo", **options)
+    run_role(AncestorRole(settings), tmp_path / "ancestor", runtime)
+    settings.baselines.even = Training(steps=4, batch_size=16, eval_every=2)
+    assert settings.baselines.even_loss is not None
+    size, scratch = Size(2, 2), tmp_path / "ancestor"  # stands for a run from scratch, whose last evaluation is the target
+    result = json.loads((scratch / "result.json").read_text())
+    result["curve"][-1]["mean_recall@1"] = target
+    (scratch / "result.json").write_text(json.dumps(result))
+    role = DescendantRole(settings, "even", size, ancestor=tmp_path / "ancestor" / "model", target_of=scratch)
+    found = run_role(role, tmp_path / "even", runtime)
+    assert (found["steps"], found["stopped_early"]) == (steps, steps == 0)
+    assert found["metrics"] == found["metrics_at_0"] if steps == 0 else [point["step"] for point in found["curve"]] == [0, 2, 4]
+    assert (found["flops"] > 0, found["teacher_flops"] > 0) == (steps > 0, steps > 0)
