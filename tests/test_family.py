@@ -117,7 +117,9 @@ def test_a_log_file_has_a_line_for_each_start_evaluation_and_end(undisturbed: Pa
         assert re.search(rf"^\[\d/8\] {step}: complete after \d+ s$", said, re.MULTILINE)
 
 
-def test_the_plan_is_what_the_runs_charged(recipe_file: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_is_what_the_runs_charged(
+    recipe_file: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every step's parameters, steps and FLOPs before the run, against its result.json; and which are complete."""
 
     def plan(*options: str) -> dict[str, Any]:
@@ -142,6 +144,17 @@ def test_the_plan_is_what_the_runs_charged(recipe_file: Path, undisturbed: Path,
     again = {"i2-t2-scratch", "i2-t2-mmlg"}
     # A single tower is not trained; targets are not used here, so that what is compared with scratch stays too.
     assert {name for name, state in states.items() if state != "kept"} == again
+    assert {states[name] for name in again} == {"again"}
+    # A run that was stopped half-way, and a folder that the family would refuse.
+    stopped = tmp_path / "stopped"
+    shutil.copytree(undisturbed, stopped)
+    (stopped / "descendants" / "i2-t2-even" / "result.json").unlink()
+    (stopped / "descendants" / "i2-t2-even" / "checkpoints" / "step-00000004").mkdir(parents=True)
+    left = next(step for step in plan("--out", str(stopped))["steps"] if step["state"] != "kept")
+    assert (left["id"], left["state"], left["done"]) == ("i2-t2-even", "resumes", 4)
+    assert left["seconds"] == pytest.approx(steps["i2-t2-even"]["seconds"] / 2)
+    assert main(["plan", str(recipe_file), "--out", str(stopped), "--ancestor.steps", "61"]) == 2
+    assert "holds a family of another ancestor or data set: ancestor.steps was 60, now 61" in capsys.readouterr().err
 
 
 def test_killed_in_three_stages_gives_the_same_numbers(recipe_file: Path, undisturbed: Path, tmp_path: Path) -> None:

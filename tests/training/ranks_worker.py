@@ -177,6 +177,7 @@ def main(out: Path) -> None:
     for case in (*EXACT, *WRONG, *BF16):
         stage, engine = make(case, device)
         advance(stage, engine, range(STEPS))
+        (out / f"{case.name}-rank{dist.get_rank()}.norm").write_text(str(float(engine.gradient_norm)))
         finish(engine, out / f"{case.name}.safetensors")
     for kind, zero_stage in MUON:
         case = Case(kind, zero_stage)

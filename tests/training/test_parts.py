@@ -175,4 +175,4 @@ def test_a_resumed_run_has_every_line_once(tmp_path: Path) -> None:
     assert meters.seconds > seconds + 100
     meters.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["loss"]) for line in lines] == [(10, 10.0), (20, 20.0), (30, None), (40, None)]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (10, 10.0), (20, 20.0), (30, None), (40, None)]

@@ -31,13 +31,13 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @functools.cache
-def expected_updates(kind: str, patch_dropout: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def expected_updates(kind: str, patch_dropout: float) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     return plain_updates(build_stage(kind, torch.device("cpu"), patch_dropout=patch_dropout))
 
 
 def errors(case: Case, out: Path) -> dict[str, float]:
     """Each tensor's relative error of the update of three steps."""
-    before, after = expected_updates(case.kind, case.patch_dropout)
+    before, after, _ = expected_updates(case.kind, case.patch_dropout)
     got = load_file(out / f"{case.name}.safetensors")
     assert set(got) == set(before)
     assert any("logit_scale" in name for name in got)
@@ -54,6 +54,14 @@ def test_two_ranks_equal_one_process(case: Case, out: Path) -> None:
     """ZeRO 0 to 3, micro-batches, patch dropout and activation checkpointing change no number."""
     wrong = {name: error for name, error in errors(case, out).items() if error > 1e-4}
     assert not wrong
+
+
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
+def test_the_gradient_norm_is_the_whole_batch_s(case: Case, out: Path) -> None:
+    """What a run logs: of all ranks' gradients, on every rank, at every ZeRO stage."""
+    wanted = expected_updates(case.kind, case.patch_dropout)[2]
+    norms = [float((out / f"{case.name}-rank{rank}.norm").read_text()) for rank in (0, 1)]
+    assert norms == pytest.approx([wanted, wanted], rel=1e-3)
 
 
 @pytest.mark.parametrize("case", WRONG, ids=lambda case: case.name)

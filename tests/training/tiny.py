@@ -69,12 +69,13 @@ def plain_loss(stage: Stage, step: int) -> Tensor:
     return torch.stack([stage.objective(output, targets, texts)[0] for output in outputs]).mean()
 
 
-def plain_updates(stage: Stage) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters before, and after three plain torch.optim.SGD steps on whole batches."""
+def plain_updates(stage: Stage) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """Parameters before, and after three plain torch.optim.SGD steps on whole batches; the norm of the last step's gradients."""
     before = {name: tensor.clone() for name, tensor in stage.model.state_dict().items()}
     optimizer = torch.optim.SGD(stage.parameter_groups())
     for step in range(STEPS):
         optimizer.zero_grad()
         plain_loss(stage, step).backward()
         optimizer.step()
-    return before, stage.model.state_dict()
+    norms = [parameter.grad.norm() for parameter in stage.model.parameters() if parameter.grad is not None]
+    return before, stage.model.state_dict(), float(torch.stack(norms).norm())
