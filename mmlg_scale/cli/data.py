@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmlg_scale.cli.parsing import make_parser, parse, progress
 from mmlg_scale.data import RESTVAL, SPLITS
 from mmlg_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 OUT_HELP = "Folder to write. It appears complete or not at all."
 TOKENIZER_HELP = (
@@ -62,6 +66,30 @@ def pack(arguments: list[str]) -> int:
     parser.add_argument("source", type=str, metavar="SOURCE", help=help_text)
     parser.add_argument("--out", type=str, required=True, metavar="DIR", help=OUT_HELP)
     parser.add_argument("--tokenizer", type=str, default="none", metavar="T", help=TOKENIZER_HELP)
+    _add_packing(parser)
+    args = parse(parser, arguments)
+    from mmlg_scale.data.pack import PackSettings, pack_folders, pack_table
+    from mmlg_scale.data.pack_json import pack_json
+    from mmlg_scale.data.summary import print_summary
+
+    source, out, bar = Path(args.source), Path(args.out), progress("pack")
+    keys = ("val", "test", "seed", "tokenizer", "resize", "skip_bad")
+    settings = PackSettings(**{key: getattr(args, key) for key in keys}, as_shown=not args.as_stored)
+    if source.is_dir():
+        pack_folders(source, out, settings, templates=args.templates, progress=bar)
+    elif source.suffix.lower() == ".json":
+        if args.images is None:
+            raise UserError("--images is missing. Give the folder that the image names in the JSON file are relative to.")
+        more = {"restval": args.restval, "allow_other_counts": args.allow_other_counts}
+        pack_json(source, out, settings, images=Path(args.images), progress=bar, **more)
+    else:
+        pack_table(source, out, settings, image_column=args.image_column, caption_column=args.caption_column, progress=bar)
+    print_summary(out)
+    return 0
+
+
+def _add_packing(parser: ArgumentParser) -> None:
+    """The options of mmlg data pack, by what they are for."""
     group = parser.add_argument_group("splits, where the source has none of its own")
     group.add_argument("--val", type=float, default=0.05, metavar="X", help="Fraction of images for validation.")
     group.add_argument("--test", type=float, default=0.1, metavar="X", help="Fraction of images for the test split.")
@@ -91,25 +119,6 @@ def pack(arguments: list[str]) -> int:
     group.add_argument("--restval", type=str, default="train", choices=RESTVAL, help="What happens to a Karpathy file's restval images.")
     help_text = "Accept a Karpathy file whose splits have other sizes than the published ones."
     group.add_argument("--allow-other-counts", action="store_true", help=help_text)
-    args = parse(parser, arguments)
-    from mmlg_scale.data.pack import PackSettings, pack_folders, pack_table
-    from mmlg_scale.data.pack_json import pack_json
-    from mmlg_scale.data.summary import print_summary
-
-    source, out, bar = Path(args.source), Path(args.out), progress("pack")
-    keys = ("val", "test", "seed", "tokenizer", "resize", "skip_bad")
-    settings = PackSettings(**{key: getattr(args, key) for key in keys}, as_shown=not args.as_stored)
-    if source.is_dir():
-        pack_folders(source, out, settings, templates=args.templates, progress=bar)
-    elif source.suffix.lower() == ".json":
-        if args.images is None:
-            raise UserError("--images is missing. Give the folder that the image names in the JSON file are relative to.")
-        more = {"restval": args.restval, "allow_other_counts": args.allow_other_counts}
-        pack_json(source, out, settings, images=Path(args.images), progress=bar, **more)
-    else:
-        pack_table(source, out, settings, image_column=args.image_column, caption_column=args.caption_column, progress=bar)
-    print_summary(out)
-    return 0
 
 
 def check(arguments: list[str]) -> int:

@@ -44,28 +44,7 @@ def train(arguments: list[str]) -> int:
         help="What is trained. mmlg, direct, tleg, sws: a descendant of that learngene; scratch: random weights; even: every n-th layer of "
         "the ancestor; distil: random weights with the ancestor as teacher.",
     )
-    group = parser.add_argument_group("descendants and baselines (with --init)")
-    for tower in ("image", "text"):
-        group.add_argument(f"--{tower}-layers", type=PositiveInt, default=4, metavar="N", help=f"Depth of the {tower} tower.")
-        group.add_argument(f"--{tower}-width", type=PositiveInt | None, default=None, metavar="N", help=WIDTH_HELP.format(tower))
-    group.add_argument(
-        "--ancestor-model",
-        type=str | None,
-        default=None,
-        metavar="PATH",
-        help=f"{ANCESTOR_HELP} For even and distil, and for adapting descendants.",
-    )
-    group.add_argument("--learngene", type=str | None, default=None, metavar="FILE", help="The learngene, for mmlg, direct, tleg and sws.")
-    group.add_argument(
-        "--modality",
-        type=str,
-        default="both",
-        choices=MODALITIES,
-        help="Both towers, or one, which is not trained (mmlg only).",
-    )
-    help_text = "A finished scratch run: training stops once it has reached that run's quality."
-    group.add_argument("--target-of", type=str | None, default=None, metavar="DIR", help=help_text)
-    group.add_argument("--features", type=str | None, default=None, metavar="DIR", help=FEATURES_HELP)
+    _add_descendant(parser)
     parsed = parse_recipe(parser, arguments)
     if parsed is None:
         return 0
@@ -88,6 +67,32 @@ def train(arguments: list[str]) -> int:
         )
     run_role(role, Path(args.out), runtime)
     return 0
+
+
+def _add_descendant(parser: ArgumentParser) -> None:
+    """The options of mmlg train that say which descendant or baseline."""
+    group = parser.add_argument_group("descendants and baselines (with --init)")
+    for tower in ("image", "text"):
+        group.add_argument(f"--{tower}-layers", type=PositiveInt, default=4, metavar="N", help=f"Depth of the {tower} tower.")
+        group.add_argument(f"--{tower}-width", type=PositiveInt | None, default=None, metavar="N", help=WIDTH_HELP.format(tower))
+    group.add_argument(
+        "--ancestor-model",
+        type=str | None,
+        default=None,
+        metavar="PATH",
+        help=f"{ANCESTOR_HELP} For even and distil, and for adapting descendants.",
+    )
+    group.add_argument("--learngene", type=str | None, default=None, metavar="FILE", help="The learngene, for mmlg, direct, tleg and sws.")
+    group.add_argument(
+        "--modality",
+        type=str,
+        default="both",
+        choices=MODALITIES,
+        help="Both towers, or one, which is not trained (mmlg only).",
+    )
+    help_text = "A finished scratch run: training stops once it has reached that run's quality."
+    group.add_argument("--target-of", type=str | None, default=None, metavar="DIR", help=help_text)
+    group.add_argument("--features", type=str | None, default=None, metavar="DIR", help=FEATURES_HELP)
 
 
 def extract(arguments: list[str]) -> int:
