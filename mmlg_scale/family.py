@@ -339,7 +339,7 @@ class _Evaluations:
             try:
                 content = json.loads(line)
                 number, value = content["step"], content["evaluation"][self.metric]
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # figures of training, or a line still being written
             if number > self._last.get(step.id, -1):
                 self._last[step.id] = number
