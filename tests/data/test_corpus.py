@@ -71,7 +71,7 @@ def test_what_is_no_data_set(scenes: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(scenes, tmp_path / "copy"))
     for content, said in (
         ("{", "classes.json is damaged"),
-        ("[]", "classnames is None. Give a list of texts"),
+        ("[]", "holds a JSON list, not an object"),
         ('{"classnames": [], "templates": ["{}"]}', r"classnames is \[\]"),
         ('{"classnames": ["a", 3], "templates": ["{}"]}', r"classnames is \['a', 3\]"),
         ('{"classnames": ["a"], "templates": "a {}"}', "templates is 'a {}'"),
