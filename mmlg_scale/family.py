@@ -28,11 +28,12 @@ from mmlg_scale.data.corpus import PairSet, open_pairs
 from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
 from mmlg_scale.evaluation.evaluate import folder_features
-from mmlg_scale.files import require_space, write_json_atomic, write_text_atomic
+from mmlg_scale.files import require_space, write_text_atomic
 from mmlg_scale.learngene.baselines import FROM_LEARNGENE
 from mmlg_scale.learngene.structure import Structure
 from mmlg_scale.metric_names import check_metric
 from mmlg_scale.recipe_file import to_content
+from mmlg_scale.records import write_record
 from mmlg_scale.report import console_table, retrieval_samples, write_report
 from mmlg_scale.results import FORMAT_VERSION, FamilyResult
 from mmlg_scale.runtime import Runtime
@@ -203,7 +204,7 @@ def run_family(settings: recipe.Recipe, runtime: Runtime, out: Path, *, launcher
         except StepFailed as error:
             raise UserError(f"{error} Start the same command to resume.") from error
         family = assemble(plan)
-        write_json_atomic(out / "family.json", family.to_json())
+        write_record(out / "family.json", family.to_json())
         _draw_samples(plan)
         report = write_report(out)
     console.print(console_table(family))
@@ -257,7 +258,7 @@ def _check_batches(settings: recipe.Recipe, runtime: Runtime) -> None:
 
 def _claim(settings: recipe.Recipe, out: Path) -> None:
     """Make `out`, which is held, the family of this ancestor and data set, or recognise it."""
-    write_json_atomic(out / IDENTITY_FILE, check_folder(settings, out))
+    write_record(out / IDENTITY_FILE, check_folder(settings, out))
 
 
 def check_folder(settings: recipe.Recipe, out: Path) -> dict[str, Any]:
@@ -325,7 +326,7 @@ def _trained_steps(step: Step) -> int:
     for line in reversed(lines):
         try:
             return int(json.loads(line)["step"])
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # a line still being written
     return 0
 
@@ -349,7 +350,7 @@ class _Evaluations:
             try:
                 content = json.loads(line)
                 number, value = content["step"], content["evaluation"][self.metric]
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # figures of training, or a line still being written
             if number > self._last.get(step.id, -1):
                 self._last[step.id] = number
@@ -452,4 +453,4 @@ def _draw_samples(plan: Plan) -> None:
     folder = plan.descendant(sizes[len(sizes) // 2], "mmlg") / "model"
     image_ND, text_MD, split = folder_features(folder, plan.data, "test")
     samples = retrieval_samples(image_ND, text_MD, split.text_to_image_M, split.captions, split.image_png)
-    write_json_atomic(plan.out / "retrieval_samples.json", samples)
+    write_record(plan.out / "retrieval_samples.json", {"samples": samples})

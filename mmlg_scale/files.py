@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mmlg_scale.errors import UserError
 
@@ -168,6 +168,16 @@ def _is_alive(pid: int) -> bool:
     except OSError:
         return True  # somebody else's
     return True
+
+
+def open_append(path: Path) -> TextIO:
+    """Open a text file to append to. A symbolic link in its place, which could name any file, is refused; so is a pipe.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return open(os.open(path, flags, 0o666), "a", encoding="utf-8")
 
 
 def free_bytes(folder: Path) -> int:

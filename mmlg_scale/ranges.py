@@ -4,8 +4,48 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeAlias
 
+from mmlg_scale.bounds import (
+    MAX_BATCH,
+    MAX_BLOCKS,
+    MAX_KNOTS,
+    MAX_LAYERS,
+    MAX_PROCESSES,
+    MAX_SCENES,
+    MAX_STEPS,
+    MAX_STUDENTS,
+    MAX_WIDTH,
+    MAX_WORKERS,
+)
+
+_BOUNDED = {
+    "Layers": (1, MAX_LAYERS),
+    "Width": (1, MAX_WIDTH),
+    "Blocks": (0, MAX_BLOCKS),
+    "Knots": (2, MAX_KNOTS),
+    "Students": (1, MAX_STUDENTS),
+    "Steps": (0, MAX_STEPS),
+    "BatchSize": (2, MAX_BATCH),
+    "Parts": (1, MAX_BATCH),
+    "SceneCount": (1, MAX_SCENES),
+    "Workers": (0, MAX_WORKERS),
+    "Threads": (1, MAX_WORKERS),
+    "Processes": (1, MAX_PROCESSES),
+}
+"""Whole numbers from the first to the second: see `bounds`."""
+
 if TYPE_CHECKING:
-    AtLeastTwo: TypeAlias = int
+    Layers: TypeAlias = int
+    Width: TypeAlias = int
+    Blocks: TypeAlias = int
+    Knots: TypeAlias = int
+    Students: TypeAlias = int
+    Steps: TypeAlias = int
+    BatchSize: TypeAlias = int
+    Parts: TypeAlias = int
+    SceneCount: TypeAlias = int
+    Workers: TypeAlias = int
+    Threads: TypeAlias = int
+    Processes: TypeAlias = int
     PositiveInt: TypeAlias = int
     NonNegativeInt: TypeAlias = int
     PositiveFloat: TypeAlias = float
@@ -23,12 +63,30 @@ else:
         restricted_number_type,
     )
 
-    AtLeastTwo = restricted_number_type("AtLeastTwo", int, (">=", 2), docstring="int of 2 or more")
+    def _bounded(name: str) -> type:
+        least, most = _BOUNDED[name]
+        same = next(other for other, bounds in _BOUNDED.items() if bounds == (least, most))
+        if same != name:
+            return globals()[same]  # jsonargparse has one type for one range
+        return restricted_number_type(name, int, [(">=", least), ("<=", most)], docstring=f"int from {least} to {most}")
+
+    Layers = _bounded("Layers")
+    Width = _bounded("Width")
+    Blocks = _bounded("Blocks")
+    Knots = _bounded("Knots")
+    Students = _bounded("Students")
+    Steps = _bounded("Steps")
+    BatchSize = _bounded("BatchSize")
+    Parts = _bounded("Parts")
+    SceneCount = _bounded("SceneCount")
+    Workers = _bounded("Workers")
+    Threads = _bounded("Threads")
+    Processes = _bounded("Processes")
     UnitInterval = restricted_number_type("UnitInterval", float, [(">=", 0), ("<", 1)], docstring="float from 0 to below 1")
     Fraction = restricted_number_type("Fraction", float, [(">", 0), ("<=", 1)], docstring="float above 0, at most 1")
 
 IN_WORDS = {
-    "AtLeastTwo": "a whole number of 2 or more",
+    **{name: f"a whole number from {least} to {most:,}" for name, (least, most) in _BOUNDED.items()},
     "PositiveInt": "a whole number of 1 or more",
     "NonNegativeInt": "a whole number of 0 or more",
     "PositiveFloat": "a number above 0",
@@ -46,12 +104,23 @@ IN_WORDS = {
 
 __all__ = [
     "IN_WORDS",
-    "AtLeastTwo",
+    "BatchSize",
+    "Blocks",
     "ClosedUnitInterval",
     "Fraction",
+    "Knots",
+    "Layers",
     "NonNegativeFloat",
     "NonNegativeInt",
+    "Parts",
     "PositiveFloat",
     "PositiveInt",
+    "Processes",
+    "SceneCount",
+    "Steps",
+    "Students",
+    "Threads",
     "UnitInterval",
+    "Width",
+    "Workers",
 ]

@@ -13,14 +13,22 @@ from typing import Any, Literal
 from mmlg_scale.errors import UserError
 from mmlg_scale.metric_names import check_metric
 from mmlg_scale.ranges import (
-    AtLeastTwo,
+    BatchSize,
+    Blocks,
     ClosedUnitInterval,
     Fraction,
+    Knots,
+    Layers,
     NonNegativeFloat,
     NonNegativeInt,
+    Parts,
     PositiveFloat,
     PositiveInt,
+    SceneCount,
+    Steps,
+    Students,
     UnitInterval,
+    Width,
 )
 
 Modality = Literal["both", "image", "text"]
@@ -40,11 +48,11 @@ def _require(condition: bool, key: str, problem: str, remedy: str) -> None:
 class Scenes:
     """The procedural image-text set that ships with the project."""
 
-    num_train: PositiveInt = 20000
+    num_train: SceneCount = 20000
     """Training images."""
-    num_val: PositiveInt = 500
+    num_val: SceneCount = 500
     """Validation images: learning curves and targets are measured here."""
-    num_test: PositiveInt = 1000
+    num_test: SceneCount = 1000
     """Test images: reported qualities are measured here."""
     seed: NonNegativeInt = 0
     """Seed of the data set; apart from the recipe's seed, so that runs of several seeds share one data set."""
@@ -112,15 +120,15 @@ class Optimizer:
 class Training:
     """One run of the training loop."""
 
-    steps: NonNegativeInt = 400
+    steps: Steps = 400
     """Optimiser steps; for adaptation 0 is allowed and means: use the model untrained."""
-    batch_size: AtLeastTwo = 128
+    batch_size: BatchSize = 128
     """Pairs per step over all ranks."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     """Optimiser and schedule."""
     eval_every: PositiveInt = 50
     """Steps between evaluations on the validation split; a checkpoint is written after each."""
-    accumulation: PositiveInt = 1
+    accumulation: Parts = 1
     """Parts in which each rank computes its share of the batch: less memory, the same numbers, one more forward pass where above 1."""
 
     def check(self, key: str, *, allow_zero_steps: bool = False) -> None:
@@ -152,25 +160,25 @@ class DistillationLoss:
 class Elastic:
     """Training a learngene: an auxiliary CLIP whose layers are weighted sums of the blocks, at a random depth each step."""
 
-    num_multimodal: NonNegativeInt = 1
+    num_multimodal: Blocks = 1
     """Blocks shared by both towers (K_M)."""
-    num_unimodal: NonNegativeInt = 1
+    num_unimodal: Blocks = 1
     """Blocks of each tower alone (K_U)."""
     basis: Literal["knots", "linear", "step"] = "knots"
     """How coefficients depend on depth: learned at knots; fixed {1, t} (TLEG, two blocks); fixed stages (SWS, one block each)."""
     convention: Literal["inclusive", "paper"] = "inclusive"
     """Relative depth in the linear basis: l / (L - 1), or TLEG's l / L."""
-    num_knots: AtLeastTwo = 8
+    num_knots: Knots = 8
     """Knots over relative depth between which coefficients and vectors are interpolated (R)."""
     width_map: Literal["slice", "learned"] = "slice"
     """How the multimodal blocks, as wide as the wider tower, reach the other: leading heads and channels, or learned maps."""
     width_shares: list[Fraction] = field(default_factory=lambda: [1.0])
     """Fractions of a tower's heads, one drawn for each tower every step; [1, 1, 0.5] takes half the width every third time."""
-    min_layers: PositiveInt = 2
+    min_layers: Layers = 2
     """Smallest depth drawn."""
-    max_layers: PositiveInt | None = None
+    max_layers: Layers | None = None
     """Largest depth drawn; null: the architecture's."""
-    students_per_step: PositiveInt = 1
+    students_per_step: Students = 1
     """Sizes drawn every step; their losses are averaged. In extraction they share one forward pass of the ancestor."""
     training: Training = field(default_factory=Training)
     """The loop's settings; its learning rate is that of the blocks."""
@@ -212,13 +220,13 @@ class Pretraining(Elastic):
 class Size:
     """One descendant."""
 
-    image_layers: PositiveInt = 4
+    image_layers: Layers = 4
     """Depth of the image tower."""
-    text_layers: PositiveInt = 4
+    text_layers: Layers = 4
     """Depth of the text tower."""
-    image_width: PositiveInt | None = None
+    image_width: Width | None = None
     """Residual width of the image tower, a multiple of its head dimension; null: the ancestor's."""
-    text_width: PositiveInt | None = None
+    text_width: Width | None = None
     """Residual width of the text tower, likewise."""
     modality: Modality = "both"
     """Both towers, or one alone."""

@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mmlg_scale.bounds import MAX_RECIPE_BYTES, MAX_YAML_DEPTH, MAX_YAML_VALUES
 from mmlg_scale.errors import UserError
+from mmlg_scale.reading import one_line, read_text, shown
 from mmlg_scale.recipe import Recipe
 from mmlg_scale.runtime import Runtime
 
@@ -34,6 +36,7 @@ def new_parser(prog: str, description: str, **settings: Any) -> ArgumentParser:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    _bound_yaml()
     return ArgumentParser(prog=prog, description=description, exit_on_error=False, **settings)
 
 
@@ -104,14 +107,72 @@ def dataclass_in(kind: Any) -> Any:
     return next((t for t in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(t)), None)
 
 
+def check_yaml(text: str) -> None:
+    """Look at a YAML text value by value, before anything is built of it.
+
+    Raises:
+        yaml.YAMLError: more than MAX_YAML_DEPTH deep, or more than MAX_YAML_VALUES with every alias written out (a few lines of aliases of
+            aliases can stand for billions); or no YAML.
+    """
+    import yaml
+
+    sizes: dict[str, int] = {}
+    open_parts: list[tuple[str | None, int]] = []  # anchor, and values before it
+    total = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
+            open_parts.append((event.anchor, total))
+            total += 1
+        elif isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
+            anchor, before = open_parts.pop()
+            if anchor is not None:
+                sizes[anchor] = total - before
+        elif isinstance(event, yaml.ScalarEvent):
+            total += 1
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise yaml.YAMLError(f"*{event.anchor} stands for something around itself, or for nothing")
+            total += sizes[event.anchor]
+        if total > MAX_YAML_VALUES:
+            raise yaml.YAMLError(f"more than {MAX_YAML_VALUES:,} values, its aliases written out")
+        if len(open_parts) > MAX_YAML_DEPTH:
+            raise yaml.YAMLError(f"nested more than {MAX_YAML_DEPTH} deep")
+
+
+def _bound_yaml() -> None:
+    """Have the parser look at every file and every value before it reads them: an option can name a file too."""
+    from jsonargparse import get_loader, set_loader
+    from yaml import YAMLError
+
+    load = get_loader("yaml")
+    if getattr(load, "is_bounded", False):
+        return
+
+    def load_bounded(text: str) -> Any:
+        if len(text) > MAX_RECIPE_BYTES:
+            raise YAMLError(f"{len(text)} characters, at most {MAX_RECIPE_BYTES} are supported")
+        check_yaml(text)
+        try:
+            return load(text)
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise YAMLError(one_line(error)) from error
+
+    load_bounded.is_bounded = True  # type: ignore[attr-defined]
+    set_loader("yaml", load_bounded, (YAMLError,))
+
+
 def check_keys(path: Path) -> None:
     """Raise UserError for the first key of the YAML file at `path` that no recipe has, naming the nearest one that exists."""
     import yaml
 
+    text = read_text(path, "recipe", "Fix the file.", MAX_RECIPE_BYTES)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}. Fix the file.") from error
+        check_yaml(text)
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML: {shown(' '.join(str(error).split()))}. Fix the file.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no recipe (a mapping of keys). Copy a shipped recipe and change it.")
     _check_keys(content, typing.get_type_hints(Recipe) | {"runtime": Runtime}, path, "")
@@ -126,9 +187,13 @@ def _check_keys(content: Any, types: Mapping[str, Any], path: Path, prefix: str)
     for key, value in content.items():
         if key not in types:
             near = _elsewhere(str(key)) or prefix + difflib.get_close_matches(str(key), list(types), n=1, cutoff=0.0)[0]
-            raise UserError(f"{path}: unknown recipe key {prefix}{key}. Nearest valid key: {near}.")
+            raise UserError(f"{path}: unknown recipe key {prefix}{shown(key)}. Nearest valid key: {near}.")
         inner = dataclass_in(types[key])
         if inner is not None:
+            # The parser would take a text for the name of another file to read.
+            parts = value if isinstance(value, list) else [value]
+            if any(not isinstance(part, dict) and part is not None for part in parts):
+                raise UserError(f"{path}: recipe key {prefix}{key} is {shown(value)!r}. Give a mapping of keys.")
             _check_keys(value, typing.get_type_hints(inner), path, f"{prefix}{key}.")
 
 
@@ -144,8 +209,8 @@ def resolve_recipe_path(name: str) -> Path:
         UserError: neither exists; names the shipped ones.
     """
     path = Path(name)
-    if path.is_file():
-        return path
+    if path.is_file() or (os.path.lexists(path) and not path.is_dir()):
+        return path  # a pipe is refused where it is read
     shipped = SHIPPED / f"{name.removesuffix('.yaml')}.yaml"
     if shipped.is_file():
         return shipped

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,11 @@ from rich.table import Table
 from torch import Tensor
 
 from mmlg_scale.accounting import BYTES_PER_PARAMETER, Size, size_of, summarise
+from mmlg_scale.bounds import MAX_JSON_BYTES, MAX_MANIFEST_BYTES
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_text_atomic
+from mmlg_scale.reading import decoded, parse_json, read_bytes
+from mmlg_scale.records import parse_record, read_record
 from mmlg_scale.results import Charge, DescendantEntry, FamilyResult, Init, Summary
 
 NAMES: dict[Init, str] = {
@@ -64,21 +66,42 @@ def write_report(run_folder: Path) -> Path:
     source = run_folder / "family.json"
     if not source.is_file():
         raise UserError(f"{run_folder} holds no family.json. mmlg family writes it at the end of its run.")
-    family = FamilyResult.from_json(_read_json(source), str(source))
-    samples_file = run_folder / "retrieval_samples.json"
-    samples = _read_json(samples_file) if samples_file.is_file() else []
-    if not isinstance(samples, list) or not all(isinstance(sample, dict) and "results" in sample for sample in samples):
-        raise UserError(f"{samples_file} is damaged: it is no list of queries with results. Remove it; the report is drawn without it.")
+    family = FamilyResult.from_json(
+        read_record(source, "result of a family", "Remove it and start mmlg family again.", MAX_MANIFEST_BYTES), str(source)
+    )
+    samples = _read_samples(run_folder / "retrieval_samples.json")
     target = run_folder / "report.html"
     write_text_atomic(target, render(summarise(family), samples))
     return target
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: it is no JSON ({error}). Remove it and start mmlg family again.") from error
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    """What `retrieval_samples` returned, where it was kept."""
+    if not path.is_file():
+        return []
+    hint = "Remove it; the report is drawn without it."
+    raw = read_bytes(path, "list of retrieval samples", hint, MAX_JSON_BYTES)
+    if raw.startswith(b"["):  # of an earlier version
+        samples = parse_json(decoded(raw, path, hint), str(path), hint)
+    else:
+        samples = parse_record(raw, path, hint).get("samples")
+    if not isinstance(samples, list) or not all(map(_is_sample, samples)):
+        raise UserError(f"{path} is damaged: it is no list of queries with results. {hint}")
+    return samples
+
+
+def _is_sample(value: Any) -> bool:
+    """Whether a value is one of those that `retrieval_samples` describes."""
+    query, found = ("caption", "png_base64") if isinstance(value, dict) and "caption" in value else ("png_base64", "caption")
+    if not isinstance(value, dict) or not isinstance(value.get(query), str) or not isinstance(value.get("results"), list):
+        return False
+    return all(
+        isinstance(result, dict)
+        and isinstance(result.get(found), str)
+        and isinstance(result.get("correct"), bool)
+        and isinstance(result.get("score"), (int, float))
+        for result in value["results"]
+    )
 
 
 def render(family: FamilyResult, samples: Sequence[dict[str, Any]]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mmlg_scale.ranges import NonNegativeInt, PositiveInt
+from mmlg_scale.ranges import NonNegativeInt, PositiveInt, Processes, Threads, Workers
 
 TrackerName = Literal["jsonl", "tensorboard", "wandb"]
 
@@ -18,13 +18,13 @@ TrackerName = Literal["jsonl", "tensorboard", "wandb"]
 class Runtime:
     """How a run is done; never changes what is computed, but for rounding."""
 
-    num_processes: PositiveInt = 1
+    num_processes: Processes = 1
     """Ranks of each training step of `mmlg family`."""
-    parallel: PositiveInt | None = None
+    parallel: Processes | None = None
     """Steps of `mmlg family` that run side by side; null: as many as the cores allow, or one for each GPU."""
-    threads: PositiveInt | None = 1
+    threads: Threads | None = 1
     """CPU threads per rank; null: the cores divided by the ranks."""
-    num_workers: NonNegativeInt = 0
+    num_workers: Workers = 0
     """Loader processes per rank; 0 decodes in the training process (small images are cached after their first use)."""
     cache_decoded: bool = True
     """Keep decoded images in memory where the whole split takes at most 512 MiB."""

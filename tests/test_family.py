@@ -23,6 +23,7 @@ from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.family import _cost_of_weights
 from mmlg_scale.forecast import forecast
 from mmlg_scale.recipe_file import load_recipe
+from mmlg_scale.records import KEY
 
 RECIPE = {
     "data": {"scenes": {"num_train": 160, "num_val": 24, "num_test": 24}},
@@ -68,7 +69,7 @@ def complete(recipe: Path, out: Path, *options: str) -> str:
 def figures(out: Path) -> dict[str, Any]:
     """family.json without what the clock decides, and the learngene's bytes."""
     family = json.loads((out / "family.json").read_text())
-    del family["environment"], family["cost_ratio_seconds"]
+    del family["environment"], family["cost_ratio_seconds"], family[KEY]
     for part in (family["ancestor"], family["learngene"], *family["descendants"], *family["totals_by_init"].values()):
         part.pop("seconds", None)
         part.pop("seconds_to_target", None)

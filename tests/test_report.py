@@ -277,7 +277,7 @@ def _without(*path: str | int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("family", "message"),
     [
-        ([], "the file is not an object"),
+        ([], "not an object"),
         (_without("learngene"), "learngene is missing"),
         (_without("ancestor", "params"), r"ancestor\.params is missing"),
         (_without("ancestor", "metrics", METRIC), r"ancestor\.metrics\.mean_recall@1 is missing"),
@@ -302,7 +302,7 @@ def test_missing_and_broken_files_are_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no family\.json"):
         write_report(tmp_path)
     (tmp_path / "family.json").write_text('{"metric": ')
-    with pytest.raises(UserError, match="it is no JSON"):
+    with pytest.raises(UserError, match="it is not JSON"):
         write_report(tmp_path)
     with pytest.raises(UserError, match=r"retrieval_samples\.json is damaged"):
         _write(tmp_path, raw_family(), {"caption": "no list"})

@@ -86,7 +86,7 @@ def _run_module(argv: list[str], environment: dict[str, str], log: str) -> None:
     os.setsid()
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     os.environ.update(environment)
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     sys.argv = argv[2:]
@@ -165,6 +165,7 @@ class LocalJob:
             "ended": self._ended,
         }
         temporary = self._run_folder / ".state.json.tmp"
+        temporary.unlink(missing_ok=True)  # a symbolic link in its place would be followed
         temporary.write_text(json.dumps(state, indent=1))
         os.replace(temporary, self._run_folder / "state.json")
 
@@ -195,7 +196,8 @@ class LocalLauncher:
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **(env or {})}
         if self.preload and not self.stream and resources.num_processes == 1 and argv[:2] == [sys.executable, "-m"]:
             return LocalJob(ForkedProcess(argv, environment, log, self.preload), run_folder, command, log)
-        with open(log, "ab") as file:
+        # A symbolic link in place of the log could name any file: it is not followed.
+        with open(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "ab") as file:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

@@ -115,10 +115,12 @@ def parse_recipe(parser: ArgumentParser, arguments: list[str]) -> tuple[Any, Rec
     add_recipe_options(parser)
     if arguments and not arguments[0].startswith("-"):
         path = resolve_recipe_path(arguments[0])
-        check_keys(path)
         arguments = ["--recipe", str(path), *arguments[1:]]
     elif not any(word.startswith(("--recipe", "--model", "--print-config")) for word in arguments):
         raise UserError(f"RECIPE is missing. It comes first: {parser.prog} RECIPE ...; mmlg recipe lists the shipped ones.")
+    for index, word in enumerate(arguments):
+        if word == "--recipe" or word.startswith("--recipe="):
+            check_keys(Path(word.partition("=")[2] or "".join(arguments[index + 1 : index + 2])))
     args = parse(parser, arguments)
     recipe, runtime = recipe_of(args)
     if args.print_config:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmlg_scale.cli.parsing import make_parser, parse_recipe, path_or_none, required
-from mmlg_scale.ranges import Fraction, PositiveFloat, PositiveInt
+from mmlg_scale.ranges import Fraction, Layers, PositiveFloat, Width
 from mmlg_scale.recipe import INITS, METHODS, MODALITIES
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def _add_descendant(parser: ArgumentParser) -> None:
     """The options of mmlg train that say which descendant or baseline."""
     group = parser.add_argument_group("descendants and baselines (with --init)")
     for tower in ("image", "text"):
-        group.add_argument(f"--{tower}-layers", type=PositiveInt, default=4, metavar="N", help=f"Depth of the {tower} tower.")
-        group.add_argument(f"--{tower}-width", type=PositiveInt | None, default=None, metavar="N", help=WIDTH_HELP.format(tower))
+        group.add_argument(f"--{tower}-layers", type=Layers, default=4, metavar="N", help=f"Depth of the {tower} tower.")
+        group.add_argument(f"--{tower}-width", type=Width | None, default=None, metavar="N", help=WIDTH_HELP.format(tower))
     group.add_argument(
         "--ancestor-model",
         type=str | None,

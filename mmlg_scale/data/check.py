@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ from pathlib import Path
 
 from mmlg_scale.data import SPLITS
 from mmlg_scale.data.faults import scan
-from mmlg_scale.data.manifest import Progress, load_manifest
-from mmlg_scale.data.reader import CUT, HASH, MISSING, REMEDIES, Fault, ShardReader
+from mmlg_scale.data.manifest import Progress
+from mmlg_scale.data.reader import CHANGED_BYTES, CUT, HASH, MISSING, REMEDIES, Fault, ShardReader
 from mmlg_scale.errors import UserError
 
 
@@ -70,36 +69,24 @@ def _check_split(folder: Path, split: str, decode: bool, threads: int, progress:
     for fault in faults:
         by_shard[fault.shard].append(fault)
     found = []
-    for entry in load_manifest(folder)["shards"]:
-        shard = str(folder / entry["file"])
-        found += _lines(split, shard, by_shard[shard])
-        if not any(fault.cause == MISSING for fault in by_shard[shard]):
-            found += _check_bytes(split, shard, entry)
+    for number, shard in enumerate(reader.shards):
+        faults = by_shard[str(shard.file)]
+        found += _lines(split, str(shard.file), faults)
+        known = any(fault.cause == HASH for fault in faults) or (decode and not faults)  # the scan has hashed it
+        if any(fault.cause == HASH for fault in faults) or (not known and reader.is_changed(number)):
+            found.append(Damage(split, str(shard.file), None, HASH, CHANGED_BYTES, 0))
     return found
 
 
 def _lines(split: str, shard: str, faults: Sequence[Fault]) -> list[Damage]:
     """A line per sample, but one for all samples that went with a missing or a cut shard."""
-    lines = [Damage(split, shard, fault.key, fault.cause, fault.detail, 1) for fault in faults if fault.cause not in (MISSING, CUT)]
+    lines = [Damage(split, shard, fault.key, fault.cause, fault.detail, 1) for fault in faults if fault.cause not in (MISSING, CUT, HASH)]
     for cause in (MISSING, CUT):
         lost = [fault for fault in faults if fault.cause == cause]
         if lost:
             detail = lost[0].detail if cause == MISSING else f"from sample {lost[0].key} on: {lost[0].detail}"
             lines.append(Damage(split, shard, None, cause, detail, len(lost)))
     return lines
-
-
-def _check_bytes(split: str, shard: str, entry: dict[str, object]) -> list[Damage]:
-    digest = hashlib.sha256()
-    try:
-        with open(shard, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError:
-        return []  # the scan has counted it
-    if digest.hexdigest() == entry["sha256"]:
-        return []
-    return [Damage(split, shard, None, HASH, "the bytes are not those that were packed or indexed", 0)]
 
 
 def print_damage(found: Sequence[Damage], root: Path) -> None:

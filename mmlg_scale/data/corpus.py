@@ -7,17 +7,19 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
+from mmlg_scale.bounds import MAX_CAPTION
 from mmlg_scale.data import SPLITS
-from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, print_report
+from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, manifest_digest, print_report
 from mmlg_scale.data.pipeline import EvalSplit, StreamSettings, TrainStream, load_eval_split
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.data.sweep import Sweep
 from mmlg_scale.data.tokens import offered_tokenizer
 from mmlg_scale.errors import UserError
+from mmlg_scale.records import read_record
 from mmlg_scale.towers import BytePairTokenizer, ModelSpec, Tokenizer, same_tokenizer, told
 
 Classes = dict[str, list[str]]
@@ -46,7 +48,7 @@ class PairSet:
         for split in SPLITS:
             file = self.root / split / "manifest.json"
             if file.is_file():
-                found.update(f"{split} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+                found.update(f"{split} {manifest_digest(self.root / split)}\n".encode())
         found.update(json.dumps(self.classes, sort_keys=True).encode())
         return found.hexdigest()
 
@@ -68,14 +70,14 @@ def open_pairs(path: Path | str | None) -> PairSet:
 def _load_classes(file: Path) -> Classes | None:
     if not file.is_file():
         return None
-    try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is no JSON ({error}). Correct it, or remove it to leave classification out.") from error
+    content = read_record(file, "list of classes", "Correct it, or remove it to leave classification out.")
     for key in ("classnames", "templates"):
-        listed = content.get(key) if isinstance(content, dict) else None
+        listed = content.get(key)
         if not isinstance(listed, list) or not listed or not all(isinstance(text, str) and text.strip() for text in listed):
             raise UserError(f"{file}: {key} is {_short(listed)}. Give a list of texts, none of them empty.")
+        longest = max(map(len, listed))
+        if longest > MAX_CAPTION:
+            raise UserError(f"{file}: {key} has a text of {longest} characters; {MAX_CAPTION} are supported. Shorten it.")
     for template in content["templates"]:
         if "{}" not in template:
             raise UserError(f"{file}: the template {template!r} has no {{}} for the class name. Add it.")

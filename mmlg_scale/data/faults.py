@@ -14,7 +14,6 @@ epoch order (`pipeline.py`), counted under its cause, and counted towards the sa
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,11 +25,15 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch.distributed as dist
 
+from mmlg_scale.bounds import MAX_MANIFEST_BYTES
 from mmlg_scale.data.manifest import Progress
-from mmlg_scale.data.reader import MISSING, READ, DamagedSample, Fault, ShardReader
+from mmlg_scale.data.reader import CHANGED_BYTES, HASH, MISSING, READ, REMEDIES, DamagedSample, Fault, ShardReader
+from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import write_json_atomic
+from mmlg_scale.files import open_append
 from mmlg_scale.ranks import is_first_rank, on_first_rank, several_ranks
+from mmlg_scale.reading import one_line
+from mmlg_scale.records import read_record, write_record
 
 MAX_BAD_FRACTION = 0.01
 Check = Literal["decode", "structure"]
@@ -115,9 +118,8 @@ def scan(
     """
     if check not in CHECKS:
         raise UserError(f"data.check {check!r} is unknown. Use one of: {', '.join(CHECKS)}.")
-    manifest = (folder / "manifest.json").read_bytes()
-    identity = hashlib.sha256(manifest).hexdigest()
-    files = [folder / shard["file"] for shard in json.loads(manifest)["shards"]]
+    identity = manifest_digest(folder)
+    files = [shard.file for shard in reader.shards]
     starts = _starts(reader.shard_sizes)
     known = {} if fresh else _load_cache(folder, identity)
     shared = shared and several_ranks()
@@ -126,7 +128,8 @@ def scan(
     def state_of(shard: int) -> tuple[int, ShardState]:
         found, stamp = known.get(files[shard].name), _stamp(files[shard])
         unchanged = found is not None and stamp["num_bytes"] is not None and all(found[key] == stamp[key] for key in stamp)
-        if found is not None and unchanged and (found["decode"] or check == "structure"):
+        fits = found is not None and all(0 <= fault[0] < reader.shard_sizes[shard] for fault in found["faults"])
+        if found is not None and unchanged and fits and (found["decode"] or check == "structure"):
             return shard, found
         part = reader.part(starts[shard], starts[shard] + reader.shard_sizes[shard])
         try:
@@ -150,6 +153,11 @@ def scan(
         for shard in range(len(files))
         for position, cause, detail in states[shard]["faults"]
     ]
+
+
+def manifest_digest(folder: Path) -> str:
+    """SHA-256 of a split's manifest.json. Raises UserError where it cannot be read."""
+    return file_digest(folder / "manifest.json", "the split's manifest")
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
@@ -178,18 +186,39 @@ def _scan_shard(part: ShardReader, *, decode: bool) -> list[tuple[int, str, str]
                 part.check_image(position)
         except DamagedSample as damage:
             faults.append((position, damage.cause, damage.detail))
+    if decode and not faults and part.shards and part.is_changed(0):
+        # Pixels or words are others than were packed, and nothing says in which samples.
+        faults = [(position, HASH, CHANGED_BYTES) for position in range(len(part))]
     return faults
+
+
+def changed_faults(reader: ShardReader, faults: Sequence[Fault]) -> list[Fault]:
+    """All samples of the shards whose bytes are not those of the manifest, though none of their samples is among `faults`."""
+    found, starts, damaged = [], _starts(reader.shard_sizes), {fault.shard for fault in faults}
+    for number, (shard, start) in enumerate(zip(reader.shards, starts, strict=True)):
+        if str(shard.file) not in damaged and shard.num_samples and reader.is_changed(number):
+            places = enumerate(reader.places[start : start + shard.num_samples], start)
+            found += [Fault(str(shard.file), place.key, index, HASH, CHANGED_BYTES) for index, place in places]
+    return found
 
 
 def _load_cache(folder: Path, identity: str) -> dict[str, ShardState]:
     """What an earlier scan of this manifest found; anything unreadable counts as nothing found."""
     try:
-        content = json.loads((folder / CACHE_FILE).read_text(encoding="utf-8"))
+        content = read_record(folder / CACHE_FILE, "record of checks", "", MAX_MANIFEST_BYTES)
         if content["format_version"] == CACHE_VERSION and content["manifest_sha256"] == identity:
-            return dict(content["shards"])
-    except (OSError, ValueError, KeyError, TypeError):
+            return {name: _checked_state(state) for name, state in content["shards"].items()}
+    except (UserError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return {}
+
+
+def _checked_state(state: ShardState) -> ShardState:
+    """A shard's state as the cache holds it, if it is one."""
+    for position, cause, detail in state["faults"]:
+        if type(position) is not int or cause not in REMEDIES or not isinstance(detail, str):
+            raise ValueError(f"{cause!r} is no cause of damage")
+    return {key: state[key] for key in ("num_bytes", "mtime_ns", "decode", "faults")}
 
 
 def _save_cache(folder: Path, identity: str, states: dict[str, ShardState], known: dict[str, ShardState]) -> None:
@@ -203,7 +232,7 @@ def _save_cache(folder: Path, identity: str, states: dict[str, ShardState], know
         return
     content = {"format_version": CACHE_VERSION, "manifest_sha256": identity, "shards": lasting}
     with contextlib.suppress(OSError):  # a data set may be read-only: then every run scans
-        write_json_atomic(folder / CACHE_FILE, content)
+        write_record(folder / CACHE_FILE, content)
 
 
 def check_limit(faults: Sequence[Fault], num_samples: float, max_bad_fraction: float, listed_in: Path | None, what: str) -> None:
@@ -291,7 +320,7 @@ def known_faults(
     Raises:
         UserError: more than the limit, or a damaged record; on every rank.
     """
-    identity = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    identity = manifest_digest(folder)
     file = None if record is None else record / "data-skipped.json"
     first = on_first_rank if shared else _call
     recorded = first(lambda: _load_record(file, identity))
@@ -307,7 +336,7 @@ def known_faults(
 
     def keep() -> None:
         if file is not None:
-            write_json_atomic(file, {"manifest_sha256": identity, "faults": [vars(fault) for fault in faults]})
+            write_record(file, {"manifest_sha256": identity, "faults": [vars(fault) for fault in faults]})
 
     first(note)
     check_limit(faults, len(reader), max_bad_fraction, list_file, str(folder))
@@ -331,11 +360,12 @@ def _load_record(file: Path | None, identity: str) -> list[Fault] | None:
     """The damaged samples that the run left out so far; None where it starts afresh, or on another data set."""
     if file is None or not file.is_file():
         return None
+    remedy = "Remove it; the run then checks its data again."
+    content = read_record(file, "record of skipped samples", remedy, MAX_MANIFEST_BYTES)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
         return [Fault(**fault) for fault in content["faults"]] if content["manifest_sha256"] == identity else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}). Remove it; the run then checks its data again.") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({one_line(error)}). {remedy}") from error
 
 
 def intact_samples(reader: ShardReader, faults: Sequence[Fault]) -> list[np.ndarray]:
@@ -352,5 +382,5 @@ def append_faults(file: Path | None, faults: Sequence[Fault], *, epoch: int, ste
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"epoch": epoch, "step": step, **vars(fault)}, ensure_ascii=False) + "\n" for fault in faults]
-    with open(file, "a", encoding="utf-8") as opened:
+    with open_append(file) as opened:
         opened.write("".join(lines))

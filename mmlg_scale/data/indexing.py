@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mmlg_scale.data import SPLITS
-from mmlg_scale.data.manifest import FORMAT_VERSION, Progress
-from mmlg_scale.data.reader import DamagedSample, ShardReader
+from mmlg_scale.data.manifest import BLOCK, FORMAT_VERSION, Progress, tokenizer_digests
+from mmlg_scale.data.reader import DamagedSample, ShardReader, header_checksum
 from mmlg_scale.data.tokens import BPE, NONE, read_offer, recorded_offer, remove_tokenizer
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import write_json_atomic
+from mmlg_scale.reading import one_line, open_regular
+from mmlg_scale.records import read_record, write_record
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp")
 KINDS = {"txt": "text", "json": "json", **dict.fromkeys(IMAGES, "image")}
-BLOCK = 512
 _NAME = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")
 """webdataset's rule: a key is all up to the first dot of the base name."""
 
@@ -81,12 +82,13 @@ def index_dataset(
             )
         manifests[split] = {"format_version": FORMAT_VERSION, "split": split, "num_samples": total, "shards": shards}
     for split, manifest in manifests.items():
-        write_json_atomic(root / split / "manifest.json", manifest)
+        write_record(root / split / "manifest.json", manifest)
     remove_tokenizer(root)
     offer.write(root, lambda: _captions(root / "train"))
     counts = {split: manifest["num_samples"] for split, manifest in manifests.items()}
     args = {"val_shards": val_shards, "test_shards": test_shards, "tokenizer": offer.name}
-    write_json_atomic(root / "dataset.json", {"format_version": FORMAT_VERSION, "kind": "indexed", "args": args, "splits": counts})
+    described = {"format_version": FORMAT_VERSION, "kind": "indexed", "args": args, "splits": counts}
+    write_record(root / "dataset.json", {**described, **tokenizer_digests(root)})
     return counts, problems
 
 
@@ -121,8 +123,8 @@ def _refuse_foreign(root: Path) -> None:
     file = root / "dataset.json"
     if file.is_file():
         try:
-            kind = json.loads(file.read_text(encoding="utf-8"))["kind"]
-        except (ValueError, KeyError, TypeError):
+            kind = read_record(file, "description of a data set", "Index it again.").get("kind")
+        except UserError:
             kind = None
         if kind != "indexed":
             raise UserError(f"{root} is a data set of its own making ({kind}), with its manifests. mmlg data check looks at it.")
@@ -164,7 +166,7 @@ def index_shard(path: Path) -> Indexed:
         place = [member.offset_data, member.size]
         entry[kind] = [named[2], *place] if kind == "image" else place
     whole = []
-    with open(path, "rb") as file:
+    with _open_shard(path) as file:
         for entry in samples.values():
             if "json" in entry and not _json_counts(file, entry):
                 del entry["json"]
@@ -182,13 +184,20 @@ def index_shard(path: Path) -> Indexed:
     return Indexed({"file": path.name, "sha256": digest.hexdigest(), "num_bytes": size, "samples": whole}, problems)
 
 
+def _open_shard(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise UserError(f"shard {path} cannot be read ({one_line(error)}). Copy it again, or remove it.") from error
+
+
 def _json_counts(file: Any, entry: Mapping[str, Any]) -> bool:
     """Whether captions come from the sample's JSON: always where it has a list of them, else only for want of a text."""
     offset, size = entry["json"]
     file.seek(offset)
     try:
         content = json.loads(file.read(size))
-    except ValueError:
+    except (ValueError, RecursionError):
         return "text" not in entry  # then training counts it as unreadable
     if not isinstance(content, dict):
         return False
@@ -196,17 +205,23 @@ def _json_counts(file: Any, entry: Mapping[str, Any]) -> bool:
 
 
 def _members(path: Path, problems: Counter[str]) -> Iterator[tarfile.TarInfo]:
-    """The whole members of a tar, also behind damaged places: reading resumes at the next block with a valid header."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    """The whole members of a tar, also behind damaged places: reading resumes at the next block with a valid header.
+
+    Raises:
+        UserError: the shard cannot be opened, or is no regular file.
+    """
+    with _open_shard(path) as file:
+        size = os.fstat(file.fileno()).st_size
         expected = restart = 0
-        while restart < size:
+        while (restart := _next_header(file, restart)) < size:
             file.seek(restart)
             try:
                 # With ignore_zeros tarfile skips, block by block, what is no header.
                 with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
                     while (member := tar.next()) is not None:
                         tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                        if member.size < 0:
+                            raise tarfile.ReadError("a negative size")  # behind which tarfile would go back, and for ever
                         problems[DAMAGED_HEADER] += _has_bytes(file, expected, member.offset)
                         end = member.offset_data + member.size if member.isfile() else member.offset_data
                         expected = restart = -(-end // BLOCK) * BLOCK
@@ -215,9 +230,23 @@ def _members(path: Path, problems: Counter[str]) -> Iterator[tarfile.TarInfo]:
                             return
                         yield member
                 break
-            except tarfile.ReadError:
-                restart += BLOCK  # an extended header that no header follows, or nothing but damage
+            except OSError:
+                raise
+            except RecursionError:
+                restart = max(restart + BLOCK, -(-file.tell() // BLOCK) * BLOCK)  # extended headers of extended headers, hundreds deep
+            except Exception:  # of headers that are damaged, or made to damage, tarfile raises ReadError, ValueError and others
+                restart += BLOCK
         problems[DAMAGED_HEADER] += _has_bytes(file, expected, size)
+
+
+def _next_header(file: Any, start: int) -> int:
+    """The first block from `start` on with the checksum of a tar header; the file's end where there is none."""
+    file.seek(start)
+    while block := file.read(BLOCK):
+        if header_checksum(block):
+            return int(start)
+        start += BLOCK
+    return int(start)
 
 
 def _has_bytes(file: Any, start: int, stop: int) -> int:

@@ -32,11 +32,15 @@ from typing import Any
 
 import webdataset as wds
 
+from mmlg_scale.bounds import MAX_MANIFEST_BYTES
 from mmlg_scale.data import SPLITS
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import write_json_atomic
+from mmlg_scale.reading import one_line, open_regular, shown
+from mmlg_scale.records import read_record, write_record
 
 FORMAT_VERSION = 1
+BLOCK = 512
+"""Of a tar: headers and data begin at its multiples."""
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -63,6 +67,15 @@ class Location:
     json: tuple[int, int] | None
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A shard file as the manifest describes it."""
+
+    file: Path
+    sha256: str
+    num_samples: int
+
+
 @contextmanager
 def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | None]:
     """Give a temporary folder to write a data set into; publish it as `root` when the block ends without an error.
@@ -77,7 +90,7 @@ def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | 
         if not root.is_dir():
             raise UserError(f"{root} is a file. Give a folder that does not exist yet.")
         marker = root / "dataset.json"
-        found = _read_object(marker) if marker.is_file() else None
+        found = _read_object(marker, "description of a data set") if marker.is_file() else None
         if found is not None and {key: found.get(key) for key in identity} == json.loads(json.dumps(identity)):
             print(f"{root} already holds this data set ({found.get('splits')}): nothing to do.")
             yield None
@@ -92,12 +105,21 @@ def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | 
     try:
         yield temporary
         counts = {split: load_manifest(temporary / split)["num_samples"] for split in SPLITS if (temporary / split).is_dir()}
-        write_json_atomic(temporary / "dataset.json", {**identity, "splits": counts})
+        write_record(temporary / "dataset.json", {**identity, "splits": counts, **tokenizer_digests(temporary)})
         if root.exists():
             root.rmdir()  # empty, as checked above
         os.replace(temporary, root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def tokenizer_digests(root: Path) -> dict[str, Any]:
+    """{"tokenizer": name -> SHA-256} of the files in ROOT/tokenizer, for dataset.json; {} where there are none."""
+    digests = {}
+    for file in sorted((root / "tokenizer").glob("*.json")):
+        with open_regular(file) as opened:
+            digests[file.name] = hashlib.sha256(opened.read()).hexdigest()
+    return {"tokenizer": digests} if digests else {}
 
 
 def _host() -> str:
@@ -122,15 +144,9 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object that this module wrote."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: no JSON ({error}). Remove the data set and make it again.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: no JSON object. Remove the data set and make it again.")
-    return value
+def _read_object(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object that this module or `indexing` wrote."""
+    return read_record(path, what, "Remove the data set and make it again.", MAX_MANIFEST_BYTES)
 
 
 def write_split(root: Path, split: str, samples: Iterable[Sample], *, samples_per_shard: int) -> None:
@@ -159,7 +175,7 @@ def write_split(root: Path, split: str, samples: Iterable[Sample], *, samples_pe
         raise UserError(f"split {split} has no samples. Give more data, or other fractions.")
     total = sum(len(shard["samples"]) for shard in shards)
     manifest = {"format_version": FORMAT_VERSION, "split": split, "num_samples": total, "shards": shards}
-    write_json_atomic(folder / "manifest.json", manifest)
+    write_record(folder / "manifest.json", manifest)
 
 
 def _index(path: Path) -> dict[str, Any]:
@@ -195,7 +211,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         shards = len(list(folder.glob("*.tar")))
         raise UserError(f"{folder} holds {shards} shards and no manifest.json. mmlg data index writes one for shards made elsewhere.")
-    manifest = _read_object(path)
+    manifest = _read_object(path, "manifest")
     if manifest.get("format_version") != FORMAT_VERSION or not manifest.get("num_samples"):
         raise UserError(f"{path} is empty or of another version. Pack the data set again.")
     return manifest
@@ -205,22 +221,34 @@ def _span(place: Sequence[int] | None) -> tuple[int, int] | None:
     if place is None:
         return None
     offset, size = place
+    if type(offset) is not int or type(size) is not int or not BLOCK <= offset < 2**62 or not 0 <= size < 2**62:
+        raise ValueError(f"no place in a shard: {shown(place)}")
     return offset, size
 
 
-def locations(folder: Path) -> tuple[list[Location], list[int]]:
-    """Every sample of a split in shard order, and the number of samples of each shard."""
+def _shard(folder: Path, name: Any) -> Path:
+    """A shard lies in the split's folder, or in the one above it (`data index`); a manifest cannot name any other file."""
+    base = name.removeprefix("../") if isinstance(name, str) else ""
+    if not base or "/" in base or "\0" in base or base in (".", ".."):
+        raise ValueError(f"no shard's name: {shown(name)!r}")
+    return folder / name
+
+
+def locations(folder: Path) -> tuple[list[Location], list[Shard]]:
+    """Every sample of a split in shard order, and the shards. Raises UserError where the manifest is damaged."""
     manifest = load_manifest(folder)
-    places = []
+    places, shards = [], []
     try:
         for shard in manifest["shards"]:
-            file = folder / shard["file"]
+            file = _shard(folder, shard["file"])
             for sample in shard["samples"]:
-                extension, *image = sample["image"]
-                text, about = _span(sample.get("text")), _span(sample.get("json"))
-                if text is None and about is None:
+                extension, *place = sample["image"]
+                image, text, about = _span(place), _span(sample.get("text")), _span(sample.get("json"))
+                if image is None or (text is None and about is None):
                     raise KeyError(f"text or json of sample {sample['key']}")
-                places.append(Location(file, sample["key"], extension, (image[0], image[1]), text, about))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{folder / 'manifest.json'} is damaged, or of another version: {error}. Pack the data set again.") from error
-    return places, [len(shard["samples"]) for shard in manifest["shards"]]
+                places.append(Location(file, str(sample["key"]), str(extension), image, text, about))
+            shards.append(Shard(file, str(shard["sha256"]), len(shard["samples"])))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        told = one_line(error)
+        raise UserError(f"{folder / 'manifest.json'} is damaged, or of another version: {told}. Pack the data set again.") from error
+    return places, shards

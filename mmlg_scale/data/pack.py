@@ -17,12 +17,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mmlg_scale.bounds import MAX_CAPTION, MAX_IMAGE_BYTES, MAX_TABLE_BYTES
 from mmlg_scale.data import SPLITS
 from mmlg_scale.data.images import as_shown, check_decodes, decode
 from mmlg_scale.data.manifest import Progress, Sample, new_dataset, write_split
 from mmlg_scale.data.tokens import NONE, read_offer
+from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_json_atomic
+from mmlg_scale.reading import one_line, read_bytes, read_text
+from mmlg_scale.records import write_record
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SAMPLES_PER_SHARD = 2000
@@ -120,6 +124,8 @@ def pack_table(
         name = os.path.normpath(name)  # a.png and ./a.png are one image, which must not land in two splits
         if not caption:
             raise UserError(f"{table} row {number}: empty caption. Give one, or remove the row.")
+        if len(caption) > MAX_CAPTION:
+            raise UserError(f"{table} row {number}: a caption of {len(caption)} characters; {MAX_CAPTION} are supported. Shorten it.")
         if name not in good:
             good[name] = check.is_good(table.parent / name, f"{table} row {number}: ")
         if not good[name]:
@@ -142,10 +148,8 @@ def pack_table(
 
 def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """(line number, row) of a CSV or TSV file with a header."""
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{table} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
+    text = read_text(table, "table", "Save it as UTF-8.", MAX_TABLE_BYTES).removeprefix("\ufeff")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     delimiter = "\t" if table.suffix.lower() in (".tsv", ".tab") or "\t" in text.partition("\n")[0] else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     last = 0
@@ -254,16 +258,21 @@ def _check_image(path: Path, where: str) -> None:
     if path.suffix.lower() not in EXTENSIONS:
         raise UserError(f"{where}{path} does not end in {', '.join(EXTENSIONS)}. Convert it, or remove it.")
     try:
-        check_decodes(path.read_bytes())
+        check_decodes(read_image(path))
     except Exception as error:  # of damaged bytes PIL's plugins raise nearly anything
-        raise UserError(f"{where}{path} is no readable image ({error}). Replace it, or remove it.") from error
+        raise UserError(f"{where}{path} is no readable image ({one_line(error)}). Replace it, or remove it.") from error
+
+
+def read_image(path: Path) -> bytes:
+    """The bytes of an image file. Raises UserError where it is no regular file, or larger than any image."""
+    return read_bytes(path, "image", "Replace it.", MAX_IMAGE_BYTES)
 
 
 def digest(files: Mapping[str, Path]) -> str:
     """SHA-256 of the files' names and contents: what tells one source from another."""
     digest = hashlib.sha256()
     for name, path in files.items():
-        digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        digest.update(f"{name}\0{file_digest(path, 'source')}\n".encode())
     return digest.hexdigest()
 
 
@@ -322,7 +331,7 @@ def write_groups(
             write_split(root, split, samples, samples_per_shard=SAMPLES_PER_SHARD)
         offer.write(root, lambda: (text for item in groups["train"] for text in item.captions))
         if classes is not None:
-            write_json_atomic(root / "classes.json", dict(classes))
+            write_record(root / "classes.json", classes)
         if skipped:
             write_json_atomic(root / "skipped.json", list(skipped))
     if skipped:
@@ -334,7 +343,7 @@ def write_groups(
 
 def _sample(position: int, item: Item, settings: PackSettings, converted: Counter[str]) -> Sample:
     """The sample, and in `converted` what was done to its image."""
-    payload, extension = item.path.read_bytes(), item.path.suffix.lower().removeprefix(".")
+    payload, extension = read_image(item.path), item.path.suffix.lower().removeprefix(".")
     shown = as_shown(payload) if settings.as_shown else None
     if shown is not None:
         payload, extension = shown[0], "png"

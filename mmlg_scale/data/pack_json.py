@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmlg_scale.bounds import MAX_CAPTION, MAX_TABLE_BYTES
 from mmlg_scale.data import RESTVAL, SPLITS
 from mmlg_scale.data.manifest import Progress
 from mmlg_scale.data.pack import DEFAULTS, ImageCheck, Item, PackSettings, digest, draw, group, write_groups
 from mmlg_scale.errors import UserError
+from mmlg_scale.reading import read_json, shown
 
 KNOWN_COUNTS: dict[tuple[str, str], list[tuple[int, int, int]]] = {
     ("flickr30k", "train"): [(29_000, 1_014, 1_000), (29_783, 1_000, 1_000)],
@@ -73,13 +74,8 @@ def pack_json(
 
 
 def _load(source: Path) -> dict[str, Any]:
-    if not source.is_file():
-        raise UserError(f"no file {source}. Give a COCO captions file or a Karpathy file.")
-    try:
-        content = json.loads(source.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{source} is no JSON ({error}). Download it again.") from error
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list) or not content["images"]:
+    content = read_json(source, "COCO captions file or Karpathy file", "Download it again.", MAX_TABLE_BYTES)
+    if not isinstance(content.get("images"), list) or not content["images"]:
         raise UserError(f"{source} has no list of images. Give a COCO captions file or a Karpathy file.")
     return content
 
@@ -125,8 +121,13 @@ def _karpathy_entries(source: Path, content: Mapping[str, Any], restval: str) ->
 def _checked(source: Path, entries: list[_Entry]) -> list[_Entry]:
     """The entries, each with captions and none twice."""
     for entry in entries:
+        if not isinstance(entry.name, str):
+            raise UserError(f"{entry.where}its file name is {shown(entry.name)}, not a text. Correct it.")
         if not entry.captions:
             raise UserError(f"{entry.where}{entry.name} has no captions. Add one, or remove the image.")
+        longest = max(map(len, entry.captions))
+        if longest > MAX_CAPTION:
+            raise UserError(f"{entry.where}a caption of {longest} characters; at most {MAX_CAPTION} are supported. Shorten it.")
     twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
     if twice:
         raise UserError(f"{source}: {twice[0]} is there twice. Keep one entry per image.")

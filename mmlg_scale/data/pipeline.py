@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from mmlg_scale.data.faults import (
     Check,
     EpochReport,
     FaultLog,
+    changed_faults,
     check_limit,
     fault_list,
     intact_samples,
@@ -402,18 +403,21 @@ def load_eval_split(folder: Path, spec: ModelSpec, *, max_bad_fraction: float = 
         UserError: more than `max_bad_fraction` of the samples are damaged; with the first of them.
     """
     reader = ShardReader(folder)
-    images, about, faults = [], [], []
+    read, faults = dict[int, tuple[np.ndarray, dict[str, Any]]](), list[Fault]()
     for index in range(len(reader)):
         try:
             reader.check_headers(index)
             reader.check_text(index)
             found = reader.about(index)
-            images.append(reader.image(index, spec.image_size, preprocess=spec.preprocess))
-            about.append(found)
+            read[index] = reader.image(index, spec.image_size, preprocess=spec.preprocess), found
         except DamagedSample as damage:
             faults.append(damage.fault(index))
     reader.close()
+    faults += changed_faults(reader, faults)
     check_limit(faults, len(reader), max_bad_fraction, None, str(folder))
+    for fault in faults:
+        read.pop(fault.index, None)
+    images, about = [image for image, _ in read.values()], [found for _, found in read.values()]
     if not images:
         raise UserError(f"{folder}: not one sample can be read. mmlg data check says why.")
     captions = [text for item in about for text in item["captions"]]

@@ -16,9 +16,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mmlg_scale.bounds import MAX_CAPTION, MAX_IMAGE_BYTES, MAX_SAMPLE_TEXT_BYTES
 from mmlg_scale.data.images import PLAIN, check_decodes, check_png, decode, load_cheaply, random_resized_crop
-from mmlg_scale.data.manifest import Location, locations
+from mmlg_scale.data.manifest import BLOCK, Location, locations
+from mmlg_scale.digests import content_digest
 from mmlg_scale.errors import UserError
+from mmlg_scale.reading import one_line, open_regular, shown
 from mmlg_scale.towers import Preprocess
 
 __all__ = ["REMEDIES", "DamagedSample", "Fault", "ShardReader", "check_decodes", "decode", "header_problem", "random_resized_crop"]
@@ -26,19 +29,21 @@ __all__ = ["REMEDIES", "DamagedSample", "Fault", "ShardReader", "check_decodes",
 OPEN_SHARDS = 32
 """Files kept open: more than the shards that are mixed with each other."""
 
-MISSING, CUT, HEADER = "missing shard", "cut shard", "tar header"
+MISSING, CUT, HEADER, LONG = "missing shard", "cut shard", "tar header", "caption too long"
 ENCODING, JSON, IMAGE, READ, HASH = "caption not UTF-8", "unreadable JSON", "undecodable image", "read error", "SHA-256"
 REMEDIES = {
     MISSING: "copy the shard again",
     CUT: "copy the shard again",
     HEADER: "copy the shard again",
     ENCODING: "write the caption as UTF-8 and pack again",
+    LONG: "shorten the caption and pack again",
     JSON: "fix the JSON and pack again",
     IMAGE: "replace the image and pack again",
     READ: "check the storage",
     HASH: "copy the shard again",
 }
 """Every cause of damage with what to do about it."""
+CHANGED_BYTES = "the bytes are not those that were packed or indexed"
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,14 @@ class Fault:
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.shard} sample {self.key}: {self.cause} ({self.detail}); {REMEDIES[self.cause]}"
+        return f"{self.shard} sample {shown(self.key)}: {self.cause} ({shown(self.detail)}); {REMEDIES[self.cause]}"
 
 
 class DamagedSample(UserError):
     """A sample that cannot be read; `cause` is a key of REMEDIES."""
 
     def __init__(self, place: Location, cause: str, detail: str) -> None:
-        super().__init__(f"{place.shard} sample {place.key}: {cause} ({detail}). Remedy: {REMEDIES[cause]}.")
+        super().__init__(f"{place.shard} sample {shown(place.key)}: {cause} ({shown(detail)}). Remedy: {REMEDIES[cause]}.")
         self.place, self.cause, self.detail = place, cause, detail
 
     def fault(self, index: int) -> Fault:
@@ -71,7 +76,7 @@ class ShardReader:
     """Random access to a split by seek: (image bytes, captions, label) of sample i. Every method may raise DamagedSample."""
 
     def __init__(self, folder: Path) -> None:
-        self.places, self.shard_sizes = locations(folder)
+        self.places, self.shards = locations(folder)
         self._open: OrderedDict[Path, BinaryIO] = OrderedDict()
 
     def __len__(self) -> int:
@@ -80,10 +85,16 @@ class ShardReader:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": OrderedDict()}  # open files do not travel to worker processes
 
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard."""
+        return [shard.num_samples for shard in self.shards]
+
     def part(self, start: int, stop: int) -> ShardReader:
         """A reader of its own, with its own open files, of samples start ... stop - 1."""
         reader = ShardReader.__new__(ShardReader)
-        reader.places, reader.shard_sizes, reader._open = self.places[start:stop], [stop - start], OrderedDict()
+        reader.places, reader._open = self.places[start:stop], OrderedDict()
+        reader.shards = [shard for shard in self.shards if start < stop and shard.file == self.places[start].shard]
         return reader
 
     def close(self) -> None:
@@ -99,7 +110,7 @@ class ShardReader:
         file = self._open.get(place.shard)
         if file is None:
             try:
-                file = self._open[place.shard] = open(place.shard, "rb", buffering=0)  # noqa: SIM115
+                file = self._open[place.shard] = open_regular(place.shard, buffering=0)
             except FileNotFoundError as error:
                 raise DamagedSample(place, MISSING, "no such file") from error
             except OSError as error:
@@ -140,6 +151,8 @@ class ShardReader:
     def image_bytes(self, index: int) -> bytes:
         """The encoded image as packed."""
         place = self.places[index]
+        if place.image[1] > MAX_IMAGE_BYTES:
+            raise DamagedSample(place, IMAGE, f"{place.image[1]} bytes, more than the {MAX_IMAGE_BYTES:,} that are read")
         return self._read(place, *place.image)
 
     def image(self, index: int, image_size: int, *, preprocess: Preprocess = PLAIN, draft: bool = False) -> np.ndarray:
@@ -171,8 +184,8 @@ class ShardReader:
         if place.json is not None:
             try:
                 content = json.loads(self._text(place, place.json, "json"))
-            except ValueError as error:
-                raise DamagedSample(place, JSON, str(error)) from error
+            except (ValueError, RecursionError) as error:
+                raise DamagedSample(place, JSON, one_line(error)) from error
             if not isinstance(content, dict):
                 raise DamagedSample(place, JSON, "no JSON object")
         captions = content.get("captions")
@@ -182,8 +195,18 @@ class ShardReader:
             captions = [content.get("caption")]
         if not isinstance(captions, list) or not captions or not all(isinstance(text, str) and text.strip() for text in captions):
             raise DamagedSample(place, JSON, "no captions, or an empty one")
+        longest = max(map(len, captions))
+        if longest > MAX_CAPTION:
+            raise DamagedSample(place, LONG, f"{longest} characters, at most {MAX_CAPTION} are supported")
         label = content.get("label")
-        return {"captions": captions, "label": label if isinstance(label, int) else None}
+        return {"captions": captions, "label": label if type(label) is int and abs(label) < 2**31 else None}
+
+    def is_changed(self, shard: int) -> bool:
+        """Whether the bytes of a shard are not those that the manifest's SHA-256 is of; False also where it cannot be read."""
+        try:
+            return content_digest(self.shards[shard].file) != self.shards[shard].sha256
+        except OSError:
+            return False
 
     def check_text(self, index: int) -> None:
         """Read captions and label, and the text also where the captions come from the JSON."""
@@ -193,6 +216,8 @@ class ShardReader:
             self._text(place, place.text, "txt")
 
     def _text(self, place: Location, part: tuple[int, int], extension: str) -> str:
+        if part[1] > MAX_SAMPLE_TEXT_BYTES:
+            raise DamagedSample(place, LONG, f".{extension} of {part[1]} bytes, at most {MAX_SAMPLE_TEXT_BYTES:,} are read")
         payload = self._read(place, *part)
         try:
             return payload.decode("utf-8")
@@ -200,17 +225,20 @@ class ShardReader:
             raise DamagedSample(place, ENCODING, f".{extension}, byte {error.start}") from error
 
 
-def header_problem(header: bytes, name: str, size: int) -> str | None:
-    """What is wrong with a tar header block of 512 bytes (POSIX.1-1988 ustar) that should announce `name` with `size` bytes.
-
-    The checksum is the sum of all bytes, those of its own field counted as spaces.
-    """
+def header_checksum(header: bytes) -> bool:
+    """Whether a block of 512 bytes has the checksum of a tar header: the sum of all bytes, those of its own field counted as spaces."""
     stored = header[148:156].strip(b"\0 ")
+    if len(header) != BLOCK or not stored.isdigit():
+        return False
     try:
-        expected = int(stored, 8)
+        return sum(header) - sum(header[148:156]) + 8 * 32 == int(stored, 8)
     except ValueError:
-        return "no checksum"
-    if sum(header) - sum(header[148:156]) + 8 * 32 != expected:
+        return False
+
+
+def header_problem(header: bytes, name: str, size: int) -> str | None:
+    """What is wrong with a tar header block of 512 bytes (POSIX.1-1988 ustar) that should announce `name` with `size` bytes."""
+    if not header_checksum(header):
         return "wrong checksum"
     field = header[124:136]
     try:

@@ -22,7 +22,7 @@ from PIL import Image
 from mmlg_scale.data.manifest import Progress, Sample, new_dataset, write_split
 from mmlg_scale.data.tokens import word_tokenizer_files, write_tokenizer
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import write_json_atomic
+from mmlg_scale.records import write_record
 from mmlg_scale.towers import FileTokenizer
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -186,7 +186,7 @@ def write_scenes(
             samples = _samples(picked, TRAIN_CAPTIONS if split == "train" else 2, image_size, [seed, 2, number])
             write_split(root, split, samples, samples_per_shard=samples_per_shard)
         write_tokenizer(root, word_tokenizer_files(_every_word()))
-        write_json_atomic(root / "classes.json", {"classnames": classnames(), "templates": list(CLASS_TEMPLATES)})
+        write_record(root / "classes.json", {"classnames": classnames(), "templates": list(CLASS_TEMPLATES)})
 
 
 def _samples(scenes: Iterator[Scene], num_captions: int, image_size: int, seed: list[int]) -> Iterator[Sample]:

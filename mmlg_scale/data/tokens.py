@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +16,10 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
+from mmlg_scale.bounds import MAX_TOKENIZER_BYTES
 from mmlg_scale.errors import UserError
+from mmlg_scale.reading import read_json, read_text
+from mmlg_scale.records import read_record
 from mmlg_scale.towers import BytePairTokenizer, FileTokenizer, Tokenizer, clean
 
 PAD, UNKNOWN, START, END = "[PAD]", "<unk>", "<start_of_text>", "<end_of_text>"
@@ -108,11 +113,11 @@ def read_offer(choice: str) -> Offer:
 
 
 def _names_a_tokenizer(config: Path) -> bool:
+    content = read_json(config, "model configuration", "Give another model folder as --tokenizer.")
     try:
-        text = json.loads(config.read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
-        return bool(text.get("hf_tokenizer_name"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--tokenizer: {config} is damaged ({error!r}). Give another model folder.") from error
+        return bool(content["model_cfg"]["text_cfg"].get("hf_tokenizer_name"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--tokenizer: {config} has no model_cfg with a text_cfg. Give another model folder.") from error
 
 
 def write_tokenizer(root: Path, files: Mapping[str, str]) -> None:
@@ -134,9 +139,17 @@ def offered_tokenizer(root: Path) -> Tokenizer | None:
     Raises:
         UserError: ROOT/tokenizer is damaged.
     """
-    if (root / "tokenizer").is_dir():
-        return _from_folder(root / "tokenizer", "Pack the data set again.")
-    return BytePairTokenizer() if recorded_offer(root) == BPE else None
+    folder = root / "tokenizer"
+    if not folder.is_dir():
+        return BytePairTokenizer() if recorded_offer(root) == BPE else None
+    files = _read_files(folder, "Pack the data set again.")
+    recorded = _described(root).get("tokenizer")
+    for name, wanted in recorded.items() if isinstance(recorded, dict) else ():
+        if name not in files or hashlib.sha256(files[name].encode()).hexdigest() != wanted:
+            raise UserError(
+                f"{folder / str(name)} is not the file that the data set was packed with (SHA-256). Copy it again, or pack the set again."
+            )
+    return _tokenizer(files, folder, "Pack the data set again.")
 
 
 def load_tokenizer(root: Path) -> Tokenizer:
@@ -151,18 +164,31 @@ def load_tokenizer(root: Path) -> Tokenizer:
 def recorded_offer(root: Path) -> str | None:
     """The name of the offer that ROOT/dataset.json records, where it records one."""
     try:
-        content: Any = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
-        return str(content["args"]["tokenizer"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(_described(root)["args"]["tokenizer"])
+    except (KeyError, TypeError):
         return None
 
 
+def _described(root: Path) -> dict[str, Any]:
+    """What ROOT/dataset.json says; {} where there is none."""
+    file = root / "dataset.json"
+    return read_record(file, "description of a data set", "Pack or index the data set again.") if file.is_file() else {}
+
+
 def _from_folder(folder: Path, remedy: str) -> FileTokenizer:
+    return _tokenizer(_read_files(folder, remedy), folder, remedy)
+
+
+def _read_files(folder: Path, remedy: str) -> dict[str, str]:
+    present = [name for name in FILES if os.path.lexists(folder / name)]
+    return {name: read_text(folder / name, "tokenizer file", remedy, MAX_TOKENIZER_BYTES) for name in present}
+
+
+def _tokenizer(files: Mapping[str, str], folder: Path, remedy: str) -> FileTokenizer:
     try:
-        return FileTokenizer({name: (folder / name).read_text(encoding="utf-8") for name in FILES if (folder / name).is_file()})
-    except Exception as error:  # the tokenizers library raises plain Exception
-        told = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"{folder} holds no readable tokenizer: {told}. {remedy}") from error
+        return FileTokenizer(files)
+    except UserError as error:
+        raise UserError(f"{folder} holds no readable tokenizer: {str(error).rstrip('.')}. {remedy}") from error
 
 
 def truncated(tokenizer: Tokenizer, texts: Sequence[str], ids_NT: Tensor) -> list[int]:

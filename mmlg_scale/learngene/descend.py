@@ -65,6 +65,7 @@ def compose_descendant(
     sizes = {f"{tower}_{kind}": of[tower] for tower in wanted for kind, of in (("layers", layers), ("width", widths))}
     spec = spec.sized(**sizes)
     config = spec.config
+    towers.require_memory(config)
     depths_and_widths = {tower: (towers.num_layers(config, tower), towers.width(config, tower)) for tower in wanted}
     blocks: dict[str, list[dict[str, Tensor]]] = {"image": [], "text": []}
     blocks |= compose_layers(structure, tensors.__getitem__, depths_and_widths)

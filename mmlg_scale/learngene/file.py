@@ -10,18 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from mmlg_scale import towers
+from mmlg_scale.digests import tensors_digest
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_bytes_atomic
 from mmlg_scale.learngene.auxiliary import learngene_tensors
 from mmlg_scale.learngene.descend import Descendant, compose_descendant
 from mmlg_scale.learngene.structure import STEM, TOWERS, Structure
+from mmlg_scale.reading import one_line, parse_object, require_file, shown
 
-FORMAT, VERSION = "mmlg-learngene", 3
+FORMAT, VERSION = "mmlg-learngene", 4
+READABLE = (3, VERSION)
+"""Version 3 has no SHA-256 of the tensors."""
 CHANGED = "The file was changed; extract it again."
 Trained = Mapping[str, Mapping[str, Sequence[int]]]
 """Per tower the least and most `layers` and `width` that extraction trained."""
@@ -134,6 +139,7 @@ class Learngene:
             "trained": self.trained,
         }
         tensors = {name: self.tensors[name].detach().cpu().contiguous() for name in sorted(self.tensors)}
+        header["tensors_sha256"] = tensors_digest(tensors)
         # One entry alone: safetensors writes several in an order of its own.
         return save(tensors, metadata={"mmlg": json.dumps({**header, "sha256": _digest(header)}, sort_keys=True)})
 
@@ -146,32 +152,35 @@ def load_learngene(path: str | Path) -> Learngene:
     """Read a learngene file.
 
     Raises:
-        UserError: no such file, not a learngene, another version, or tensors that do not fit the header.
+        UserError: no such file, not a learngene, another version, damaged (its SHA-256 is compared), or tensors that do not fit the header.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no learngene file {path}. mmlg extract writes one.")
+    require_file(path, "learngene file", "mmlg extract writes one.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            header = _header(metadata, path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a handle, not a mapping)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file: {error}. Give the file that mmlg extract wrote.") from error
-    header = _header(metadata, path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a safetensors file: {one_line(error)}. Give the file that mmlg extract wrote.") from error
     try:
         spec = towers.ModelSpec.from_header(header, str(path))
         structure = Structure(spec.config, **header["structure"])
         trained = {tower: {kind: _pair(header["trained"][tower][kind]) for kind in ("layers", "width")} for tower in TOWERS}
         extraction = dict(header["extraction"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: its header is damaged ({error!r}). {CHANGED}") from error
+        raise UserError(f"{path}: its header is damaged ({one_line(error)}). {CHANGED}") from error
     _check(structure, tensors, path)
+    if header["version"] == VERSION and header.get("tensors_sha256") != tensors_digest(tensors):
+        raise UserError(f"{path} is damaged: its tensors do not match the SHA-256 in its header. Copy or extract it again.")
+    if header["version"] != VERSION:
+        towers.say(f"{path} is of version {header['version']} and has no SHA-256 of its tensors: damage would not be noticed.")
     return Learngene(tensors, structure, spec, extraction, trained)
 
 
 def _pair(value: Any) -> list[int]:
     least, most = value
-    if not (isinstance(least, int) and isinstance(most, int)):
+    if not (type(least) is int and type(most) is int):
         raise ValueError(f"{value!r} is no range")
     return [least, most]
 
@@ -181,24 +190,36 @@ def _digest(header: Mapping[str, Any]) -> str:
 
 
 def _header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    hint = "Give the file that mmlg extract wrote."
+    if "mmlg" not in metadata:
+        raise UserError(f"{path} has no learngene header. {hint}")
+    header = parse_object(metadata["mmlg"], f"{path}: its learngene header", hint)
+    form, version = header.get("format"), header.get("version")
+    if form != FORMAT or version not in READABLE:
+        raise UserError(
+            f"{path} is {shown(form)!r} version {shown(version)}; this program reads {FORMAT!r} version {VERSION}. Extract it again."
+        )
     try:
-        header = json.loads(metadata["mmlg"])
-        form, version = header["format"], header["version"]
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path} has no learngene header. Give the file that mmlg extract wrote.") from error
-    if form != FORMAT or version != VERSION:
-        raise UserError(f"{path} is {form!r} version {version}; this program reads {FORMAT!r} version {VERSION}. Extract it again.")
-    if header.pop("sha256", None) != _digest(header):
+        unchanged = header.pop("sha256", None) == _digest(header)
+    except (ValueError, RecursionError):  # half of a surrogate pair, or too deep
+        unchanged = False
+    if not unchanged:
         raise UserError(f"{path}: the header does not match its own digest. {CHANGED}")
     return header
 
 
 def _check(structure: Structure, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Compare every tensor's shape with what the header asks for."""
+    """Compare every tensor's shape and type with what the header asks for; its numbers are finite."""
     expected = structure.shapes()
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted({*expected, *found}):
         if name not in found:
             raise UserError(f"{path} lacks the tensor {name}. {CHANGED}")
         if expected.get(name) != found[name]:
-            raise UserError(f"{path}: tensor {name} has shape {found[name]}, its header asks for {expected.get(name)}. {CHANGED}")
+            raise UserError(f"{path}: tensor {shown(name)} has shape {found[name]}, its header asks for {expected.get(name)}. {CHANGED}")
+        if tensors[name].dtype != torch.float32:
+            kind = str(tensors[name].dtype).removeprefix("torch.")
+            raise UserError(f"{path}: tensor {name} holds {kind} numbers, not float32. {CHANGED}")
+        # The sum is finite only where all are; where it overflows, each is looked at.
+        if not tensors[name].sum().isfinite() and not tensors[name].isfinite().all():
+            raise UserError(f"{path}: tensor {name} holds numbers that are NaN or infinite. {CHANGED}")

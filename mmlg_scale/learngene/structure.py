@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from mmlg_scale import towers
+from mmlg_scale.bounds import MAX_BLOCKS, MAX_KNOTS
 from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.blocks import BlockLayout
 from mmlg_scale.learngene.mixing import BASES, CONVENTIONS
@@ -54,6 +55,10 @@ class Structure:
         ):
             if value not in valid:
                 raise UserError(f"recipe key extraction.{key}: {value!r} is unknown. Use one of: {', '.join(valid)}.")
+        for key, least, most in (("num_multimodal", 0, MAX_BLOCKS), ("num_unimodal", 0, MAX_BLOCKS), ("num_knots", 2, MAX_KNOTS)):
+            value = getattr(self, key)
+            if type(value) is not int or not least <= value <= most:
+                raise UserError(f"recipe key extraction.{key}: {value!r} is no whole number from {least} to {most}.")
         if self.num_blocks < 1:
             raise UserError("recipe key extraction: has no blocks. Set num_unimodal to 1.")
         if self.basis == "linear" and self.num_blocks != 2:

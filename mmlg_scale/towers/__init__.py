@@ -14,11 +14,13 @@ from mmlg_scale.towers.config import (
     num_patches,
     open_clip_version,
     patch_dropout,
+    require_memory,
     vocab_size,
     width,
     with_logit_bias,
     with_sizes,
 )
+from mmlg_scale.towers.foreign import read_tensors, signed
 from mmlg_scale.towers.library import CLIP, open_clip
 from mmlg_scale.towers.preprocess import Preprocess
 from mmlg_scale.towers.run import (
@@ -48,7 +50,7 @@ from mmlg_scale.towers.tokenizer import (
     tokenizer_from_files,
     told,
 )
-from mmlg_scale.towers.weights import load_weights
+from mmlg_scale.towers.weights import load_weights, say
 
 __all__ = [
     "BLOCK_PREFIX",
@@ -90,9 +92,13 @@ __all__ = [
     "open_clip",
     "open_clip_version",
     "patch_dropout",
+    "read_tensors",
+    "require_memory",
     "run_image_tower",
     "run_text_tower",
     "same_tokenizer",
+    "say",
+    "signed",
     "split_state",
     "tokenizer_from_files",
     "told",

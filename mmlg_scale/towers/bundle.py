@@ -16,15 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmlg_scale.bounds import MAX_TOKENIZER_BYTES
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import folder_atomic, require_space
+from mmlg_scale.reading import one_line, read_bytes, read_json, read_text, shown
+from mmlg_scale.records import read_record, record_text
 from mmlg_scale.towers import hugging_face
 from mmlg_scale.towers.config import context_length, first_difference, image_size, model_config, vocab_size, with_sizes
-from mmlg_scale.towers.foreign import is_folder, one_line, read_json, read_tensors, read_text, require_folder, shown
+from mmlg_scale.towers.foreign import DIGEST, is_folder, read_tensors, require_folder, signed, stated_digest
 from mmlg_scale.towers.library import CLIPTextCfg, CLIPVisionCfg, TextTransformer, VisionTransformer, open_clip
 from mmlg_scale.towers.preprocess import Preprocess
 from mmlg_scale.towers.tokenizer import (
-    MAX_TOKENIZER_BYTES,
     TOKENIZER_FILES,
     BytePairTokenizer,
     Tokenizer,
@@ -35,6 +37,8 @@ from mmlg_scale.towers.weights import OPEN_CLIP_CONFIG, check_kind, finite, fit_
 
 CONFIG_FILE, WEIGHTS_FILE = OPEN_CLIP_CONFIG, "open_clip_model.safetensors"
 TOWER_FILE, TOWER_WEIGHTS_FILE = "tower.json", "open_clip_tower.safetensors"
+SEAL_FILE = "mmlg.json"
+"""SHA-256 of an export's other files. open_clip does not look at it, and a folder without it is read all the same."""
 MODALITIES = ("image", "text")
 # open_clip's own order.
 OPEN_CLIP_WEIGHTS = (
@@ -199,6 +203,7 @@ def load_tower(folder: Path) -> VisionTransformer | TextTransformer:
     if modality not in MODALITIES:
         raise UserError(f"{where}: modality is {shown(modality)!r}. Use one of: {', '.join(MODALITIES)}.")
     config = model_config(description.get("model_cfg"), where=f"{where}: model_cfg")
+    _check_seal(folder, path)
     found, _ = read_tensors(path)
     for name, value in found.items():
         check_kind(name, value, path)
@@ -221,14 +226,39 @@ def _write_folder(out: Path, files: Mapping[str, str], weights_name: str, tensor
     from safetensors.torch import save_file
 
     try:
-        replaced = _replaced(out, {*files, weights_name}, overwrite)
+        replaced = _replaced(out, {*files, weights_name, SEAL_FILE}, overwrite)
         require_space(out.absolute().parent, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), "an export")
         with folder_atomic(out, replaced) as temporary:
-            for name, content in files.items():
+            dense, metadata = signed(tensors)
+            for name, content in {**files, SEAL_FILE: _seal(files, metadata)}.items():
                 (temporary / name).write_text(content, encoding="utf-8", newline="")
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / weights_name)
+            save_file(dense, temporary / weights_name, metadata=metadata)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{out} cannot be written ({one_line(error)}). Give another --out.") from error
+
+
+def _seal(files: Mapping[str, str], metadata: Mapping[str, str]) -> str:
+    digests = {name: hashlib.sha256(content.encode()).hexdigest() for name, content in files.items()}
+    return record_text({"files": digests, "weights": metadata})
+
+
+def _check_seal(folder: Path, weights: Path) -> None:
+    """Raise UserError where a file of an export is not the one that was written with the others. Other folders pass."""
+    path = folder / SEAL_FILE
+    if not os.path.lexists(path):
+        return
+    remedy = f"Export it again or copy it again; if you changed it on purpose, remove {path}."
+    content = read_record(path, "list of an export's files", remedy)
+    digests, stated = content.get("files"), content.get("weights")
+    if not isinstance(digests, dict) or not isinstance(stated, dict):
+        raise UserError(f"{path} is no list of an export's files. {remedy}")
+    for name, wanted in digests.items():
+        if name not in (CONFIG_FILE, TOWER_FILE, *TOKENIZER_FILES):
+            raise UserError(f"{path} names {shown(name)!r}, which no export has. {remedy}")
+        if hashlib.sha256(read_bytes(folder / name, "file of the export", remedy, MAX_TOKENIZER_BYTES)).hexdigest() != wanted:
+            raise UserError(f"{folder / name} is not the file that was exported with the weights (SHA-256). {remedy}")
+    if stated_digest(weights) != stated.get(DIGEST):
+        raise UserError(f"{weights} is not the file that was exported with {', '.join(digests)} (SHA-256). {remedy}")
 
 
 def _replaced(out: Path, written: set[str], overwrite: bool) -> set[str]:
@@ -245,7 +275,7 @@ def _replaced(out: Path, written: set[str], overwrite: bool) -> set[str]:
     is_export = bool(present & {CONFIG_FILE, TOWER_FILE})
     if present and not (is_export and overwrite):
         raise UserError(f"{out} exists. Give another --out" + (", or --overwrite to replace the export." if is_export else "."))
-    own = {CONFIG_FILE, WEIGHTS_FILE, TOWER_FILE, TOWER_WEIGHTS_FILE}
+    own = {CONFIG_FILE, WEIGHTS_FILE, TOWER_FILE, TOWER_WEIGHTS_FILE, SEAL_FILE}
     if _has_own_tokenizer(out):
         own |= {"tokenizer.json", "tokenizer_config.json"}
     foreign = sorted(present & written - own)
@@ -258,11 +288,11 @@ def _has_own_tokenizer(out: Path) -> bool:
     """Whether the export in `out` came with tokenizer files: a tokenizer.json beside one that did not is a person's own."""
     for name in (CONFIG_FILE, TOWER_FILE):
         try:
-            content = json.loads((out / name).read_text(encoding="utf-8"))
+            content = read_json(out / name, "model configuration", _AGAIN)
             if name == TOWER_FILE:
                 return bool(content["modality"] == "text")
             return bool(content["model_cfg"]["text_cfg"].get("hf_tokenizer_name"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (UserError, KeyError, TypeError, AttributeError):
             continue
     return False
 
@@ -320,6 +350,7 @@ def _load_open_clip(folder: Path, content: Mapping[str, Any]) -> Bundle:
     preprocess = Preprocess.from_config(content.get("preprocess_cfg"), where)
     tokenizer = _own_tokenizer(folder) if names_tokenizer else BytePairTokenizer()
     path = _weights_in(folder, OPEN_CLIP_WEIGHTS)
+    _check_seal(folder, path)
     state = fit_state(read_state(path)[0], config, path, asker=CONFIG_FILE)
     return _checked(Bundle(ModelSpec(config, preprocess, tokenizer), state), folder)
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mmlg_scale.bounds import (
+    MAX_CONTEXT,
+    MAX_IMAGE_SIZE,
+    MAX_LAYERS,
+    MAX_PARAMETERS,
+    MAX_POSITION_NUMBERS,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+)
 from mmlg_scale.errors import UserError
-from mmlg_scale.towers.foreign import shown
+from mmlg_scale.reading import shown
 from mmlg_scale.towers.library import CLIPTextCfg, CLIPVisionCfg, open_clip
 
 JOINT = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_bias")
 _PLAIN = "Supported: plain open_clip ViT + text transformer configurations."
-MAX_LAYERS, MAX_WIDTH, MAX_IMAGE_SIZE, MAX_VOCABULARY, MAX_CONTEXT = 1000, 65536, 8192, 10_000_000, 100_000
 # Whole numbers of a tower's configuration, with their bounds.
 _WHOLE = {
     "vision_cfg": {
@@ -163,6 +172,33 @@ def _check_sizes(config: Mapping[str, Any], where: str) -> None:
     for key, tower in (("vision_cfg", vision), ("text_cfg", text)):
         if int(tower["width"] * tower["mlp_ratio"]) < 1:
             raise UserError(f"{where}.{key}.mlp_ratio: {tower['mlp_ratio']} of width {tower['width']} leaves no MLP.")
+    if num_patches(config) * vision["width"] > MAX_POSITION_NUMBERS:
+        raise UserError(
+            f"{where}.vision_cfg.patch_size: {num_patches(config)} patches of width {vision['width']} are more than the "
+            f"{MAX_POSITION_NUMBERS:,} numbers that are supported. Use larger patches."
+        )
+    if approximate_parameters(config) > MAX_PARAMETERS:
+        raise UserError(
+            f"{where}: a model of {approximate_parameters(config):,} parameters; {MAX_PARAMETERS:,} are supported. Use a smaller one."
+        )
+
+
+def approximate_parameters(config: Mapping[str, Any]) -> int:
+    """Parameters of a model to within a few percent, without building it: the blocks' matrices and the embeddings."""
+    total = vocab_size(config) * width(config, "text") + num_patches(config) * width(config, "image")
+    for tower in ("image", "text"):
+        total += num_layers(config, tower) * int((4 + 2 * _field(config, tower, "mlp_ratio")) * width(config, tower) ** 2)
+    return total
+
+
+def require_memory(config: Mapping[str, Any]) -> None:
+    """Raise UserError where the weights of a model are larger than this machine's memory: it would be killed without a word."""
+    needed, memory = 4 * approximate_parameters(config), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        layers = " + ".join(str(num_layers(config, tower)) for tower in ("image", "text"))
+        raise UserError(
+            f"a model of {layers} layers takes {needed / 2**30:.0f} GiB of memory, this machine has {memory / 2**30:.0f}. Use fewer."
+        )
 
 
 def _field(config: Mapping[str, Any], tower: str, name: str) -> Any:
@@ -250,8 +286,8 @@ def with_sizes(
     changed = json.loads(json.dumps(config))
     for tower, key, layers, wide in (("image", "vision_cfg", image_layers, image_width), ("text", "text_cfg", text_layers, text_width)):
         if layers is not None:
-            if layers < 1:
-                raise UserError(f"{tower} layers: {layers} is no depth. Use 1 or more.")
+            if not 1 <= layers <= MAX_LAYERS:
+                raise UserError(f"{tower} layers: {layers} is no depth. Use 1 to {MAX_LAYERS}.")
             changed[key]["layers"] = layers
         if wide is None:
             continue

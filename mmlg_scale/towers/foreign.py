@@ -1,12 +1,9 @@
-"""Reading files that others wrote: whatever is wrong with one becomes one line, and nothing in it is run."""
+"""Reading weights that others wrote: whatever is wrong with a file becomes one line, and nothing in it is run."""
 
 from __future__ import annotations
 
 import io
-import json
-import os
 import re
-import stat
 import struct
 import warnings
 import zipfile
@@ -15,47 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mmlg_scale.digests import tensors_digest
 from mmlg_scale.errors import UserError
+from mmlg_scale.reading import one_line, open_regular, parse_object, require_file, shown
 
+DIGEST = "mmlg_sha256"
+"""Key of the SHA-256 of the tensors in safetensors' metadata."""
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-MAX_JSON_BYTES = 16 * 2**20
 # torch's older format starts with this number as a pickle of protocol 2 or 3 (the byte in front). Anything else that torch.load takes for a
 # pickle or a tar file never reaches it.
 _LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
-
-
-def shown(value: Any) -> str:
-    """Something that a file says, for a message: on one line, printable, bounded."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in str(value)[:161])
-    return text if len(text) <= 160 else f"{text[:150]}…"
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an exception's message, bounded; its type where it says nothing."""
-    lines = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()  # torch puts a page of advice in front
-    return shown(lines[0].strip().rstrip(".")) if lines else type(error).__name__
-
-
-def require_file(path: Path, what: str, hint: str) -> int:
-    """The size in bytes of the regular file `path`.
-
-    Raises:
-        UserError: there is none, it is something else (a folder, a pipe, a broken link), or it cannot be read.
-    """
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError) as error:
-        if os.path.islink(path):
-            raise UserError(f"{path} is a broken link to {os.readlink(path)}. {hint}") from error
-        if isinstance(error, FileNotFoundError):
-            raise UserError(f"no {what} {path}. {hint}") from error
-        raise UserError(f"{what} {str(path)!r} cannot be read ({one_line(error)}). {hint}") from error
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-        raise UserError(f"{path} is {kind}, not a {what}. {hint}")
-    return status.st_size
 
 
 def is_folder(path: Path) -> bool:
@@ -77,54 +46,6 @@ def require_folder(path: Path) -> None:
         raise UserError(f"model folder {path} cannot be read ({one_line(error)}). Make it readable.") from error
 
 
-def read_bytes(path: Path, what: str, hint: str, limit: int) -> bytes:
-    """The content of a file of at most `limit` bytes.
-
-    Raises:
-        UserError: as `require_file`; it is longer, or a Git LFS pointer.
-    """
-    size = require_file(path, what, hint)
-    if size > limit:
-        raise UserError(f"{path} has {size} bytes, a {what} has at most {limit}. {hint}")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{what} {path} cannot be read ({one_line(error)}). {hint}") from error
-    if content.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its repository.")
-    return content
-
-
-def read_text(path: Path, what: str, hint: str, limit: int) -> str:
-    """The UTF-8 text of a file; raises as `read_bytes`, and for other encodings."""
-    try:
-        return read_bytes(path, what, hint, limit).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}). {hint}") from error
-
-
-def parse_object(text: str, where: str, hint: str) -> dict[str, Any]:
-    """The JSON object in `text`.
-
-    Raises:
-        UserError: not JSON, nested too deeply, or another kind of value; the message starts with `where`.
-    """
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise UserError(f"{where} is JSON nested too deeply. {hint}") from error
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({one_line(error)}). {hint}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where} holds a JSON {type(value).__name__}, not an object. {hint}")
-    return value
-
-
-def read_json(path: Path, what: str, hint: str) -> dict[str, Any]:
-    """The JSON object in a file; raises as `read_text` and `parse_object`."""
-    return parse_object(read_text(path, what, hint, MAX_JSON_BYTES), str(path), hint)
-
-
 def read_tensors(path: Path) -> tuple[dict[str, Any], str]:
     """The entries of a file of weights, with their own names, and a sentence on state dicts that were left out ('' where there are none).
 
@@ -138,7 +59,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], str]:
     if path.suffix.lower() not in WEIGHT_SUFFIXES:
         raise UserError(f"{path} is no file of weights by its name. Give one of {', '.join(WEIGHT_SUFFIXES)}, or a model folder.")
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.read(256)
     except OSError as error:
         raise UserError(f"file of weights {path} cannot be read ({one_line(error)}). Make it readable.") from error
@@ -172,27 +93,49 @@ def _refuse_impostor(path: Path, head: bytes, size: int) -> None:
 def _read_safetensors(path: Path, head: bytes, size: int) -> dict[str, Any]:
     from safetensors.torch import load_file
 
-    if size >= 8:
-        (length,) = struct.unpack("<Q", head[:8])
-        if head[8:9] == b"{" and length < 10**8:
-            _refuse_cut(path, length, size)
+    stated = _stated_digest(path, head, size)
     try:
-        return dict(load_file(path))
+        tensors = dict(load_file(path))
     except Exception as error:
         raise UserError(f"{path} is not a safetensors file ({one_line(error)}). Fetch it again.") from error
+    if stated is not None and stated != tensors_digest(tensors):
+        raise UserError(f"{path} is damaged: its tensors do not match the SHA-256 in its header. Fetch or export it again.")
+    return tensors
 
 
-def _refuse_cut(path: Path, length: int, size: int) -> None:
-    """Compare a safetensors file's size with what its header asks for, of which the library says less."""
-    with open(path, "rb") as file:
+def signed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata for safetensors' `save`: on the CPU, with their SHA-256, which `read_tensors` compares."""
+    dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return dense, {DIGEST: tensors_digest(dense)}
+
+
+def stated_digest(path: Path) -> str | None:
+    """The SHA-256 of its tensors that the header of a safetensors file states. Raises UserError where it cannot be read."""
+    size = require_file(path, "file of weights", "Take the folder as it was exported.")
+    try:
+        with open_regular(path) as file:
+            head = file.read(256)
+        return _stated_digest(path, head, size)
+    except OSError as error:
+        raise UserError(f"file of weights {path} cannot be read ({one_line(error)}). Make it readable.") from error
+
+
+def _stated_digest(path: Path, head: bytes, size: int) -> str | None:
+    """The SHA-256 in a safetensors file's header, where we wrote it; the file's size is compared with what the header asks for."""
+    length = struct.unpack("<Q", head[:8])[0] if size >= 8 else 0
+    if head[8:9] != b"{" or length >= 10**8:
+        return None
+    with open_regular(path) as file:
         file.seek(8)
         header = file.read(length)
     if len(header) < length:
         raise UserError(f"{path} is cut off: {size} of at least {8 + length} bytes are there. Fetch it again.")
     tensors = parse_object(header.decode("utf-8", "replace"), f"the header of {path}", "Fetch it again.")
-    ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+    metadata = tensors.pop("__metadata__", None)
+    ends = [entry["data_offsets"][1] for entry in tensors.values()]
     if ends and size < 8 + length + max(ends):
         raise UserError(f"{path} is cut off: {size} of {8 + length + max(ends)} bytes are there. Fetch it again.")
+    return metadata.get(DIGEST) if isinstance(metadata, dict) else None
 
 
 def _read_torch(path: Path, head: bytes) -> Any:
@@ -203,7 +146,7 @@ def _read_torch(path: Path, head: bytes) -> Any:
         kind = "a pickle of another program" if head[:1] == b"\x80" else "neither a torch nor a safetensors file"
         raise UserError(f"{path} is {kind}. Save the model's state_dict() as safetensors.")
     # From memory, torch does not try the tar files of its first versions, which would be unpacked to disk.
-    source: Any = path if is_zip else io.BytesIO(path.read_bytes())
+    source: Any = path if is_zip else io.BytesIO(_content(path))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -216,6 +159,11 @@ def _read_torch(path: Path, head: bytes) -> Any:
                 "state_dict() by itself, best as safetensors."
             ) from error
         raise UserError(f"{path} is damaged, cut off, or not a state dict ({one_line(error)}). Fetch it again.") from error
+
+
+def _content(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read()
 
 
 def _check_archive(path: Path) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mmlg_scale.errors import UserError
+from mmlg_scale.reading import read_json, shown
 from mmlg_scale.towers.config import model_config
-from mmlg_scale.towers.foreign import read_json, shown
 from mmlg_scale.towers.preprocess import Preprocess
 
 CONFIG_FILE = "config.json"

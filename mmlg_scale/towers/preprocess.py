@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmlg_scale.errors import UserError
-from mmlg_scale.towers.foreign import shown
+from mmlg_scale.reading import shown
 from mmlg_scale.towers.library import open_clip
 
 RESIZE_MODES = ("shortest", "longest", "squash")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from mmlg_scale.towers.config import with_sizes
+from mmlg_scale.towers.config import require_memory, with_sizes
 from mmlg_scale.towers.library import (
     CLIP,
     CLIPTextCfg,
@@ -32,8 +32,13 @@ def build_clip(config: Mapping[str, Any], *, seed: int) -> CLIP:
     """An open_clip CLIP with open_clip's own initialisation under `seed`.
 
     Logit scale and bias have one element instead of none: DeepSpeed cannot broadcast 0-dim parameters. `export` writes them 0-dim again.
+
+    Raises:
+        UserError: the model is larger than this machine's memory.
     """
     config = json.loads(json.dumps(config))
+    if torch.get_default_device().type != "meta":
+        require_memory(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         clip = CLIP(

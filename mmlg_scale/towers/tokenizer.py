@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import ftfy
@@ -13,8 +14,9 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
+from mmlg_scale.bounds import MAX_TOKENIZER_BYTES
 from mmlg_scale.errors import UserError
-from mmlg_scale.towers.foreign import one_line, parse_object, shown
+from mmlg_scale.reading import one_line, parse_object, shown
 from mmlg_scale.towers.library import open_clip
 
 BYTE_PAIRS = "byte pairs"
@@ -27,7 +29,6 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 """Names of the files that a tokenizer may consist of; of them, tokenizer.json and tokenizer_config.json travel with a model."""
-MAX_TOKENIZER_BYTES = 50 * 2**20
 _SPECIAL_TOKENS = ("pad_token", "unk_token", "bos_token", "eos_token", "cls_token", "sep_token", "mask_token")
 _CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", "CLIPTokenizer", "CLIPTokenizerFast")
 _PADS = ("[PAD]", "<pad>", "<|pad|>")
@@ -107,7 +108,8 @@ class FileTokenizer:
             raise UserError(f"a context of {context_length} tokens has no room beside the tokenizer's {self._num_added} own. Use more.")
         self._fast.enable_truncation(context_length, direction=self._sides["truncation"])
         self._fast.enable_padding(length=context_length, pad_id=self._pad_id, pad_token=self._pad, direction=self._sides["padding"])
-        encoded = self._fast.encode_batch([clean(text) for text in texts])
+        with _one_line_of("the tokenizer"):
+            encoded = self._fast.encode_batch([clean(text) for text in texts])
         ids = torch.tensor([item.ids for item in encoded], dtype=torch.int64).reshape(len(texts), context_length)
         return ids, sum(bool(item.overflowing) for item in encoded)
 
@@ -130,9 +132,18 @@ def _parse(text: str, where: str) -> FastTokenizer:
     model = content.get("model")
     if isinstance(model, dict) and model.get("dropout"):
         raise UserError(f"{where}: model.dropout is {shown(model['dropout'])}: the same text has other ids each time. Set it to null.")
+    with _one_line_of(where):
+        fast = FastTokenizer.from_str(text)
+        fast.encode("a")  # what refers to a token that is not there shows only here
+    return fast
+
+
+@contextlib.contextmanager
+def _one_line_of(where: str) -> Iterator[None]:
+    """What the tokenizers library makes of a damaged file as a UserError: it raises plain Exception, and panics as a BaseException."""
     try:
-        return FastTokenizer.from_str(text)
-    except BaseException as error:  # the library raises plain Exception, and panics as a BaseException
+        yield
+    except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{where} is damaged ({one_line(error)}). {_PUBLISHED}") from error

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from mmlg_scale.errors import UserError
 from mmlg_scale.ranks import is_first_rank
+from mmlg_scale.reading import read_json, shown
 from mmlg_scale.towers import hugging_face
 from mmlg_scale.towers.config import num_layers, with_sizes
-from mmlg_scale.towers.foreign import read_json, read_tensors, shown
+from mmlg_scale.towers.foreign import read_tensors
 from mmlg_scale.towers.run import build_meta
 from mmlg_scale.towers.state import BLOCK_PREFIX
 

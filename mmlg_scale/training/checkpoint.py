@@ -6,23 +6,25 @@ whole checkpoints only. A temporary folder left by a kill is removed at the next
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import require_space, write_json_atomic
+from mmlg_scale.files import require_space
 from mmlg_scale.ranks import on_first_rank
+from mmlg_scale.records import read_record, write_record
 from mmlg_scale.training.engine import Engine
 
 PARTIAL = "partial-"
 RANKS = "ranks.json"
-"""How the checkpoint is divided: world_size and zero_stage."""
+"""How the checkpoint is divided (world_size, zero_stage), and the SHA-256 of its other files."""
 
 
 class Checkpoints:
@@ -56,8 +58,10 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
         dist.barrier()
         engine.save(temporary, {**state, "step": step})
+        dist.barrier()
+        digests = _digests(temporary)
         if first:
-            write_json_atomic(temporary / RANKS, _division(engine))
+            write_record(temporary / RANKS, {**_division(engine), "files": digests})
         dist.barrier()
         if first and not final.exists():
             os.replace(temporary, final)
@@ -75,19 +79,48 @@ class Checkpoints:
         if not steps:
             return None
         newest = self.folder / f"step-{steps[-1]:08d}"
-        found, here = json.loads((newest / RANKS).read_text()), _division(engine)
+        remedy = f"Remove {newest}; the run then resumes from the checkpoint before it, or starts again."
+        found, here = read_record(newest / RANKS, "description of a checkpoint", remedy), _division(engine)
         for key, told in (("world_size", "{} ranks"), ("zero_stage", "ZeRO stage {}")):
-            if found[key] != here[key]:
-                written, now = told.format(found[key]), told.format(here[key])
+            if found.get(key) != here[key]:
+                written, now = told.format(found.get(key)), told.format(here[key])
                 raise UserError(
                     f"{newest} was written with {written}, this run has {now}. Resume it with {written}, or use another folder."
                 )
+        self._check_files(newest, found.get("files"), remedy)
         return engine.load(newest)
+
+    def _check_files(self, folder: Path, wanted: Any, remedy: str) -> None:
+        """Raise UserError, on every rank, unless the files are those that were written: DeepSpeed unpickles them. Collective."""
+        if wanted is None:
+            return  # of an earlier version
+        found = _digests(folder)
+        for name in sorted({*wanted, *found}):
+            if wanted.get(name) != found.get(name):
+                raise UserError(f"{folder / name} is damaged: it is not the file that was written (SHA-256). {remedy}")
 
     def remove(self) -> None:
         """Drop all checkpoints: the run is complete and has its result."""
         if dist.get_rank() == 0 and self.folder.exists():
             shutil.rmtree(self.folder)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of a checkpoint's files by name, each hashed by one rank. Collective."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RANKS)
+    files = files[dist.get_rank() :: dist.get_world_size()]
+    with ThreadPoolExecutor(min(4, len(files) or 1)) as pool:  # hashlib lets other threads run
+        own = dict(zip((str(path.relative_to(folder)) for path in files), pool.map(_digest, files), strict=True))
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return {name: digest for part in parts for name, digest in part.items()}
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_digest(path, "checkpoint")
+    except UserError as error:
+        return str(error)  # a rank that raised alone would leave the others waiting
 
 
 def _division(engine: Engine) -> dict[str, int]:

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from rich.progress import track
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -30,9 +30,18 @@ from mmlg_scale import towers
 from mmlg_scale.accounting import forward_flops
 from mmlg_scale.data.pipeline import leave_at_once
 from mmlg_scale.data.sweep import Samples, Sweep
+from mmlg_scale.digests import file_digest
+from mmlg_scale.errors import UserError
 from mmlg_scale.files import require_space, write_bytes_atomic
 from mmlg_scale.ranks import on_first_rank
-from mmlg_scale.training.teacher import Autocast, LiveTeacher
+from mmlg_scale.reading import one_line
+
+if TYPE_CHECKING:
+    from mmlg_scale.training.teacher import Autocast, LiveTeacher
+
+
+FILES = ("image.npy", "text.npy", "captions.npy")
+REMEDY = "Remove the folder and write the features again with mmlg features."
 
 
 def compute_features(
@@ -73,7 +82,8 @@ def compute_features(
         if position + 1 == len(items) or items[position + 1] % items_per_block == 0:
             block = {name: torch.cat([part[name] for part in found]) for name in found[0]}
             block["seconds"] = torch.tensor([time.perf_counter() - started], dtype=torch.float64)
-            write_bytes_atomic(paths[next(place)], save(block))
+            tensors, metadata = towers.signed(block)
+            write_bytes_atomic(paths[next(place)], save(tensors, metadata))
             found, started = [], time.perf_counter()
     dist.barrier()
     counts, flops = on_first_rank(lambda: _join(paths, out)), forward_flops(teacher.spec.config)
@@ -100,19 +110,53 @@ def _join(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     ranks = min(dist.get_world_size(), len(paths))  # that had work
     captions, seconds, width = [], 0.0, 0
     for path in paths:
-        block = load_file(path)
+        block = _read_block(path)
         captions.append(block["num_captions"].numpy())
         seconds, width = seconds + float(block["seconds"]) / ranks, block["image"].shape[1]
     starts = np.concatenate([[0], np.cumsum(np.concatenate(captions))])
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)  # a symbolic link in its place would be followed
     np.save(out / "captions.npy", starts)
     rows = {"image": len(starts) - 1, "text": int(starts[-1])}
     for name, count in rows.items():
         whole = np.lib.format.open_memmap(out / f"{name}.npy", mode="w+", dtype=np.float32, shape=(count, width))
         first = 0
         for path in paths:
-            part = load_file(path)[name].numpy()
+            part = _read_block(path)[name].numpy()
             whole[first : first + len(part)] = part
             first += len(part)
         whole.flush()
     shutil.rmtree(out / "blocks")
-    return {"num_images": rows["image"], "num_captions": rows["text"], "seconds": seconds}
+    digests = {name: file_digest(out / name, "features") for name in FILES}
+    return {"num_images": rows["image"], "num_captions": rows["text"], "seconds": seconds, "files": digests}
+
+
+def _read_block(path: Path) -> dict[str, Tensor]:
+    try:
+        return towers.read_tensors(path)[0]
+    except UserError as error:
+        raise UserError(f"{str(error).rstrip('.')}. Remove that block; mmlg features computes it again.") from error
+
+
+def check_features(folder: Path, result: Mapping[str, Any]) -> None:
+    """Compare the files in `folder` with the SHA-256 in `result`, its result.json. Raises UserError where one is damaged."""
+    wanted = result.get("files")  # an earlier version has none
+    for name in FILES:
+        if isinstance(wanted, dict) and file_digest(folder / name, "features") != wanted.get(name):
+            raise UserError(f"{folder / name} is damaged: it is not the file that was written (SHA-256). {REMEDY}")
+
+
+def open_features(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The arrays in `folder`: image [N, E] and text [M, E], which stay on disk, and captions [N + 1].
+
+    Raises:
+        UserError: a file is missing, is no array, or is of another shape than the others.
+    """
+    try:
+        image, text = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in FILES[:2])
+        starts = np.load(folder / FILES[2], allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{folder} holds no readable features ({one_line(error)}). {REMEDY}") from error
+    if image.ndim != 2 or text.ndim != 2 or starts.shape != (len(image) + 1,) or starts[-1] != len(text):
+        raise UserError(f"{folder}: {', '.join(FILES)} do not go together. {REMEDY}")
+    return image, text, starts

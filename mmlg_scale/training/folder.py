@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import write_json_atomic
+from mmlg_scale.reading import shown
+from mmlg_scale.records import read_record, write_record
 
 IDENTITY_FILE, RESULT_FILE, LOCK_FILE = "run.json", "result.json", ".lock"
 _LEFTOVER = re.compile(r"\.lock|\..*\.tmp")
@@ -75,16 +76,13 @@ def _holder(descriptor: int) -> str:
     try:
         content = json.loads(os.pread(descriptor, 4096, 0))
         return f"process {content['pid']} on {content['host']} since {content['since']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "another process"
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of a run. Raises UserError where it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}). Remove the folder and start the run again.") from error
+def read_json(path: Path) -> dict[str, Any]:
+    """A record of a run. Raises UserError where it is damaged."""
+    return read_record(path, "record of a run", "Remove the folder and start the run again.")
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
@@ -115,7 +113,7 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         print(f"{folder}: an earlier start ({'; '.join(differing)}) left no checkpoint; starting anew.", file=sys.stderr)
     else:
         return result_of(folder)
-    write_json_atomic(folder / IDENTITY_FILE, identity)
+    write_record(folder / IDENTITY_FILE, identity)
     return None
 
 
@@ -142,7 +140,7 @@ def _differences(found: Any, wanted: Any, key: str) -> Iterator[str]:
         if key.startswith("inputs."):
             yield f"another {key.removeprefix('inputs.').replace('_', ' ')} (sha256 {str(found)[:8]}, now {str(wanted)[:8]})"
         else:
-            yield f"{key} was {json.dumps(found)}, now {json.dumps(wanted)}"
+            yield f"{shown(key)} was {shown(json.dumps(found))}, now {shown(json.dumps(wanted))}"
 
 
 def set_aside(folder: Path, store: Path) -> Path:

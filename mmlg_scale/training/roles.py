@@ -19,8 +19,9 @@ from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
 from mmlg_scale.learngene.baselines import FROM_ANCESTOR, FROM_LEARNGENE, initialise
 from mmlg_scale.learngene.file import Learngene, load_learngene
 from mmlg_scale.learngene.structure import Structure
+from mmlg_scale.results import RunResult
 from mmlg_scale.runtime import Runtime
-from mmlg_scale.training.folder import result_of
+from mmlg_scale.training.folder import RESULT_FILE, result_of
 from mmlg_scale.training.loop import Curve
 from mmlg_scale.training.sizes import most_layers
 from mmlg_scale.training.stages import ClipStage, ElasticStage, ExtractionStage, Stage, TowerStage
@@ -313,9 +314,10 @@ class DescendantRole:
         result, metric = result_of(self.target_of), self.settings.evaluation.metric
         if result is None:
             raise UserError(f"--target-of {self.target_of} is no complete run. Give the folder of a finished scratch run.")
-        if metric not in result["curve"][-1]:
+        curve = RunResult.from_json(result, str(self.target_of / RESULT_FILE)).curve
+        if not curve or metric not in curve[-1]:
             raise UserError(f"--target-of {self.target_of} was not evaluated by {metric}. Train it again, or use another metric.")
-        return float(result["curve"][-1][metric])
+        return float(curve[-1][metric])
 
     def identity(self, pairs: PairSet) -> dict[str, Any]:
         inputs = {"data_set": pairs.digest()}

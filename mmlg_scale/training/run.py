@@ -6,7 +6,6 @@ result.json holds the curve (validation split), the metrics at step 0 and at the
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,14 +17,14 @@ import torch
 from mmlg_scale import recipe
 from mmlg_scale.data.corpus import Corpus, PairSet, open_pairs
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import write_json_atomic
 from mmlg_scale.metric_names import check_metric
 from mmlg_scale.ranks import is_first_rank, on_first_rank
+from mmlg_scale.records import write_record
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training import features
 from mmlg_scale.training.checkpoint import Checkpoints
 from mmlg_scale.training.engine import autocast_of, start_ranks, stop_ranks
-from mmlg_scale.training.folder import RESULT_FILE, claim, hold
+from mmlg_scale.training.folder import RESULT_FILE, claim, hold, read_json
 from mmlg_scale.training.loop import Progress, train
 from mmlg_scale.training.meters import Meters
 from mmlg_scale.training.roles import Role, features_identity, load_ancestor
@@ -64,7 +63,7 @@ def write_features(settings: recipe.Recipe, ancestor: Path, out: Path, runtime: 
             num_workers=runtime.num_workers,
         )
         if is_first_rank():
-            write_json_atomic(out / RESULT_FILE, {"role": "features", **found})
+            write_record(out / RESULT_FILE, {"role": "features", **found})
             print(f"{out}: features of {found['num_images']} images and {found['num_captions']} captions")
         return found
 
@@ -117,7 +116,7 @@ def _train(role: Role, pairs: PairSet, out: Path, runtime: Runtime, identity: di
     at_start = out / "metrics_at_0.json"
     if role.evaluate_first and not on_first_rank(lambda: at_start.exists() or bool(checkpoints.steps())):
         metrics = session.evaluate(test)
-        on_first_rank(lambda: write_json_atomic(at_start, metrics))
+        on_first_rank(lambda: write_record(at_start, metrics))
     progress = train(
         stage,
         engine,
@@ -137,9 +136,9 @@ def _train(role: Role, pairs: PairSet, out: Path, runtime: Runtime, identity: di
     def finish() -> Result:
         result = _result(role, identity, progress, metrics, seconds, session)
         if at_start.exists():
-            result["metrics_at_0"] = json.loads(at_start.read_text())
+            result["metrics_at_0"] = read_json(at_start)
         result.update(stage.export(state, out))
-        write_json_atomic(out / RESULT_FILE, result)
+        write_record(out / RESULT_FILE, result)
         return result
 
     result = on_first_rank(finish)

@@ -17,8 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from mmlg_scale import towers
 from mmlg_scale.accounting import forward_flops
 from mmlg_scale.errors import UserError
-from mmlg_scale.ranks import several_ranks
-from mmlg_scale.training.folder import differences, result_of
+from mmlg_scale.ranks import on_first_rank, several_ranks
+from mmlg_scale.reading import one_line
+from mmlg_scale.training.features import REMEDY, check_features, open_features
+from mmlg_scale.training.folder import RESULT_FILE, differences, result_of
 from mmlg_scale.training.inputs import Inputs
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -131,10 +133,13 @@ class CachedTeacher:
                 f"{folder} holds the features of another run: {'; '.join(differing or ['no run.json'])}. "
                 "Write them with mmlg features --out in another folder."
             )
-        self.cost = {key: result[key] for key in ("flops", "seconds")}
-        self._logits = {name: torch.tensor([value]) for name, value in result["logits"].items()}
-        self._image, self._text = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("image", "text"))
-        self._starts = np.load(folder / "captions.npy", allow_pickle=False)
+        try:
+            self.cost = {key: result[key] for key in ("flops", "seconds")}
+            self._logits = {name: torch.tensor([float(value)]) for name, value in result["logits"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder / RESULT_FILE} is damaged ({one_line(error)}). {REMEDY}") from error
+        on_first_rank(lambda: check_features(folder, result))
+        self._image, self._text, self._starts = open_features(folder)
 
     def __call__(self, inputs: Inputs, autocast: Autocast, depths: Sequence[float]) -> dict[str, Any]:
         """What the ancestor computes on these pairs, looked up by their places in the data set."""

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, get_args
 from torch.utils.tensorboard import SummaryWriter
 
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import write_text_atomic
+from mmlg_scale.files import open_append, write_text_atomic
 from mmlg_scale.runtime import TrackerName
 
 TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
@@ -45,14 +45,14 @@ class JsonLines:
     def resume_from(self, step: int) -> None:
         if self._path.exists():
             # A fresh run repeats its evaluation at step 0 too.
-            kept = [line for line in self._path.read_text().splitlines() if 0 < step >= _step_of(line)]
+            kept = [line for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines() if 0 < step >= _step_of(line)]
             write_text_atomic(self._path, "".join(f"{line}\n" for line in kept))
 
     def scalars(self, step: int, values: Mapping[str, float], *, kind: Kind) -> None:
         clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = {"step": step, **clean} if kind == "training" else {"step": step, "evaluation": clean}
         try:
-            with open(self._path, "a") as file:
+            with open_append(self._path) as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(f"{self._path} cannot be written ({error.strerror}). Free some space; the run resumes.") from error
@@ -65,7 +65,7 @@ def _step_of(line: str) -> float:
     """The step of a line; infinity for a line that a kill cut short, which is never kept."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return math.inf
 
 

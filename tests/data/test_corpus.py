@@ -17,6 +17,7 @@ from mmlg_scale.data.pipeline import StreamSettings, TrainStream
 from mmlg_scale.data.scenes import classnames, write_scenes
 from mmlg_scale.data.tokens import word_tokenizer_files
 from mmlg_scale.errors import UserError
+from mmlg_scale.records import KEY
 from tests.data.specs import spec_for
 from tests.data.test_sets import write_images
 
@@ -33,6 +34,7 @@ def test_a_moved_set_has_the_same_digest_and_other_pairs_another(scenes: Path, t
     assert open_pairs(copy).digest() == original.digest()
     digests = {original.digest()}
     classes = json.loads((copy / "classes.json").read_text())
+    del classes[KEY]
     for change in (
         lambda: (copy / "classes.json").write_text(json.dumps({**classes, "templates": ["{}"]})),
         (copy / "classes.json").unlink,
@@ -68,8 +70,8 @@ def test_what_is_no_data_set(scenes: Path, tmp_path: Path) -> None:
         open_pairs(tmp_path)
     copy = Path(shutil.copytree(scenes, tmp_path / "copy"))
     for content, said in (
-        ("{", "classes.json is no JSON"),
-        ("[]", "classnames is None. Give a list of texts"),
+        ("{", "classes.json is damaged"),
+        ("[]", "holds a JSON list, not an object"),
         ('{"classnames": [], "templates": ["{}"]}', r"classnames is \[\]"),
         ('{"classnames": ["a", 3], "templates": ["{}"]}', r"classnames is \['a', 3\]"),
         ('{"classnames": ["a"], "templates": "a {}"}', "templates is 'a {}'"),

@@ -22,6 +22,7 @@ from mmlg_scale.data.pipeline import Batch, StreamSettings, TrainStream, load_ev
 from mmlg_scale.data.reader import CUT, ENCODING, HEADER, IMAGE, JSON, MISSING, READ, DamagedSample, ShardReader
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.errors import UserError
+from mmlg_scale.records import KEY
 from tests.data.damage import KINDS
 from tests.data.specs import spec_for
 
@@ -272,6 +273,7 @@ def test_checked_once_until_a_shard_changes(copy: Path) -> None:
     cache = json.loads((split / CACHE_FILE).read_text())
     for state in cache["shards"].values():
         state["faults"] = [[0, IMAGE, "as remembered"]]
+    del cache[KEY]
     (split / CACHE_FILE).write_text(json.dumps(cache))
     assert [fault.detail for fault in look()] == ["as remembered"] * 5
     KINDS["json cut"][0](split, 2, 4)

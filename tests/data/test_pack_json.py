@@ -84,7 +84,7 @@ def test_coco_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
             pack_json(source, out, images=images)
         assert not out.exists()
     source.write_text("[")
-    with pytest.raises(UserError, match="is no JSON"):
+    with pytest.raises(UserError, match="is not JSON"):
         pack_json(source, out, images=images)
 
 

@@ -19,6 +19,7 @@ from mmlg_scale.data.pipeline import load_eval_split
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.data.scenes import COLOURS, SHAPES, SIZES, all_scenes, captions, classnames, render, write_scenes
 from mmlg_scale.errors import UserError
+from mmlg_scale.records import KEY
 from tests.data.specs import spec_for
 
 
@@ -138,6 +139,7 @@ def test_webdataset_reads_the_shards(scenes: Path) -> None:
 
 def edit(manifest: Path, change: Callable[[dict], object]) -> None:
     content = json.loads(manifest.read_text())
+    del content[KEY]
     change(content["shards"][0]["samples"][0])
     manifest.write_text(json.dumps(content))
 
@@ -147,7 +149,7 @@ def edit(manifest: Path, change: Callable[[dict], object]) -> None:
     [
         (shutil.rmtree, "the folder is missing"),
         (lambda split: (split / "manifest.json").unlink(), "4 shards and no manifest.json"),
-        (lambda split: (split / "manifest.json").write_text('{"format_ver'), "manifest.json is damaged: no JSON"),
+        (lambda split: (split / "manifest.json").write_text('{"format_ver'), "manifest.json is damaged: it is not JSON"),
         (lambda split: (split / "manifest.json").write_text("{}"), "is empty or of another version"),
         (lambda split: edit(split / "manifest.json", lambda sample: sample.pop("image")), "is damaged, or of another version: 'image'"),
     ],

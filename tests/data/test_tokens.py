@@ -195,7 +195,7 @@ def test_what_is_no_tokenizer(table: Path, tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
         assert not (tmp_path / "out").exists()
     (model / "open_clip_config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"open_clip_config.json is damaged"):
+    with pytest.raises(UserError, match=r"open_clip_config.json holds a JSON list, not an object"):
         read_offer(str(model))
 
 

@@ -240,7 +240,7 @@ def test_damaged_files_are_refused(learngene: Learngene, tmp_path: Path) -> None
         load_learngene(path)
     learngene.save(path)
     change_header(path, version=1)
-    with pytest.raises(UserError, match="version 1; this program reads 'mmlg-learngene' version 3"):
+    with pytest.raises(UserError, match="version 1; this program reads 'mmlg-learngene' version 4"):
         load_learngene(path)
     learngene.save(path)
     change_header(path, sign=False, extraction={"steps": 2})

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmlg_scale import towers
-from mmlg_scale.towers.bundle import CONFIG_FILE, TOWER_FILE, TOWER_WEIGHTS_FILE, WEIGHTS_FILE
+from mmlg_scale.towers.bundle import CONFIG_FILE, SEAL_FILE, TOWER_FILE, TOWER_WEIGHTS_FILE, WEIGHTS_FILE
 from tests.towers.models import PLAIN, assert_close, assert_one_line, batch, changed, clip_of, features, word_tokenizer
 
 WORDS = word_tokenizer(" ".join("abcdefghijklmnop"))
@@ -31,7 +31,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-OWN = [CONFIG_FILE, WEIGHTS_FILE]
+OWN = [SEAL_FILE, CONFIG_FILE, WEIGHTS_FILE]
 
 
 def test_what_is_not_of_an_export_stays(tmp_path: Path) -> None:
@@ -69,9 +69,9 @@ def test_a_tower_replaces_a_model_and_the_other_way_round(tmp_path: Path) -> Non
     out = tmp_path / "out"
     towers.export(bundle(1.0, WORDS), out)
     towers.export_tower(bundle(1.0, WORDS), "text", out, overwrite=True)
-    assert names(out) == sorted([TOWER_FILE, TOWER_WEIGHTS_FILE, "tokenizer.json", "tokenizer_config.json"])
+    assert names(out) == sorted([SEAL_FILE, TOWER_FILE, TOWER_WEIGHTS_FILE, "tokenizer.json", "tokenizer_config.json"])
     towers.export_tower(bundle(1.0, WORDS), "image", out, overwrite=True)
-    assert names(out) == sorted([TOWER_FILE, TOWER_WEIGHTS_FILE])
+    assert names(out) == sorted([SEAL_FILE, TOWER_FILE, TOWER_WEIGHTS_FILE])
     towers.export(bundle(), out, overwrite=True)
     assert names(out) == OWN
 
@@ -221,6 +221,7 @@ def weighed(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path
 )
 def test_towers_that_are_refused(change: Callable[[Path], object], said: str, tmp_path: Path) -> None:
     towers.export_tower(bundle(), "image", tmp_path / "tower")
+    (tmp_path / "tower" / SEAL_FILE).unlink()  # otherwise any change is refused for its digest
     change(tmp_path / "tower")
     assert_one_line(lambda: towers.load_tower(tmp_path / "tower"), str(tmp_path / "tower"), said)
     assert_one_line(lambda: towers.load_tower(tmp_path / "nowhere"), "nowhere", "no model folder")

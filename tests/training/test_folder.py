@@ -12,7 +12,18 @@ from pathlib import Path
 import pytest
 
 from mmlg_scale.errors import UserError
-from mmlg_scale.training.folder import IDENTITY_FILE, LOCK_FILE, RESULT_FILE, claim, differences, has_work, hold, result_of, set_aside
+from mmlg_scale.training.folder import (
+    IDENTITY_FILE,
+    LOCK_FILE,
+    RESULT_FILE,
+    claim,
+    differences,
+    has_work,
+    hold,
+    read_json,
+    result_of,
+    set_aside,
+)
 
 HOLDER = """
 import sys, time
@@ -110,7 +121,7 @@ def test_another_run_is_refused_by_its_dotted_keys(work: str, tmp_path: Path) ->
     with hold(tmp_path), pytest.raises(UserError) as error:
         claim(tmp_path, other)
     assert "another data set (sha256 aaaaaaaa, now bbbbbbbb); ancestor.steps was 6, now 9" in str(error.value)
-    assert json.loads((tmp_path / IDENTITY_FILE).read_text()) == identity()
+    assert read_json(tmp_path / IDENTITY_FILE) == identity()
 
 
 def test_files_that_are_no_runs_are_left_alone(tmp_path: Path) -> None:

@@ -1,0 +1,535 @@
+"""Files made to do harm: each attack leaves a canary untouched, ends within seconds, and is one line.
+
+`docs/threat-model.md` says who can hand us what. Random damage is in `test_mutations.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import socket
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from mmlg_scale import load_learngene, towers
+from mmlg_scale.bounds import MAX_CAPTION
+from mmlg_scale.cli import main
+from mmlg_scale.data.corpus import Corpus, open_pairs
+from mmlg_scale.data.indexing import index_dataset
+from mmlg_scale.data.reader import LONG, DamagedSample, ShardReader
+from mmlg_scale.data.scenes import write_scenes
+from mmlg_scale.errors import UserError
+from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
+from mmlg_scale.learngene.file import Learngene
+from mmlg_scale.learngene.structure import Structure
+from mmlg_scale.records import KEY, write_record
+from mmlg_scale.training.trackers import JsonLines
+from tests.towers.models import PLAIN, assert_one_line, clip_of, word_tokenizer
+from tests.training.tiny import ANY_SIZE
+
+DEEP = "[" * 100_000
+
+
+@pytest.fixture(autouse=True)
+def no_hang() -> Iterator[None]:
+    """A test that waits for a pipe fails instead of waiting."""
+
+    def too_long(*_: Any) -> None:
+        raise TimeoutError("longer than 60 s")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def refused(*words: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """A command ends with exit code 2 and one line, which is returned."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("mmlg: error: ")
+    assert lines[0].isprintable()
+    return lines[0]
+
+
+# Recipes
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"    {new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+RECIPES = {
+    "starts a process": ("model: {config: {class_path: subprocess.Popen, init_args: {args: [touch, CANARY]}}}", "embed_dim"),
+    "runs by a tag": ("model: {config: !!python/object/apply:os.system ['touch CANARY']}", "is not valid YAML"),
+    "billions of values": (f"model:\n  config:\n    {BOMB}", "its aliases written out"),
+    "stands for itself": ("model: {config: &a [*a]}", "around itself"),
+    "deep": (f"model: {{config: {DEEP}", "nested more than 50 deep"),
+    "long": ("# " + "x" * 300_000, "bytes, a recipe has at most"),
+    "number of 5000 digits": (f"seed: {'9' * 5000}", "is not valid YAML"),
+    "another file as a section": ("model: /etc/hostname", "recipe key model is '/etc/hostname'. Give a mapping of keys."),
+    "20,000 layers of a size": ("family: {sizes: [{image_layers: 20000}]}", "a whole number from 1 to 1,000"),
+    "20,000 layers of the ancestor": (
+        "model: {config: {embed_dim: 8, vision_cfg: {layers: 20000, width: 64}, text_cfg: {width: 64, heads: 1}}}",
+        "vision_cfg.layers: '20000' is no whole number from 1 to 1000",
+    ),
+    "a width without end": (
+        "model: {config: {embed_dim: 8, vision_cfg: {layers: 1000, width: 65536, head_width: 64}, text_cfg: {width: 64, heads: 1}}}",
+        "parameters; 50,000,000,000 are supported",
+    ),
+    "positions without end": (
+        "model: {config: {embed_dim: 8, vision_cfg: {width: 1024, image_size: 8192, patch_size: 1}, text_cfg: {width: 64, heads: 1}}}",
+        "Use larger patches",
+    ),
+    "blocks": ("extraction: {num_unimodal: 2000000}", "a whole number from 0 to 256"),
+    "knots": ("extraction: {num_knots: 2000000}", "a whole number from 2 to 1,000"),
+    "workers": ("runtime: {num_workers: 100000}", "a whole number from 0 to 1,024"),
+    "ranks": ("runtime: {num_processes: 1000000}", "a whole number from 1 to 65,536"),
+    "scenes": ("data: {scenes: {num_train: 1000000000000}}", "a whole number from 1 to 100,000,000"),
+    "batch": ("ancestor: {batch_size: 1000000000000}", "a whole number from 2 to 4,194,304"),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(RECIPES))
+@pytest.mark.parametrize("words", [("family",), ("family", "--recipe")])
+def test_recipes(kind: str, words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    canary, recipe, (text, said) = tmp_path / "canary", tmp_path / "recipe.yaml", RECIPES[kind]
+    recipe.write_text(text.replace("CANARY", str(canary)))
+    assert said in refused(*words, recipe, "--out", tmp_path / "out", capsys=capsys)
+    assert not canary.exists()
+    assert not (tmp_path / "out" / "ancestor").exists()
+
+
+# Learngenes
+
+
+@pytest.fixture(scope="module")
+def gene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    files = word_tokenizer("a b c")
+    spec = towers.ModelSpec(towers.model_config(PLAIN), tokenizer=towers.tokenizer_from_files(files))
+    auxiliary = AuxiliaryCLIP.from_ancestor(clip_of(PLAIN).state_dict(), Structure(spec.config, num_knots=2), seed=0)
+    file = tmp_path_factory.mktemp("gene") / "learngene.safetensors"
+    Learngene.from_auxiliary(auxiliary.structure, auxiliary.state_dict(), spec=spec, extraction={}, trained=ANY_SIZE).save(file)
+    return file
+
+
+def forge(gene: Path, out: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A learngene with another header, whose digests are right: a stranger can compute them too."""
+    with safe_open(gene, framework="pt") as file:
+        header = json.loads(file.metadata()["mmlg"])
+    header.pop("sha256")
+    change(header)
+    header["sha256"] = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+    save_file(load_file(gene), out, metadata={"mmlg": json.dumps(header, sort_keys=True)})
+    return out
+
+
+def in_tower(tower: str, **fields: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda header: header["model_config"][tower].update(fields)
+
+
+def in_tokenizer(**fields: Any) -> Callable[[dict[str, Any]], object]:
+    def change(header: dict[str, Any]) -> None:
+        files = header["tokenizer_files"]
+        files["tokenizer_config.json"] = json.dumps({**json.loads(files["tokenizer_config.json"]), **fields})
+
+    return change
+
+
+HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "writes beside OUT": (lambda header: header["tokenizer_files"].update({"../canary": "x"}), "is no tokenizer file"),
+    "writes anywhere": (lambda header: header["tokenizer_files"].update({"/tmp/canary": "x"}), "is no tokenizer file"),
+    "replaces the export's own file": (
+        lambda header: header["tokenizer_files"].update({"open_clip_config.json": "{}"}),
+        "is no tokenizer file",
+    ),
+    "remote code in the configuration": (in_tower("text_cfg", tokenizer_kwargs={"trust_remote_code": True}), "not supported"),
+    "a tokenizer from elsewhere": (in_tower("text_cfg", hf_tokenizer_name="evil/repository"), "not supported"),
+    "remote code in the tokenizer": (in_tokenizer(auto_map={"AutoTokenizer": ["code.Evil", None]}), "auto_map"),
+    "a class of its own": (in_tokenizer(tokenizer_class="Evil"), "tokenizer_class"),
+    "layers": (in_tower("vision_cfg", layers=20_000), "no whole number from 1 to 1000"),
+    "width": (in_tower("text_cfg", width=10**9), "no whole number from 1 to 65536"),
+    "context": (in_tower("text_cfg", context_length=10**9), "no whole number from 1 to 16384"),
+    "vocabulary": (in_tower("text_cfg", vocab_size=10**12), "no whole number"),
+    "patches": (in_tower("vision_cfg", image_size=8192, patch_size=1, width=4096), "Use larger patches"),
+    "blocks": (lambda header: header["structure"].update(num_unimodal=10**9), "no whole number from 0 to 256"),
+    "knots": (lambda header: header["structure"].update(num_knots=10**9), "no whole number from 2 to 1000"),
+    "a setting that there is not": (lambda header: header["structure"].update(config={}), "its header is damaged"),
+    "deep": (lambda header: header.update(extraction=json.loads("[" * 300 + "]" * 300)), "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(HEADERS))
+def test_learngenes(kind: str, gene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, said = HEADERS[kind]
+    (tmp_path / "inner").mkdir()
+    forged, out = forge(gene, tmp_path / "forged.safetensors", change), tmp_path / "inner" / "out"
+    assert said in refused("descend", forged, "--image-layers", 1, "--text-layers", 1, "--out", out, capsys=capsys)
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["forged.safetensors", "inner"]
+
+
+def test_sizes_on_the_command_line(gene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("descend", gene, "--out", tmp_path / "out", "--text-layers", "1", "--image-layers")
+    assert "20000 is no depth. Use 1 to 1000." in refused(*words, "20000", capsys=capsys)
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**10 if name == "SC_PAGE_SIZE" else 16)
+    assert "GiB of memory, this machine has 0. Use fewer." in refused(*words, "1000", capsys=capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_byte_of_a_learngene_counts(gene: Path, tmp_path: Path) -> None:
+    """110 bytes spread over the whole file: each is refused, or changes nothing that is read."""
+    content, whole, refusals = gene.read_bytes(), load_learngene(gene), 0
+    for at in np.linspace(8, len(content) - 1, 110).astype(int):
+        (tmp_path / "gene.safetensors").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        try:
+            found = load_learngene(tmp_path / "gene.safetensors")
+        except UserError:
+            refusals += 1
+            continue
+        assert all(torch.equal(found.tensors[name], tensor) for name, tensor in whole.tensors.items())
+        assert (found.spec.digest(), found.extraction, found.trained) == (whole.spec.digest(), whole.extraction, whole.trained)
+    assert refusals > 100
+
+
+def test_numbers_of_a_learngene_are_finite(gene: Path, tmp_path: Path) -> None:
+    whole = load_learngene(gene)
+    tensors = {name: tensor.clone() for name, tensor in whole.tensors.items()}
+    tensors["unimodal_text"][0, 3] = float("inf")
+    Learngene(tensors, whole.structure, whole.spec, whole.extraction, whole.trained).save(tmp_path / "inf.safetensors")
+    assert_one_line(lambda: load_learngene(tmp_path / "inf.safetensors"), "inf.safetensors", "unimodal_text holds numbers that are NaN")
+
+
+def test_a_learngene_of_the_earlier_version_is_read_and_said_to_be(gene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    earlier = forge(gene, tmp_path / "three.safetensors", lambda header: header.update(version=3) or header.pop("tensors_sha256"))
+    found, whole = load_learngene(earlier), load_learngene(gene)
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in whole.tensors.items())
+    assert "of version 3 and has no SHA-256 of its tensors" in capsys.readouterr().err
+    missing = forge(gene, tmp_path / "four.safetensors", lambda header: header.pop("tensors_sha256"))
+    assert_one_line(lambda: load_learngene(missing), "four.safetensors", "do not match the SHA-256")
+
+
+# Models
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    spec = towers.ModelSpec(towers.model_config(PLAIN), tokenizer=towers.tokenizer_from_files(word_tokenizer("a b c")))
+    towers.export(towers.Bundle(spec, clip_of(PLAIN).state_dict()), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_an_edited_export_says_what_to_do(model: Path) -> None:
+    """A changed configuration is refused; without the list of digests it is the user's."""
+    config = model / towers.bundle.CONFIG_FILE
+    config.write_text(config.read_text().replace('"bicubic"', '"bilinear"'))
+    said = assert_one_line(lambda: towers.load_clip(model), "open_clip_config.json", "(SHA-256)")
+    assert said.endswith(f"if you changed it on purpose, remove {model / 'mmlg.json'}.")
+    (model / "mmlg.json").unlink()
+    assert towers.load_clip(model).spec.preprocess.interpolation == "bilinear"
+
+
+def test_weights_of_another_model_of_the_same_size_are_noticed(model: Path, tmp_path: Path) -> None:
+    bundle = towers.load_clip(model)
+    other = {name: tensor + 0.01 for name, tensor in bundle.state.items()}
+    towers.export(towers.Bundle(bundle.spec, other), tmp_path / "other")
+    (tmp_path / "other" / "open_clip_model.safetensors").replace(model / "open_clip_model.safetensors")
+    assert_one_line(lambda: towers.load_clip(model), "open_clip_model.safetensors", "is not the file that was exported with")
+
+
+def test_a_list_of_digests_can_name_no_other_file(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "canary").write_text("secret")
+    content = json.loads((model / "mmlg.json").read_text())
+    del content[KEY]
+    write_record(model / "mmlg.json", {**content, "files": {"../canary": "0" * 64}})
+    assert_one_line(lambda: towers.load_clip(model), "mmlg.json", "names '../canary', which no export has")
+
+
+# Anything that is no regular file
+
+
+def make_fifo(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def make_socket(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    here = os.getcwd()
+    os.chdir(path.parent)  # the name of a socket is short
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(path.name)
+    os.chdir(here)
+
+
+def make_device(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+SPECIAL = {"pipe": make_fifo, "socket": make_socket, "device": make_device}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("hostile") / "scenes"
+    write_scenes(root, num_train=8, num_val=4, num_test=4, seed=0, image_size=32)
+    return root
+
+
+@pytest.mark.parametrize("kind", sorted(SPECIAL))
+def test_what_is_no_regular_file_is_never_waited_for(
+    kind: str, gene: Path, model: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, out = SPECIAL[kind], tmp_path / "out"
+    places: dict[str, tuple[str | Path, ...]] = {
+        "recipe.yaml": ("family", tmp_path / "recipe.yaml", "--out", out),
+        "gene.safetensors": ("descend", tmp_path / "gene.safetensors", "--image-layers", "1", "--text-layers", "1", "--out", out),
+        "table.csv": ("data", "pack", tmp_path / "table.csv", "--out", out),
+        "pairs.json": ("data", "pack", tmp_path / "pairs.json", "--images", tmp_path, "--out", out),
+        "model/open_clip_config.json": ("eval", model, "--data", scenes),
+        "model/mmlg.json": ("eval", model, "--data", scenes),
+        "model/open_clip_model.safetensors": ("eval", model, "--data", scenes),
+        "model/tokenizer.json": ("eval", model, "--data", scenes),
+        "tokenizer.json": ("data", "index", scenes / "train", "--tokenizer", tmp_path / "tokenizer.json"),
+    }
+    for name, words in places.items():
+        file = tmp_path / name
+        before = file.read_bytes() if file.exists() else None
+        make(file)
+        refused(*words, capsys=capsys)
+        file.unlink()
+        if before is not None:
+            file.write_bytes(before)
+    (tmp_path / "images.csv").write_text("filepath,caption\nimage.png,x\n")
+    make(tmp_path / "image.png")
+    assert "row 2: no image" in refused("data", "pack", tmp_path / "images.csv", "--out", out, capsys=capsys)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", sorted(SPECIAL))
+def test_shards_that_are_no_files(kind: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copied = tmp_path / "data"
+    copied.mkdir()
+    for path in scenes.rglob("*"):
+        target = copied / path.relative_to(scenes)
+        target.mkdir() if path.is_dir() else target.write_bytes(path.read_bytes())
+    SPECIAL[kind](copied / "test" / "shard-000000.tar")
+    spec = towers.ModelSpec(towers.model_config(PLAIN))
+    with pytest.raises(UserError, match=r"4 damaged samples \(read error 4\)"):
+        Corpus(open_pairs(copied), spec).eval_split("test")
+    assert main(["data", "check", str(copied)]) == 1
+    SPECIAL[kind](tmp_path / "raw.tar")
+    assert "raw.tar cannot be read" in refused("data", "index", tmp_path, "--val-shards", 0, "--test-shards", 0, capsys=capsys)
+
+
+# Shards, tables and captions
+
+
+def tar_of(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, payload in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+    return buffer.getvalue()
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """One block, its checksum right, with any size."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT)[:512])
+    block[124:136] = b"\xff" * 4 + (size % 2**64).to_bytes(8, "big") if size < 0 else b"\x80" + size.to_bytes(11, "big")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pixels() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+SHARDS = {
+    "a negative size": header("evil.png", -512) + bytes(512),
+    "a negative size, many times": header("evil.png", -512) * 50,
+    "a negative extended header": header("evil", -512, tarfile.XHDTYPE) + bytes(512),
+    "an absurd extended header": header("evil", 2**40, tarfile.XHDTYPE) + bytes(512),
+    "extended headers of extended headers": header("evil", 1, tarfile.GNUTYPE_LONGNAME).ljust(1024, b"x") * 3000,
+    "a sparse map that is none": header("evil.png", 512, tarfile.GNUTYPE_SPARSE) + b"9" * 512,
+}
+
+
+@pytest.mark.parametrize("kind", sorted(SHARDS))
+def test_tars_that_would_go_on_for_ever(kind: str, tmp_path: Path) -> None:
+    """What lies behind the attack is found all the same, or the shard is told to be cut."""
+    good = tar_of({"good.png": pixels(), "good.txt": b"red"})
+    (tmp_path / "a.tar").write_bytes(tar_of({"first.png": pixels(), "first.txt": b"red"})[:2048] + SHARDS[kind] + good)
+    counts, problems = index_dataset(tmp_path, val_shards=0, test_shards=0)
+    assert counts["train"] >= 1
+    assert counts["train"] == 2 or problems.total() >= 1
+
+
+def test_names_in_a_tar_are_never_paths(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    names = ("../../canary", "/tmp/mmlg-canary", "x/../../../canary")
+    (tmp_path / "set" / "a.tar").write_bytes(
+        tar_of({f"{name}.{kind}": payload for name in names for kind, payload in (("png", pixels()), ("txt", b"red"))})
+    )
+    index_dataset(tmp_path / "set", val_shards=0, test_shards=0)
+    reader = ShardReader(tmp_path / "set" / "train")
+    assert [reader.about(index)["captions"] for index in range(len(reader))] == [["red"]] * len(reader)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a.tar", "dataset.json", "manifest.json"]
+    assert not Path("/tmp/mmlg-canary.png").exists()
+
+
+@pytest.mark.parametrize("name", ["../../canary", "/etc/hostname", "..", "a/b.tar", "", 5])
+def test_a_manifest_names_shards_alone(name: Any, tmp_path: Path) -> None:
+    shard = {"file": name, "sha256": "0", "num_bytes": 1, "samples": [{"key": "a", "image": ["png", 512, 1], "text": [512, 1]}]}
+    (tmp_path / "train").mkdir()
+    write_record(tmp_path / "train" / "manifest.json", {"format_version": 1, "num_samples": 1, "shards": [shard]})
+    assert_one_line(lambda: ShardReader(tmp_path / "train"), "manifest.json", "no shard's name")
+
+
+@pytest.mark.parametrize("place", [[-512, 10], [512, -10], [512, 2**63], ["a", 1], [512, 1.5], [0, 4], [True, 4]])
+def test_places_in_a_manifest_are_places(place: list[Any], tmp_path: Path) -> None:
+    shard = {"file": "a.tar", "sha256": "0", "num_bytes": 1, "samples": [{"key": "a", "image": ["png", *place], "text": [512, 1]}]}
+    (tmp_path / "train").mkdir()
+    write_record(tmp_path / "train" / "manifest.json", {"format_version": 1, "num_samples": 1, "shards": [shard]})
+    assert_one_line(lambda: ShardReader(tmp_path / "train"), "manifest.json", "no place in a shard")
+
+
+@pytest.mark.parametrize("extension", ["txt", "json"])
+def test_captions_of_any_length(extension: str, tmp_path: Path) -> None:
+    """Twenty megabytes are counted as damaged, not tokenised; so is what is just above the bound."""
+    for length in (20_000_000, MAX_CAPTION + 1, MAX_CAPTION):
+        text = "ab" * (length // 2) + "a" * (length % 2)
+        payload = text.encode() if extension == "txt" else json.dumps({"captions": [text]}).encode()
+        folder = tmp_path / str(length)
+        folder.mkdir()
+        (folder / "a.tar").write_bytes(tar_of({"a.png": pixels(), f"a.{extension}": payload}))
+        index_dataset(folder, val_shards=0, test_shards=0)
+        reader = ShardReader(folder / "train")
+        if length > MAX_CAPTION:
+            with pytest.raises(DamagedSample) as caught:
+                reader.about(0)
+            assert caught.value.cause == LONG
+        else:
+            assert reader.about(0)["captions"] == [text]
+
+
+def test_long_captions_and_deep_json_are_not_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_bytes(pixels())
+    (tmp_path / "t.csv").write_text(f"filepath,caption\na.png,{'x' * (MAX_CAPTION + 1)}\n")
+    assert "row 2: a caption of 5001 characters" in refused("data", "pack", tmp_path / "t.csv", "--out", tmp_path / "o", capsys=capsys)
+    content = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": "x" * 20_000_000}]}
+    for text, said in ((json.dumps(content), "a caption of 20000000 characters"), (f'{{"images": {DEEP}', "nested too deeply")):
+        (tmp_path / "c.json").write_text(text)
+        words = ("data", "pack", tmp_path / "c.json", "--images", tmp_path, "--out", tmp_path / "o")
+        assert said in refused(*words, capsys=capsys)
+
+
+def test_deep_json_in_a_shard_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_of({"a.png": pixels(), "a.txt": b"red", "b.png": pixels(), "b.json": DEEP.encode()}))
+    index_dataset(tmp_path, val_shards=0, test_shards=0)
+    reader = ShardReader(tmp_path / "train")
+    assert reader.about(0)["captions"] == ["red"]
+    with pytest.raises(DamagedSample, match="unreadable JSON"):
+        reader.about(1)
+
+
+def test_an_image_starts_no_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An EPS that is called .jpg: PIL would start `gs`, which here leaves a trace."""
+    canary, bin_folder = tmp_path / "canary", tmp_path / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "gs").write_text(f"#!/bin/sh\ntouch {canary}\n")
+    (bin_folder / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    (tmp_path / "t.csv").write_text("filepath,caption\na.jpg,x\n")
+    assert "no image of a supported format" in refused("data", "pack", tmp_path / "t.csv", "--out", tmp_path / "o", capsys=capsys)
+    assert not canary.exists()
+
+
+# Symbolic links where we write
+
+
+def test_links_where_we_write_are_not_followed(tmp_path: Path) -> None:
+    from mmlg_launchers import LocalLauncher, Resources
+
+    from mmlg_scale.data.faults import append_faults
+    from mmlg_scale.data.reader import Fault
+    from mmlg_scale.files import write_bytes_atomic
+    from mmlg_scale.training.folder import hold
+
+    canary, out = tmp_path / "canary", tmp_path / "out"
+    canary.write_text("untouched")
+    out.mkdir()
+    for name in (".lock", "metrics.jsonl", "data-faults-rank0.jsonl", "log.txt", "state.json", ".state.json.tmp", "result.json"):
+        (out / name).symlink_to(canary)
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written"):
+        JsonLines(out).scalars(1, {"loss": 1.0}, kind="training")
+    with pytest.raises(OSError, match="symbolic link"):
+        append_faults(out / "data-faults-rank0.jsonl", [Fault("a", "b", 0, "c", "d")], epoch=0, step=0)
+    with pytest.raises(UserError, match="cannot be written to"), hold(out):
+        pass
+    with pytest.raises(OSError, match="symbolic link"):
+        LocalLauncher().submit(["true"], Resources(), out)
+    (out / "log.txt").unlink()
+    LocalLauncher().submit(["true"], Resources(), out).wait()
+    write_bytes_atomic(out / "result.json", b"{}")
+    assert not (out / "result.json").is_symlink()
+    assert canary.read_text() == "untouched"
+
+
+# JSON anywhere
+
+
+@pytest.mark.parametrize("text", [DEEP, '{"a": ' + DEEP, '{"a": ' * 200 + "1" + "}" * 200], ids=["list", "object", "200 deep"])
+def test_deep_json_in_every_record(text: str, model: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places: dict[Path, tuple[str | Path, ...]] = {
+        tmp_path / "family" / "family.json": ("report", tmp_path / "family"),
+        model / "open_clip_config.json": ("eval", model, "--data", scenes),
+        model / "mmlg.json": ("eval", model, "--data", scenes),
+        model / "tokenizer.json": ("eval", model, "--data", scenes),
+        model / "tokenizer_config.json": ("eval", model, "--data", scenes),
+        tmp_path / "set" / "dataset.json": ("data", "scenes", "--out", tmp_path / "set"),
+        tmp_path / "set" / "train" / "manifest.json": ("data", "check", tmp_path / "set"),
+    }
+    for path, words in places.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.read_bytes() if path.exists() else None
+        path.write_text(text)
+        assert path.name in refused(*words, capsys=capsys)
+        path.unlink()
+        if before is not None:
+            path.write_bytes(before)
+
+
+def test_a_record_that_was_changed_says_so(tmp_path: Path) -> None:
+    from mmlg_scale.records import read_record
+
+    file, content = tmp_path / "result.json", {"flops": 1234, "metrics": {"acc1": 0.5}}
+    write_record(file, content)
+    assert read_record(file, "record", "Again.") == content
+    whole = file.read_text()
+    file.write_text(whole.replace("1234", "1235"))
+    said = assert_one_line(lambda: read_record(file, "record", "Again."), "result.json", "does not match its SHA-256")
+    assert KEY in said
+    file.write_text(json.dumps({"flops": 1235}))
+    assert read_record(file, "record", "Again.") == {"flops": 1235}
