@@ -223,8 +223,10 @@ def image_size(config: Mapping[str, Any]) -> int:
 
 
 def num_patches(config: Mapping[str, Any]) -> int:
-    """Patches of an image, without the class token."""
-    return (image_size(config) // int(_field(config, "image", "patch_size"))) ** 2
+    """Patches of an image, square or not, without the class token."""
+    size, patch = _field(config, "image", "image_size"), int(_field(config, "image", "patch_size"))
+    height, width = (size, size) if isinstance(size, int) else size
+    return (height // patch) * (width // patch)
 
 
 def patch_dropout(config: Mapping[str, Any]) -> float:

@@ -13,6 +13,8 @@ import torch
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.recipe import Size, Training
 from mmlg_scale.recipe_file import load_recipe
+from mmlg_scale.records import write_record
+from mmlg_scale.training.folder import result_of
 from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole
 from mmlg_scale.training.run import run_role
 from mmlg_scale.training.session import build_session
@@ -60,9 +62,10 @@ def test_a_run_that_is_at_its_target_untrained_is_not_trained(target: float, ste
     settings.baselines.even = Training(steps=4, batch_size=16, eval_every=2)
     assert settings.baselines.even_loss is not None
     size, scratch = Size(2, 2), tmp_path / "ancestor"  # stands for a run from scratch, whose last evaluation is the target
-    result = json.loads((scratch / "result.json").read_text())
+    result = result_of(scratch)
+    assert result is not None
     result["curve"][-1]["mean_recall@1"] = target
-    (scratch / "result.json").write_text(json.dumps(result))
+    write_record(scratch / "result.json", result)
     role = DescendantRole(settings, "even", size, ancestor=tmp_path / "ancestor" / "model", target_of=scratch)
     found = run_role(role, tmp_path / "even", runtime)
     assert (found["steps"], found["stopped_early"]) == (steps, steps == 0)
