@@ -176,6 +176,11 @@ class Engine:
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
         return client_state
 
+    def is_finite(self) -> Tensor:
+        """Whether every weight on this rank (under ZeRO-3 its part of them) is a finite number: a bool on the device."""
+        parts = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in self.model.parameters()]
+        return torch.stack([part.isfinite().all() for part in parts]).all()
+
     @property
     def checkpoint_bytes(self) -> int:
         """About what a checkpoint takes on disk."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +108,19 @@ def _in_words(result: Result) -> str:
 
 def _train(role: Role, pairs: PairSet, out: Path, runtime: Runtime, identity: dict[str, Any]) -> Result:
     session = build_session(role.settings, role, runtime=runtime, pairs=pairs)
-    stage, engine, checkpoints = session.stage, session.engine, Checkpoints(out, keep_last=runtime.keep_checkpoints)
     if is_first_rank():
-        print(f"{out}: {stage.spec.in_words()}", file=sys.stderr)
+        print(f"{out}: {session.stage.spec.in_words()}", file=sys.stderr)
+    with closing(_meters(session, out, identity)) as meters:  # the bar ends before anything else is told
+        result = _train_metered(role, out, session, meters, identity)
+    if is_first_rank():
+        print(f"{out}: complete{_in_words(result)}.", file=sys.stderr)
+    return result
+
+
+def _train_metered(role: Role, out: Path, session: Session, meters: Meters, identity: dict[str, Any]) -> Result:
+    runtime, stage, engine = session.runtime, session.stage, session.engine
+    checkpoints = Checkpoints(out, keep_last=runtime.keep_checkpoints)
     validation, test = (session.eval_split(split) for split in ("val", "test"))
-    meters = _meters(session, out, identity)
     at_start = out / "metrics_at_0.json"
     if role.evaluate_first and not on_first_rank(lambda: at_start.exists() or bool(checkpoints.steps())):
         metrics = session.evaluate(test)
@@ -142,9 +150,6 @@ def _train(role: Role, pairs: PairSet, out: Path, runtime: Runtime, identity: di
         return result
 
     result = on_first_rank(finish)
-    meters.close()
-    if is_first_rank():
-        print(f"{out}: complete{_in_words(result)}.", file=sys.stderr)
     checkpoints.remove()
     return result
 
