@@ -88,10 +88,10 @@ def failed_write(error: BaseException) -> int | None:
 def _unencodable(error: UnicodeEncodeError) -> str:
     bad = error.object[error.start]
     start = max(0, error.start - 20)
-    around = error.object[start : error.end + 20].encode("ascii", "backslashreplace").decode()
+    around = ascii(error.object[start : error.end + 20])
     if "\ud800" <= bad <= "\udfff":
-        return f"a name or text is not valid Unicode: {around!r}. Rename the file, if it is the name of one, or correct the text."
-    return f"{around!r} cannot be encoded as {error.encoding}. Use a UTF-8 locale: export LANG=C.UTF-8 PYTHONUTF8=1."
+        return f"a name or text is not valid Unicode: {around}. Rename the file, if it is the name of one, or correct the text."
+    return f"{around} cannot be encoded as {error.encoding}. Use a UTF-8 locale: export LANG=C.UTF-8 PYTHONUTF8=1."
 
 
 def _one_line(text: str) -> str:

@@ -100,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
             _drop_output()
             return 128 + signal.SIGPIPE  # as programs end whose reader (head, less) has gone
-        if isinstance(error, OSError) and _drop_output() and error.filename is None:
-            error.filename = "standard output"
+        if isinstance(error, OSError):
+            _drop_output()
         return _fail(error, rank)
 
 
@@ -144,19 +144,14 @@ def _say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _drop_output() -> bool:
-    """Give up what standard output does not take (a full disk, a reader that has gone): Python would complain of it when it exits.
-
-    Returns whether there was such.
-    """
+def _drop_output() -> None:
+    """Give up what standard output does not take (a full disk, a reader that has gone): Python would complain of it when it exits."""
     try:
         sys.stdout.flush()
-        return False
     except OSError:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
-        return True
 
 
 def _has_no_reader(stream: TextIO) -> bool:
