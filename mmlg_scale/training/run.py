@@ -18,7 +18,7 @@ from mmlg_scale import recipe
 from mmlg_scale.data.corpus import Corpus, PairSet, open_pairs
 from mmlg_scale.errors import UserError
 from mmlg_scale.metric_names import check_metric
-from mmlg_scale.ranks import is_first_rank, on_first_rank
+from mmlg_scale.ranks import is_first_rank, on_first_rank, several_ranks
 from mmlg_scale.records import write_record
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training import features
@@ -92,8 +92,10 @@ def _in_folder(
                     print(f"{out}: complete{_in_words(result)}; nothing to do.", file=sys.stderr)
             else:
                 result = work(identity, device)
-        except UserError:
-            stop_ranks()  # every rank raises it; of any other error the others may not know, and would be waited for
+        except Exception as error:
+            # Every rank raises a UserError; of another error the others may not know, and would be waited for.
+            if isinstance(error, UserError) or not several_ranks():
+                stop_ranks()
             raise
     stop_ranks()
     return result
