@@ -102,7 +102,6 @@ class Meters:
             self._peak = num_devices * (peak_flops if peak_flops is not None else measure_peak_flops(device))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
         self._bar = Progress(*columns, console=self._console, disable=not (enabled and self._console.is_terminal))
-        self._bar.start()
         self._task = self._bar.add_task(name, total=total_steps, figures="")
 
     @property
@@ -124,6 +123,7 @@ class Meters:
         """Start the clock at `step` (0: a fresh run), and drop what an earlier process wrote beyond it, so that nothing is there twice."""
         for tracker in self.trackers:
             tracker.resume_from(step)
+        self._bar.start()
         self._bar.update(self._task, completed=step)
         self._started, self._paused = self._clock(), 0.0
         self._stopped = self._started if step >= self.total_steps else None

@@ -85,7 +85,7 @@ def test_a_real_divergence_is_noticed(data: Path, tmp_path: Path, capsys: pytest
 
 
 def test_a_scale_that_rounds_to_nothing_is_no_error_of_the_kernels(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """exp(-200) is 0 in fp32, which the kernels refuse as a scale; the weights are numbers, and training continues with equal similarities."""
+    """exp(-200) is 0 in fp32, which the kernels refuse as a scale. The weights are numbers: training continues with equal similarities."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE))
     monkeypatch.setattr(loop, "train_step", broken_after(2, spoil("logit_scale", -200.0)))
