@@ -257,7 +257,7 @@ class Supervisor:
             everyone = len(said) == len(self._ranks) and len(set(said)) == 1
             line = report["line"] if everyone else f"{who}: {report['line']}"
             if report["details"]:
-                line += self._keep(first.number, report["details"])
+                line = f"{line.rstrip('.')}.{self._keep(first.number, report['details'])}"
         elif first.code < 0:
             line = f"{who} was ended by {in_words(-first.code)}."
         else:

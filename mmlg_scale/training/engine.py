@@ -21,7 +21,7 @@ from mmlg_scale.runtime import Runtime
 
 
 def start_ranks(runtime: Runtime) -> torch.device:
-    """Join the process group (of one rank where torchrun started none), set the thread count, and return this rank's device."""
+    """Join the process group (of one rank where no launcher started several), set the thread count, and return this rank's device."""
     use_cuda = torch.cuda.is_available()
     if not use_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed probes for accelerators and warns
@@ -32,7 +32,7 @@ def start_ranks(runtime: Runtime) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if use_cuda else "gloo"
-        if "MASTER_ADDR" in os.environ:  # torchrun's, or a scheduler's
+        if "MASTER_ADDR" in os.environ:  # our launcher's, torchrun's, or a scheduler's
             dist.init_process_group(backend)
         else:
             # A store in this process: no port that another run on this host could hold.

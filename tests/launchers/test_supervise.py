@@ -92,7 +92,7 @@ sys.exit(1)
     job.wait(60)
     assert job.exit_code == 1
     kept = tmp_path / "run" / "traceback-rank-1.txt"
-    assert said(job) == f"mmlg: error: rank 1: ValueError: x Traceback: {kept}.\n"
+    assert said(job) == f"mmlg: error: rank 1: ValueError: x. Traceback: {kept}.\n"
     assert kept.read_text().endswith("yyy")
 
 
@@ -139,6 +139,16 @@ def test_a_graph_quotes_the_rank_that_failed(tmp_path: Path) -> None:
         assert str(error.value) == (
             f"step gene failed (exit code 137): {who} was ended by SIGKILL (the kernel sends it when memory runs out). Log: {log}."
         )
+
+
+def test_a_graph_says_what_killed_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "killed.py").write_text("import os, signal; print('first words', flush=True); os.kill(os.getpid(), signal.SIGKILL)")
+    step = Step("gene", (sys.executable, "-m", "killed"), Resources(), (), tmp_path / "gene" / "result.json")
+    monkeypatch.syspath_prepend(tmp_path)  # the server hands this process's path on to its forks
+    console = Console(file=open(os.devnull, "w"))  # noqa: SIM115
+    with pytest.raises(StepFailed) as error:
+        run_graph([step], LocalLauncher(preload=("json",)), parallel=1, console=console)
+    assert "gene failed (exit code -9): it was ended by SIGKILL (the kernel" in str(error.value)
 
 
 def test_cancel_lets_ranks_end_by_themselves(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Run on two ranks by test_failing_ranks.py: `python -m tests.training.failing_rank HOW WORDS...` is `mmlg WORDS...` with a rank 1 that fails."""
+"""`python -m tests.training.failing_rank HOW WORDS...` is `mmlg WORDS...` with a rank 1 that fails; for test_failing_ranks.py."""
 
 from __future__ import annotations
 

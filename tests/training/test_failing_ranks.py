@@ -65,7 +65,7 @@ def submit(how: str, words: Sequence[str], folder: Path) -> LocalJob:
     [
         ("full", 2, "rank 1: {run}/checkpoints/step-00000003: "),
         ("killed", 137, KILLED),
-        ("internal", 1, "rank 1: ZeroDivisionError: of this test Traceback: {folder}/traceback-rank-1.txt."),
+        ("internal", 1, "rank 1: ZeroDivisionError: of this test. Traceback: {folder}/traceback-rank-1.txt."),
     ],
 )
 def test_the_line_is_that_of_the_rank_that_failed(how: str, code: int, said: str, made: Path, tmp_path: Path) -> None:
