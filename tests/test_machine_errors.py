@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -295,6 +296,18 @@ def test_memory_that_is_not_there(made: Path, tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(RuntimeError) as error:
         torch.empty(10**16)
     assert str(in_words(error.value)).startswith("out of memory ([enforce fail at alloc_cpu.cpp")
+
+
+def test_too_many_open_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_family(tmp_path)
+    assert main(["report", str(tmp_path)]) == 0  # what it imports is open no more
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        line = refused(["report", str(tmp_path)], capsys, "too many open files. Raise the limit (ulimit -n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert str(tmp_path / "family.json") in line
 
 
 def test_every_number_of_the_system_has_words() -> None:

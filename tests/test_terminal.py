@@ -13,6 +13,7 @@ import pytest
 
 import mmlg_scale
 from mmlg_scale.cli import main
+from tests.forks import start
 from tests.test_machine_errors import made, train
 
 __all__ = ["made"]  # a fixture
@@ -20,15 +21,17 @@ __all__ = ["made"]  # a fixture
 HIDE = b"\x1b[?25l"
 
 
+def command(words: list[str]) -> int:
+    os.environ |= {"TERM": "xterm", "COLUMNS": "200"}
+    return main(words)
+
+
 def on_a_terminal(words: list[str], number: signal.Signals | None, after: bytes) -> tuple[int, bytes]:
     """Run a command in a fork whose console is a terminal; send it a signal once `after` is shown. Exit code, and all that was shown."""
-    child, terminal = pty.fork()
-    if child == 0:
-        import sys
-
-        sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
-        os.environ |= {"TERM": "xterm", "COLUMNS": "200"}
-        os._exit(main(words))
+    terminal, console = pty.openpty()
+    process = start(console, command, words)
+    os.close(console)
+    assert process.pid is not None
     shown, sent, end = b"", False, time.monotonic() + 120
     while time.monotonic() < end:
         try:
@@ -37,10 +40,12 @@ def on_a_terminal(words: list[str], number: signal.Signals | None, after: bytes)
             break
         shown += part
         if number is not None and not sent and after in shown:
-            os.kill(child, number)
+            os.kill(process.pid, number)
             sent = True
     os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), shown
+    process.join(60)
+    assert process.exitcode is not None
+    return process.exitcode, shown
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

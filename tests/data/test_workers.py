@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from mmlg_scale.data import workers
 from mmlg_scale.data.workers import from_workers, require_shared_memory, worker_options
 from mmlg_scale.errors import UserError
 from tests.disks import mounted
+from tests.forks import start
 from tests.test_machine_errors import made, numbers, train
 
 __all__ = ["made"]  # a fixture
@@ -26,23 +26,16 @@ __all__ = ["made"]  # a fixture
 CLONE_NEWNS = 0x20000
 
 
-def forked(work: Callable[[], int], output: Path) -> int:
-    """Run `work` in a fork, its output in a file; returns the exit code. Everything that is slow to import is there already."""
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT, 0o600)
-            for stream in (1, 2):
-                os.dup2(descriptor, stream)
-            sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
-            code = work()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def forked(output: Path, work: Callable[..., int], *args: object) -> int:
+    """Run `work` in a fork, its output in a file; returns the exit code."""
+    with open(output, "w") as file:
+        process = start(file.fileno(), work, *args)
+        process.join(200)
+    assert process.exitcode is not None
+    return process.exitcode
 
 
-def with_small_shared_memory(work: Callable[[], int]) -> int:
+def with_small_shared_memory(work: Callable[..., int], *args: object) -> int:
     """`work` where /dev/shm has 64 KiB: really, in mounts of this process's own, or where that is not permitted, as the system tells it."""
     import ctypes
 
@@ -52,9 +45,9 @@ def with_small_shared_memory(work: Callable[[], int]) -> int:
     if private:
         with mounted(Path("/dev/shm"), "-t", "tmpfs", "-o", "size=64k", "tmpfs") as possible:
             if possible:
-                return work()
+                return work(*args)
     workers.os = SimpleNamespace(statvfs=lambda _: SimpleNamespace(f_bavail=16, f_frsize=4096), environ=os.environ)  # type: ignore[attr-defined]
-    return work()
+    return work(*args)
 
 
 @pytest.mark.parametrize("command", ["train", "features"])
@@ -64,7 +57,7 @@ def test_64_kib_of_shared_memory_are_noticed_before_the_start(command: str, made
     out = tmp_path / "out"
     words = {"train": train, "features": keep_features}[command](made, out)
     started = time.monotonic()
-    code = forked(lambda: with_small_shared_memory(lambda: main([*words, "--runtime.num_workers=2"])), tmp_path / "said")
+    code = forked(tmp_path / "said", with_small_shared_memory, main, [*words, "--runtime.num_workers=2"])
     lines = [line for line in (tmp_path / "said").read_text().splitlines() if "error" in line]
     assert code == 2, lines
     assert len(lines) == 1
@@ -76,19 +69,21 @@ def test_64_kib_of_shared_memory_are_noticed_before_the_start(command: str, made
         assert numbers(out) == numbers(made / "run")
 
 
+def unchecked(words: list[str]) -> int:
+    """The command without the check, and with a shorter wait."""
+    workers.TIMEOUT_SECONDS = 90.0
+    workers.require_shared_memory.__globals__["SHARED_MEMORY"] = Path("/nowhere")
+    return main(words)
+
+
 @pytest.mark.slow
 def test_shared_memory_that_fills_up_later_is_no_hang(made: Path, tmp_path: Path) -> None:
     """The check finds enough, as where another program takes the rest afterwards."""
-
-    def run() -> int:
-        workers.TIMEOUT_SECONDS = 90.0
-        workers.require_shared_memory.__globals__["SHARED_MEMORY"] = Path("/nowhere")
-        return main([*train(made, tmp_path / "out"), "--runtime.num_workers=2", "--ancestor.batch_size=96"])
-
+    words = [*train(made, tmp_path / "out"), "--runtime.num_workers=2", "--ancestor.batch_size=96"]
     with mounted(tmp_path / "probe", "-t", "tmpfs", "tmpfs") as possible:
         if not possible:
             pytest.skip("no mounts here")
-    code = forked(lambda: with_small_shared_memory(run), tmp_path / "said")
+    code = forked(tmp_path / "said", with_small_shared_memory, unchecked, words)
     lines = [line for line in (tmp_path / "said").read_text().splitlines() if line.startswith("mmlg: error: ")]
     assert code == 2, (tmp_path / "said").read_text()
     assert len(lines) == 1
@@ -131,14 +126,14 @@ class Failing(Dataset[torch.Tensor]):
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("killed", r"^a worker of the loader, process \d+, was killed \(Killed\)\. Memory may have run out"),
+        ("killed", r"^a worker of the loader, process \d+, (was killed \(Killed\)|ended unexpectedly)\. Memory may have run out"),
         ("hangs", r"^the loader's workers gave no batch for 30 s\. Memory may have run out, also in /dev/shm"),
         ("refused", r"^\[Errno 20\] Not a directory: '/proc/1/mem/x'$"),
         ("mistaken", r"^the shards are empty\. Give others\.$"),
     ],
 )
 def test_what_goes_wrong_in_a_worker_is_a_line(how: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "TIMEOUT_SECONDS", 30.0)
+    monkeypatch.setattr(workers, "TIMEOUT_SECONDS", 30.0 if how == "hangs" else 300.0)
     loader: DataLoader[torch.Tensor] = DataLoader(Failing(), batch_size=None, sampler=["fine", how], **worker_options(1))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=said):
         list(from_workers(loader))
