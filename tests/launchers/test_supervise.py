@@ -129,7 +129,9 @@ def test_a_program_that_is_not_there_is_a_line(tmp_path: Path) -> None:
 def test_a_graph_quotes_the_rank_that_failed(tmp_path: Path) -> None:
     """And, of a step of one process, what killed it."""
     file = tmp_path / "rank.py"
-    file.write_text("import os, signal\nif os.environ.get('RANK', '1') == '1': os.kill(os.getpid(), signal.SIGKILL)")
+    file.write_text(
+        "import os, signal\nif os.environ.get('WORLD_SIZE') != '2' or os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)"
+    )
     for ranks, who in ((2, "rank 1"), (1, "the process")):
         marker = tmp_path / str(ranks) / "gene" / "result.json"
         step = Step("gene", (sys.executable, str(file)), Resources(num_processes=ranks), (), marker)
