@@ -37,6 +37,7 @@ from mmlg_scale.records import write_record
 from mmlg_scale.report import console_table, retrieval_samples, write_report
 from mmlg_scale.results import FORMAT_VERSION, FamilyResult
 from mmlg_scale.runtime import Runtime
+from mmlg_scale.terminal import Terminal
 from mmlg_scale.training.folder import IDENTITY_FILE, RESULT_FILE, differences, has_work, hold, result_of, set_aside
 from mmlg_scale.training.roles import (
     AncestorRole,
@@ -179,9 +180,9 @@ def run_family(settings: recipe.Recipe, runtime: Runtime, out: Path, *, launcher
             keys that differ); a step failed.
     """
     out = out.absolute()
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     if not console.is_terminal:
-        console = Console(stderr=True, width=130)  # a log file has no width of its own
+        console = Terminal(stderr=True, width=130)  # a log file has no width of its own
     config = check(settings, runtime, out)
     params = sum(tensor.numel() for tensor in towers.build_meta(config).state_dict().values())
     # Weights of every model, and two checkpoints of the ancestor.

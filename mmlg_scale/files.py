@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from mmlg_scale.errors import UserError
+from mmlg_scale.errors import UserError, failed_write
 
 _LEFTOVER = re.compile(r"\..*\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.[0-9a-f]{16}\.tmp")
 _LEFTOVER_SECONDS = 3600
@@ -26,22 +26,61 @@ _LEFTOVER_SECONDS = 3600
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around whatever writes `path`: an error without a path, or with that of a temporary file of ours, gets this one.
+
+    Writing to an open file fails without a path, and libraries (safetensors, torch.save, numpy) raise errors of their own.
+
+    Raises:
+        OSError: with `path`, or with the path that the system named.
+    """
+    try:
+        yield
+    except OSError as error:
+        number = error.errno if error.errno is not None else failed_write(error)
+        named = error.filename is not None and not any(map(_LEFTOVER.fullmatch, Path(os.fsdecode(error.filename)).parts))
+        if named or number is None:
+            raise
+        raise _write_error(number, path) from error
+    except Exception as error:
+        number = failed_write(error)
+        if number is None:
+            raise
+        raise _write_error(number, path) from error
+
+
+def _write_error(number: int, path: Path) -> OSError:
+    if number == 0:  # the library does not say why
+        number = errno.ENOSPC if free_bytes(path) < 2**20 else errno.EIO
+    return OSError(number, os.strerror(number), str(path))
+
+
 def temporary_name(path: Path) -> Path:
     """A name beside `path` that no other process takes: host, process id and 64 random bits (process ids come again)."""
     return path.with_name(f".{path.name[:100]}.{_host()}.{os.getpid()}.{secrets.token_hex(8)}.tmp")
 
 
+def make_folder(folder: Path) -> None:
+    """Make `folder` and what is above it. Raises NotADirectoryError where a file is in its place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
+
+
 def write_bytes_atomic(path: Path, payload: bytes) -> None:
     """Write `payload` to a temporary file beside `path`, flush it to disk, then rename it over `path`. Mode as the umask says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     _sweep(path.parent.absolute())
     temporary = temporary_name(path)
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+                file.write(payload)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -68,24 +107,25 @@ def folder_atomic(out: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
     Raises:
         OSError: the disk is full, or `out` cannot be written.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     out = out.resolve()  # a link to a folder stays a link
     _sweep(out.parent)
     temporary = temporary_name(out)
-    temporary.mkdir()  # with the mode that the umask says
     try:
-        yield temporary
-        mode = temporary.stat().st_mode & 0o666
-        for path in temporary.iterdir():
-            if path.is_file():
-                path.chmod(mode)  # safetensors writes files that only their owner can read
-                _flush(path)
-        if out.exists():
-            _link_others(out, temporary, replaced)
-            temporary.chmod(out.stat().st_mode & 0o7777)
-        _flush(temporary)
-        _take_place(temporary, out)
-        _flush(out.parent)
+        with writing(out):
+            temporary.mkdir()  # with the mode that the umask says
+            yield temporary
+            mode = temporary.stat().st_mode & 0o666
+            for path in temporary.iterdir():
+                if path.is_file():
+                    path.chmod(mode)  # safetensors writes files that only their owner can read
+                    _flush(path)
+            if out.exists():
+                _link_others(out, temporary, replaced)
+                temporary.chmod(out.stat().st_mode & 0o7777)
+            _flush(temporary)
+            _take_place(temporary, out)
+            _flush(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

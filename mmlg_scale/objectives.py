@@ -49,9 +49,9 @@ def contrastive_with_affinity(student: Outputs, teacher: Outputs, weights: Disti
 
 
 def _unit(outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised features and the multiplier, in fp32."""
+    """Normalised features and the multiplier, in fp32; above 0 even where its logarithm is so low that it rounds to 0."""
     image, text = (F.normalize(outputs[f"{tower}_features"].float(), dim=-1) for tower in ("image", "text"))
-    return image, text, outputs["logit_scale"].float()
+    return image, text, outputs["logit_scale"].float().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _group() -> Any:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from mmlg_scale.errors import UserError
+from mmlg_scale.errors import FollowingError, UserError, in_words
 
 T = TypeVar("T")
 
@@ -26,8 +26,8 @@ def on_first_rank(work: Callable[[], T]) -> T:
     """Run `work` on the first rank and return its result, which must be picklable, on every rank. Collective.
 
     Raises:
-        UserError: what `work` raised, on every rank; none is left waiting.
-        RuntimeError: on the other ranks, where `work` raised anything else.
+        UserError: what `work` raised, on every rank; none is left waiting. What the machine refuses is one on the other ranks.
+        FollowingError: on the other ranks, where `work` raised anything else.
     """
     if not several_ranks():
         return work()
@@ -36,16 +36,14 @@ def on_first_rank(work: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         try:
             answer[0] = work()
-        except UserError as error:
-            answer[1] = ("user", str(error))
-            failure = error
         except Exception as error:
-            answer[1] = ("internal", repr(error))
+            line = str(error) if isinstance(error, UserError) else in_words(error)
+            answer[1] = ("internal", repr(error)) if line is None else ("user", line)
             failure = error
     dist.broadcast_object_list(answer, src=0)
     if failure is not None:
         raise failure
     if answer[1] is not None:
         kind, message = answer[1]
-        raise UserError(message) if kind == "user" else RuntimeError(f"the first rank failed: {message}")
+        raise UserError(message) if kind == "user" else FollowingError(f"the first rank failed: {message}")
     return answer[0]

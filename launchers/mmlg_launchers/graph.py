@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from mmlg_launchers.interface import Job, Launcher, Resources
+from mmlg_launchers.supervise import in_words
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,9 @@ class _Display:
 
 
 def _failure(step: Step, job: Job) -> str:
-    logs = job.log_paths()
-    lines = [line for log in logs if log.is_file() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = lines[-1].removeprefix("mmlg: error: ") if lines else "it printed nothing"
-    return f"step {step.id} failed (exit code {job.exit_code}): {said} Log: {logs[0] if logs else '-'}."
+    log, code = job.log_paths()[0], job.exit_code
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.is_file() else []
+    said = lines[-1].removeprefix("mmlg: error: ") if lines else "it printed nothing."
+    if code is not None and code < 0:  # a supervisor says so in the log
+        said = f"it was ended by {in_words(-code)}."
+    return f"step {step.id} failed (exit code {code}): {said} Log: {log}."

@@ -57,7 +57,7 @@ class Job(Protocol):
         ...
 
     def log_paths(self) -> list[Path]:
-        """Files with what the job printed."""
+        """Files with what the job printed: the first rank's, which ends with the line of a failure, then those of the others."""
         ...
 
 

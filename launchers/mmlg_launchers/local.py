@@ -1,9 +1,8 @@
-"""Jobs as processes of this host: the argv itself, or torchrun around it where several ranks are asked for."""
+"""Jobs as processes of this host, under a supervisor (`supervise.py`), or as forks of a server that has the heavy imports behind it."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -16,30 +15,14 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
+from mmlg_launchers import supervise
 from mmlg_launchers.interface import JobState, Resources
+from mmlg_launchers.supervise import PARENT_VARIABLE
 
-GRACE_SECONDS = 10.0
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def end_with_parent() -> None:
-    """Runs in the child: end when the parent does, also when it is killed.
-
-    Otherwise a rerun of a killed command would meet its own orphans writing to the same folder. Linux only.
-    """
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def torchrun(argv: Sequence[str], num_processes: int) -> list[str]:
-    """`argv` (python -m MODULE ..., python SCRIPT ..., or a program) under torchrun with `num_processes` ranks on this host."""
-    prefix = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    if argv[0] == sys.executable:
-        return [*prefix, "-m", "mmlg_launchers.rank", *argv[1:]]
-    return [*prefix, "--no-python", *argv]
+GRACE_SECONDS = 15.0
+"""How long a job may take to end after SIGTERM; more than its supervisor gives to the ranks."""
 
 
 class Process(Protocol):
@@ -56,6 +39,41 @@ class Process(Protocol):
         ...
 
 
+class SupervisedProcess:
+    """Ranks of `argv` under a supervisor, which ends with them, or with this process."""
+
+    def __init__(
+        self, argv: Sequence[str], num_processes: int, environment: Mapping[str, str], folder: Path, log: IO[bytes] | None
+    ) -> None:
+        read, self._alive = os.pipe()
+        command = [sys.executable, supervise.__file__, str(read), str(num_processes), str(folder), *argv]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=None if log is None else subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            pass_fds=(read,),
+        )
+        os.close(read)
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._ended(self._process.poll())
+
+    def wait(self, timeout: float | None = None) -> int:
+        code = self._ended(self._process.wait(timeout))
+        assert code is not None
+        return code
+
+    def _ended(self, code: int | None) -> int | None:
+        if code is not None and self._alive >= 0:
+            os.close(self._alive)
+            self._alive = -1
+        return code
+
+
 class ForkedProcess:
     """`python -m MODULE ...` in a fork of a server that has already imported the heavy modules (multiprocessing's forkserver).
 
@@ -64,7 +82,8 @@ class ForkedProcess:
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str], log: Path, preload: Sequence[str]) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(preload))
+        os.environ[PARENT_VARIABLE] = str(os.getpid())
+        context.set_forkserver_preload(["mmlg_launchers.server", *preload])
         self._process = context.Process(target=_run_module, args=(list(argv), dict(environment), str(log)))
         self._process.start()
         assert self._process.pid is not None
@@ -104,8 +123,8 @@ def _end_with_launcher() -> None:
 class LocalJob:
     """A process group on this host."""
 
-    def __init__(self, process: Process, run_folder: Path, argv: Sequence[str], log: Path) -> None:
-        self._process, self._run_folder, self._argv, self._log = process, run_folder, list(argv), log
+    def __init__(self, process: Process, run_folder: Path, argv: Sequence[str], logs: Sequence[Path]) -> None:
+        self._process, self._run_folder, self._argv, self._logs = process, run_folder, list(argv), list(logs)
         self._cancelled = False
         self._started = time.time()
         self._ended: float | None = None
@@ -137,7 +156,7 @@ class LocalJob:
         return self.state()
 
     def cancel(self) -> None:
-        """SIGTERM to the whole group, and SIGKILL after a grace of 10 seconds."""
+        """SIGTERM to the whole group, and SIGKILL after a grace of 15 seconds."""
         if self._process.poll() is None:
             self._cancelled = True
             self._signal(signal.SIGTERM)
@@ -152,7 +171,7 @@ class LocalJob:
             os.killpg(self._process.pid, number)
 
     def log_paths(self) -> list[Path]:
-        return [self._log]
+        return self._logs
 
     def _write_state(self) -> None:
         code = self._process.poll()
@@ -165,9 +184,10 @@ class LocalJob:
             "ended": self._ended,
         }
         temporary = self._run_folder / ".state.json.tmp"
-        temporary.unlink(missing_ok=True)  # a symbolic link in its place would be followed
-        temporary.write_text(json.dumps(state, indent=1))
-        os.replace(temporary, self._run_folder / "state.json")
+        with contextlib.suppress(OSError):  # the job is worth more than the record of it
+            temporary.unlink(missing_ok=True)  # a symbolic link in its place would be followed
+            temporary.write_text(json.dumps(state, indent=1))
+            os.replace(temporary, self._run_folder / "state.json")
 
 
 class LocalLauncher:
@@ -191,20 +211,13 @@ class LocalLauncher:
             raise ValueError(f"the local launcher has one node, {resources.num_nodes} are asked for: use a cluster launcher")
         run_folder.mkdir(parents=True, exist_ok=True)
         log = run_folder / "log.txt"
-        command = list(argv) if resources.num_processes == 1 else torchrun(argv, resources.num_processes)
         threads = resources.cpus_per_process or max(1, len(os.sched_getaffinity(0)) // resources.num_processes)
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **(env or {})}
+        process: Process
         if self.preload and not self.stream and resources.num_processes == 1 and argv[:2] == [sys.executable, "-m"]:
-            return LocalJob(ForkedProcess(argv, environment, log, self.preload), run_folder, command, log)
-        # A symbolic link in place of the log could name any file: it is not followed.
-        with open(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "ab") as file:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=None if self.stream else file,
-                stderr=None if self.stream else subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=end_with_parent,  # noqa: PLW1509 (no threads hold locks here: prctl alone is called)
-            )
-        return LocalJob(process, run_folder, command, log)
+            process = ForkedProcess(argv, environment, log, self.preload)
+        else:
+            with contextlib.nullcontext() if self.stream else supervise.open_log(log, append=True) as file:
+                process = SupervisedProcess(argv, resources.num_processes, environment, run_folder, file)
+        logs = [log, *(run_folder / supervise.log_name(rank) for rank in range(1, resources.num_processes))]
+        return LocalJob(process, run_folder, argv, logs)

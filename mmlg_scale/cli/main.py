@@ -1,14 +1,22 @@
-"""`mmlg COMMAND`: finds the command's module and turns a user's mistake into one line. Imports nothing heavy."""
+"""`mmlg COMMAND`: finds the command's module; mistakes and what the machine refuses end here as one line. Imports nothing heavy."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import os
+import select
+import signal
 import sys
+import threading
+import traceback
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from mmlg_scale.cli.parsing import nearest
-from mmlg_scale.errors import UserError
+from mmlg_scale.errors import FollowingError, UserError, in_words
 
 HELP = """usage: mmlg COMMAND ...
 
@@ -75,21 +83,93 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments and "--" not in arguments[: arguments.index("--debug")]
     if debug:
         arguments.remove("--debug")
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
-        return 0
+    rank = _failure_pipe()
+    threading.excepthook = _in_thread
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _one_line  # type: ignore[assignment]
-            return _command(arguments)
-    except UserError as error:
+            code = _command(arguments)
+            sys.stdout.flush()
+            return code
+    except KeyboardInterrupt:
+        _say("mmlg: interrupted; start the same command again to resume.")
+        return 130
+    except Exception as error:
         if debug:
             raise
-        print(f"mmlg: error: {error}", file=sys.stderr)
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
+            _drop_output()
+            return 128 + signal.SIGPIPE  # as programs end whose reader (head, less) has gone
+        if isinstance(error, OSError):
+            _drop_output()
+        return _fail(error, rank)
+
+
+def _failure_pipe() -> int | None:
+    """Where one of several ranks says why it fails."""
+    if "MMLG_ERROR_FD" not in os.environ:
+        return None
+    from mmlg_launchers.supervise import failure_pipe
+
+    return failure_pipe()
+
+
+def _fail(error: Exception, rank: int | None) -> int:
+    """Say why the command fails, on the console or, as one of several ranks, to their supervisor; returns the exit code."""
+    line = str(error) if isinstance(error, UserError) else in_words(error)
+    if rank is None:
+        if line is None:
+            raise error
+        _say(f"mmlg: error: {line}")
         return 2
-    except KeyboardInterrupt:
-        print("mmlg: interrupted; start the same command again to resume.", file=sys.stderr)
-        return 130
+    from mmlg_launchers.supervise import report_failure
+
+    if line is not None:
+        report_failure(rank, line, kind="user")
+        return 2
+    told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    details = "".join(traceback.format_exception(error))
+    report_failure(rank, told, kind="follows" if _follows(error) else "internal", details=details)
+    return 1
+
+
+def _follows(error: Exception) -> bool:
+    """Whether a rank fails because another one did: by its own account, or because the connection to it is closed."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, FollowingError) or "DistError" in kinds or "gloo/" in str(error)
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # the log is on the disk that is full
+        print(line, file=sys.stderr, flush=True)
+
+
+def _drop_output() -> None:
+    """Give up what standard output does not take (a full disk, a reader that has gone): Python would complain of it when it exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return bool(poll.poll(0))  # nothing was asked for but errors
+    except (OSError, AttributeError):
+        return False  # no file, or no such call
+
+
+def _in_thread(arguments: threading.ExceptHookArgs) -> None:
+    """What the machine refuses to a library's thread the library passes on to its caller: once is enough."""
+    if arguments.exc_value is None or in_words(arguments.exc_value) is None:
+        threading.__excepthook__(arguments)
 
 
 def _one_line(message: Warning | str, category: type[Warning], *_: object) -> None:
@@ -99,6 +179,9 @@ def _one_line(message: Warning | str, category: type[Warning], *_: object) -> No
 
 
 def _command(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
     words = 2 if arguments[0] in ("data", "launch") and len(arguments) > 1 and not arguments[1].startswith("-") else 1
     name = " ".join(arguments[:words])
     if name in ("data", "launch"):

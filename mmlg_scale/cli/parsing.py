@@ -138,4 +138,6 @@ def progress(name: str) -> Callable[[Any], Any]:
     """A progress bar around an iterable, on a terminal."""
     from rich.progress import track
 
-    return lambda items: track(items, description=name, disable=not sys.stderr.isatty())
+    from mmlg_scale.terminal import Terminal
+
+    return lambda items: track(items, description=name, console=Terminal(stderr=True), disable=not sys.stderr.isatty())

@@ -30,7 +30,7 @@ from mmlg_scale.data.manifest import Progress
 from mmlg_scale.data.reader import CHANGED_BYTES, HASH, MISSING, READ, REMEDIES, DamagedSample, Fault, ShardReader
 from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import open_append
+from mmlg_scale.files import make_folder, open_append, writing
 from mmlg_scale.ranks import is_first_rank, on_first_rank, several_ranks
 from mmlg_scale.reading import one_line
 from mmlg_scale.records import read_record, write_record
@@ -380,7 +380,7 @@ def append_faults(file: Path | None, faults: Sequence[Fault], *, epoch: int, ste
     """Append one JSON line per fault."""
     if file is None or not faults:
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"epoch": epoch, "step": step, **vars(fault)}, ensure_ascii=False) + "\n" for fault in faults]
-    with open_append(file) as opened:
+    make_folder(file.parent)
+    with writing(file), open_append(file) as opened:
         opened.write("".join(lines))

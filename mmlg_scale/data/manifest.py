@@ -35,6 +35,7 @@ import webdataset as wds
 from mmlg_scale.bounds import MAX_MANIFEST_BYTES
 from mmlg_scale.data import SPLITS
 from mmlg_scale.errors import UserError
+from mmlg_scale.files import make_folder, writing
 from mmlg_scale.reading import one_line, open_regular, shown
 from mmlg_scale.records import read_record, write_record
 
@@ -84,6 +85,7 @@ def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | 
 
     Raises:
         UserError: `root` holds something else, or is a file.
+        OSError: it cannot be written, with the path; nothing is left of the set.
     """
     identity = {"format_version": FORMAT_VERSION, "kind": kind, "args": args}
     if root.exists():
@@ -98,17 +100,22 @@ def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | 
         if found is not None or any(root.iterdir()):
             what = "a data set made with other arguments" if found is not None else "files that are no data set"
             raise UserError(f"{root} holds {what}. Give another --out, or remove it.")
+    make_folder(root.parent)
     remove_stale(root)
     temporary = root.with_name(f".{root.name}.{_host()}-{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir()
         yield temporary
         counts = {split: load_manifest(temporary / split)["num_samples"] for split in SPLITS if (temporary / split).is_dir()}
         write_record(temporary / "dataset.json", {**identity, "splits": counts, **tokenizer_digests(temporary)})
         if root.exists():
             root.rmdir()  # empty, as checked above
         os.replace(temporary, root)
+    except OSError as error:
+        if isinstance(error.filename, str) and Path(error.filename).is_relative_to(temporary):
+            error.filename = str(root)  # the name that the user knows
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -159,7 +166,7 @@ def write_split(root: Path, split: str, samples: Iterable[Sample], *, samples_pe
     while chunk := list(islice(source, samples_per_shard)):
         path = folder / f"shard-{len(shards):06d}.tar"
         # Fixed owner and time, so that the bytes depend on the samples alone.
-        with wds.TarWriter(str(path), user="mmlg", group="mmlg", mode=0o644, mtime=0) as writer:
+        with writing(path), wds.TarWriter(str(path), user="mmlg", group="mmlg", mode=0o644, mtime=0) as writer:
             for sample in chunk:
                 about = json.dumps({"captions": sample.captions, "label": sample.label}, ensure_ascii=False)
                 writer.write(

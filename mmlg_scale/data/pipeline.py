@@ -14,10 +14,8 @@ The shuffle is by blocks: shards are shuffled, then samples inside a window of c
 
 from __future__ import annotations
 
-import atexit
 import functools
 import io
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,8 +45,9 @@ from mmlg_scale.data.faults import (
 )
 from mmlg_scale.data.reader import DamagedSample, Fault, ShardReader
 from mmlg_scale.data.tokens import truncated
+from mmlg_scale.data.workers import from_workers, require_shared_memory, worker_options
 from mmlg_scale.errors import UserError
-from mmlg_scale.ranks import is_first_rank, several_ranks
+from mmlg_scale.ranks import is_first_rank, on_first_rank, several_ranks
 from mmlg_scale.streams import Stream, generator
 from mmlg_scale.towers import ModelSpec
 
@@ -272,8 +271,8 @@ class TrainStream:
         on_epoch: told at the end of each epoch what was skipped and cut; by default the console is, where something was.
 
     Raises:
-        UserError: fewer samples are intact than a batch has, more than the limit are damaged, or `check` is unknown; while reading, more
-            than the limit turn out damaged.
+        UserError: fewer samples are intact than a batch has, more than the limit are damaged, `check` is unknown, or there is too little
+            shared memory for the workers; while reading, more than the limit turn out damaged, or a worker fails.
     """
 
     def __init__(
@@ -287,7 +286,10 @@ class TrainStream:
         on_epoch: Callable[[EpochReport], None] = print_report,
     ) -> None:
         rank, world_size, batch_size = settings.rank, settings.world_size, settings.global_batch_size
-        reader = ShardReader(folder)
+        reader, shared = ShardReader(folder), several_ranks() and dist.get_world_size() == world_size
+        share, image = batch_size // world_size, 3 * spec.image_size**2
+        need = functools.partial(require_shared_memory, settings.num_workers, [share * image, share * 8 * spec.context_length, share * 16])
+        on_first_rank(need) if shared else need()
         known = known_faults(
             folder,
             reader,
@@ -296,7 +298,7 @@ class TrainStream:
             record=record,
             rank=rank,
             threads=max(1, settings.num_workers),
-            shared=several_ranks() and dist.get_world_size() == world_size,
+            shared=shared,
         )
         order = _Order(intact_samples(reader, known), settings.seed)
         self.num_intact = len(order.intact)
@@ -317,18 +319,15 @@ class TrainStream:
             _Pairs(reader, order.intact, spec, settings),
             batch_size=None,
             sampler=_Steps(order, batch_size, rank, world_size, start_step),
-            num_workers=settings.num_workers,
             pin_memory=torch.cuda.is_available(),
             # Its draw for the workers, on which nothing here depends, leaves the global state alone.
             generator=torch.Generator().manual_seed(settings.seed),
-            # The engine has started threads, which a fork would break.
-            multiprocessing_context="spawn" if settings.num_workers else None,
-            worker_init_fn=leave_at_once,
+            **worker_options(settings.num_workers),
         )
 
     def __iter__(self) -> Iterator[Batch]:
         step = self._start
-        for batch, news in self._loaded():
+        for batch, news in from_workers(self._loader):
             for epoch in sorted({epoch for epoch, _ in news.faults}):
                 self._log.add(epoch, step, [fault for of, fault in news.faults if of == epoch])
             self._log.add_captions(news.read, news.cut)
@@ -337,21 +336,6 @@ class TrainStream:
                 self._log.end_epoch(epoch)
             yield batch
             step += 1
-
-    def _loaded(self) -> Iterator[tuple[Batch, _News]]:
-        try:
-            yield from self._loader
-        except UserError as error:  # from a worker process torch gives it a traceback in text, our line being the last
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from error
-
-
-def leave_at_once(worker: int) -> None:
-    """Let a worker process end without tearing its interpreter down.
-
-    The stream has no end, so a worker is always stopped with batches under way. The thread that sends them is then cut off inside torch's
-    C++ code, and now and again that aborts the process, with noise on the console of a run that is well.
-    """
-    atexit.register(os._exit, 0)
 
 
 def _only_new(on_epoch: Callable[[EpochReport], None], known: Sequence[Fault]) -> Callable[[EpochReport], None]:

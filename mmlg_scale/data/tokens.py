@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmlg_scale.bounds import MAX_TOKENIZER_BYTES
 from mmlg_scale.errors import UserError
+from mmlg_scale.files import writing
 from mmlg_scale.reading import read_json, read_text
 from mmlg_scale.records import read_record
 from mmlg_scale.towers import BytePairTokenizer, FileTokenizer, Tokenizer, clean
@@ -125,7 +126,8 @@ def write_tokenizer(root: Path, files: Mapping[str, str]) -> None:
     folder = root / "tokenizer"
     folder.mkdir()
     for name, content in files.items():
-        (folder / name).write_text(content, encoding="utf-8")
+        with writing(folder / name):
+            (folder / name).write_text(content, encoding="utf-8")
 
 
 def remove_tokenizer(root: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from mmlg_scale.bounds import MAX_TOKENIZER_BYTES
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import folder_atomic, require_space
-from mmlg_scale.reading import one_line, read_bytes, read_json, read_text, shown
+from mmlg_scale.reading import read_bytes, read_json, read_text, shown
 from mmlg_scale.records import read_record, record_text
 from mmlg_scale.towers import hugging_face
 from mmlg_scale.towers.config import context_length, first_difference, image_size, model_config, vocab_size, with_sizes
@@ -144,7 +144,8 @@ def export(model: Bundle, out: Path, *, overwrite: bool = False) -> None:
     of the export that is there, in one step (`folder_atomic`); whatever else lies in OUT stays.
 
     Raises:
-        UserError: OUT holds files and is no export, or `overwrite` is not given; it cannot be written, or the disk is full.
+        UserError: OUT holds files and is no export, or `overwrite` is not given; the disk has too little space.
+        OSError: it cannot be written, with the path.
     """
     spec = model.spec
     config = json.loads(json.dumps(spec.config))
@@ -222,19 +223,15 @@ def load_tower(folder: Path) -> VisionTransformer | TextTransformer:
 
 
 def _write_folder(out: Path, files: Mapping[str, str], weights_name: str, tensors: Mapping[str, Tensor], overwrite: bool) -> None:
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    try:
-        replaced = _replaced(out, {*files, weights_name, SEAL_FILE}, overwrite)
-        require_space(out.absolute().parent, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), "an export")
-        with folder_atomic(out, replaced) as temporary:
-            dense, metadata = signed(tensors)
-            for name, content in {**files, SEAL_FILE: _seal(files, metadata)}.items():
-                (temporary / name).write_text(content, encoding="utf-8", newline="")
-            save_file(dense, temporary / weights_name, metadata=metadata)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{out} cannot be written ({one_line(error)}). Give another --out.") from error
+    replaced = _replaced(out, {*files, weights_name, SEAL_FILE}, overwrite)
+    require_space(out.absolute().parent, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), "an export")
+    with folder_atomic(out, replaced) as temporary:
+        dense, metadata = signed(tensors)
+        for name, content in {**files, SEAL_FILE: _seal(files, metadata)}.items():
+            (temporary / name).write_text(content, encoding="utf-8", newline="")
+        save_file(dense, temporary / weights_name, metadata=metadata)
 
 
 def _seal(files: Mapping[str, str], metadata: Mapping[str, str]) -> str:

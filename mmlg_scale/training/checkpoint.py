@@ -1,7 +1,7 @@
 """Checkpoints of a run: RUN/checkpoints/step-00000100/, DeepSpeed's files, at most `keep_last` of them.
 
 A checkpoint is written under a temporary name and published by a rename once every rank has finished, so a kill at any instant leaves
-whole checkpoints only. A temporary folder left by a kill is removed at the next save.
+whole checkpoints only. A temporary folder left by a kill is removed at the next start.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import require_space
-from mmlg_scale.ranks import on_first_rank
+from mmlg_scale.files import make_folder, require_space, writing
+from mmlg_scale.ranks import on_first_rank, several_ranks
 from mmlg_scale.records import read_record, write_record
 from mmlg_scale.training.engine import Engine
 
@@ -39,29 +39,41 @@ class Checkpoints:
         return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
 
     def require_space(self, engine: Engine) -> None:
-        """Raise UserError, on every rank, where the disk has no room for another checkpoint. Collective."""
-        on_first_rank(lambda: require_space(self.folder, engine.checkpoint_bytes, "a checkpoint"))
+        """Raise UserError, on every rank, where the disk has no room for another checkpoint. Collective.
+
+        What a kill or a full disk left of one goes first.
+        """
+
+        def check() -> None:
+            for stale in self.folder.glob(f"{PARTIAL}*"):
+                shutil.rmtree(stale)
+            require_space(self.folder, engine.checkpoint_bytes, "a checkpoint")
+
+        on_first_rank(check)
 
     def save(self, engine: Engine, step: int, state: Mapping[str, Any]) -> None:
         """Write and publish the checkpoint of `step`, then drop the oldest beyond `keep_last`. Collective.
 
         Raises:
             UserError: too little disk; nothing is written, and the checkpoints that are there stay.
+            OSError: on the rank that cannot write its part, with the path; the same holds.
         """
         self.require_space(engine)
         first = dist.get_rank() == 0
         temporary = self.folder / f"{PARTIAL}step-{step:08d}"
         final = self.folder / f"step-{step:08d}"
-        if first:
-            for stale in self.folder.glob(f"{PARTIAL}*"):
-                shutil.rmtree(stale)
-            self.folder.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
-        engine.save(temporary, {**state, "step": step})
-        dist.barrier()
-        digests = _digests(temporary)
-        if first:
-            write_record(temporary / RANKS, {**_division(engine), "files": digests})
+        on_first_rank(lambda: make_folder(self.folder))
+        try:
+            with writing(final):
+                engine.save(temporary, {**state, "step": step})
+            dist.barrier()
+            digests = _digests(temporary)
+            if first:
+                write_record(temporary / RANKS, {**_division(engine), "files": digests})
+        except OSError:
+            if not several_ranks():  # others may be writing to it
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
         dist.barrier()
         if first and not final.exists():
             os.replace(temporary, final)

@@ -22,7 +22,7 @@ from mmlg_scale.training.muon import MuonAdamW
 
 
 def start_ranks(runtime: Runtime) -> torch.device:
-    """Join the process group (of one rank where torchrun started none), set the thread count, and return this rank's device."""
+    """Join the process group (of one rank where no launcher started several), set the thread count, and return this rank's device."""
     use_cuda = torch.cuda.is_available()
     if not use_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed probes for accelerators and warns
@@ -33,7 +33,7 @@ def start_ranks(runtime: Runtime) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if use_cuda else "gloo"
-        if "MASTER_ADDR" in os.environ:  # torchrun's, or a scheduler's
+        if "MASTER_ADDR" in os.environ:  # our launcher's, torchrun's, or a scheduler's
             dist.init_process_group(backend)
         else:
             # A store in this process: no port that another run on this host could hold.
@@ -171,6 +171,11 @@ class Engine:
         path, client_state = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
         return client_state
+
+    def is_finite(self) -> Tensor:
+        """Whether every weight on this rank (under ZeRO-3 its part of them) is a finite number: a bool on the device."""
+        parts = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in self.model.parameters()]
+        return torch.stack([part.isfinite().all() for part in parts]).all()
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -28,13 +28,14 @@ from torch.utils.data import DataLoader
 
 from mmlg_scale import towers
 from mmlg_scale.accounting import forward_flops
-from mmlg_scale.data.pipeline import leave_at_once
 from mmlg_scale.data.sweep import Samples, Sweep
+from mmlg_scale.data.workers import from_workers, require_shared_memory, worker_options
 from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import require_space, write_bytes_atomic
+from mmlg_scale.files import require_space, write_bytes_atomic, writing
 from mmlg_scale.ranks import on_first_rank
 from mmlg_scale.reading import one_line
+from mmlg_scale.terminal import Terminal
 
 if TYPE_CHECKING:
     from mmlg_scale.training.teacher import Autocast, LiveTeacher
@@ -59,7 +60,7 @@ def compute_features(
     Finished blocks of an earlier start are kept.
 
     Raises:
-        UserError: too little disk.
+        UserError: too little disk, or shared memory for the workers; a worker fails.
     """
     blocks = [range(start, min(start + items_per_block, len(sweep))) for start in range(0, len(sweep), items_per_block)]
     paths = [out / "blocks" / f"block-{number:06d}.safetensors" for number in range(len(blocks))]
@@ -67,17 +68,19 @@ def compute_features(
     # Parts and their sum are there at once for a moment; every sample has a caption.
     require_space(out, 2 * 2 * 4 * len(sweep.reader) * int(teacher.spec.config["embed_dim"]), "the ancestor's features")
     items = [item for number in missing for item in blocks[number]]
+    image, captions = 3 * sweep.image_size**2, 8 * 8 * sweep.context_length  # eight captions an image are many
+    on_first_rank(lambda: require_shared_memory(num_workers, [sweep.item_size * image, sweep.item_size * captions]))
     loader: DataLoader[Samples] = DataLoader(
         sweep,
         batch_size=None,
         sampler=items,
-        num_workers=num_workers,
-        multiprocessing_context="spawn" if num_workers else None,
-        worker_init_fn=leave_at_once,
+        **worker_options(num_workers),
     )
     preprocess, started, found = teacher.spec.preprocess, time.perf_counter(), list[dict[str, Tensor]]()
     place = iter(missing)
-    for position, samples in enumerate(track(loader, "features", total=len(items), disable=dist.get_rank() != 0)):
+    for position, samples in enumerate(
+        track(from_workers(loader), "features", total=len(items), console=Terminal(stderr=True), disable=dist.get_rank() != 0)
+    ):
         found.append(_features(teacher, samples, preprocess, autocast, device))
         if position + 1 == len(items) or items[position + 1] % items_per_block == 0:
             block = {name: torch.cat([part[name] for part in found]) for name in found[0]}
@@ -116,16 +119,17 @@ def _join(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     starts = np.concatenate([[0], np.cumsum(np.concatenate(captions))])
     for name in FILES:
         (out / name).unlink(missing_ok=True)  # a symbolic link in its place would be followed
-    np.save(out / "captions.npy", starts)
+    with writing(out / "captions.npy"):
+        np.save(out / "captions.npy", starts)
     rows = {"image": len(starts) - 1, "text": int(starts[-1])}
     for name, count in rows.items():
-        whole = np.lib.format.open_memmap(out / f"{name}.npy", mode="w+", dtype=np.float32, shape=(count, width))
-        first = 0
-        for path in paths:
-            part = _read_block(path)[name].numpy()
-            whole[first : first + len(part)] = part
-            first += len(part)
-        whole.flush()
+        file = out / f"{name}.npy"
+        # Through a file, not a memory map: on a full disk writing to a map kills the process.
+        with writing(file), open(file, "wb") as whole:
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": (count, width)}
+            np.lib.format.write_array_header_1_0(whole, header)
+            for path in paths:
+                whole.write(_read_block(path)[name].numpy().data)
     shutil.rmtree(out / "blocks")
     digests = {name: file_digest(out / name, "features") for name in FILES}
     return {"num_images": rows["image"], "num_captions": rows["text"], "seconds": seconds, "files": digests}

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from mmlg_scale.errors import UserError
+from mmlg_scale.files import make_folder, writing
 from mmlg_scale.reading import shown
 from mmlg_scale.records import read_record, write_record
 
@@ -46,16 +47,12 @@ def hold(folder: Path) -> Iterator[None]:
     system this reaches as far as its locks do (NFS 4, Lustre with flock).
 
     Raises:
-        UserError: another process holds it (names host, process and since when), or the folder cannot be made.
+        UserError: another process holds it (names host, process and since when).
+        OSError: the folder cannot be made, or written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # A symbolic link in place of the lock could name any file: it is not followed.
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except FileExistsError as error:
-        raise UserError(f"{folder} is a file. Give another --out.") from error
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written to: {error.strerror}. Give another --out.") from error
+    make_folder(folder)
+    # A symbolic link in place of the lock could name any file: it is not followed.
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -65,7 +62,8 @@ def hold(folder: Path) -> Iterator[None]:
             print(f"{folder}: this file system has no locks ({error.strerror}): a second start would not be noticed.", file=sys.stderr)
         content = {"host": platform.node(), "pid": os.getpid(), "since": datetime.now().astimezone().isoformat(timespec="seconds")}
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(content).encode(), 0)
+        with writing(folder / LOCK_FILE):
+            os.pwrite(descriptor, json.dumps(content).encode(), 0)
         yield
         os.ftruncate(descriptor, 0)
     finally:

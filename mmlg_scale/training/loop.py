@@ -78,7 +78,8 @@ def train(
         stop: asked after each evaluation, that before the first step included; True ends the run.
 
     Raises:
-        UserError: the loss is not a number; names the rank and the step.
+        UserError: the loss or the weights are no longer finite numbers; names step, rank and learning rate. Noticed at the next logged
+            step at the latest, and before anything is evaluated, saved or exported.
     """
     training = stage.training
     progress = Progress()
@@ -92,6 +93,7 @@ def train(
         _evaluate(progress, stage, meters, evaluate)
         progress.stopped_early = stop(progress.curve)
 
+    health = _Health(engine)
     # A model that is not trained, as weights from elsewhere, needs no training data.
     stream = iter(batches(progress.step) if progress.step < training.steps and not progress.stopped_early else ())
     while progress.step < training.steps and not progress.stopped_early:
@@ -103,19 +105,22 @@ def train(
         progress.step += 1
         progress.flops += student_flops
         progress.teacher_flops += teacher_flops
+        due = progress.step % training.eval_every == 0 or progress.step == training.steps
+        save = due if checkpoint_every is None else progress.step % checkpoint_every == 0 or progress.step == training.steps
+        health.note(loss, progress.step)
+        # On a CPU a look costs no synchronisation, and the kernels refuse a scale that is not a number.
+        if due or save or meters.is_due(progress.step) or engine.device.type == "cpu":
+            health.check(progress.step)
         figures: dict[str, Any] = {"loss": loss, **terms}
         if meters.is_due(progress.step):
             figures = _mean_over_ranks(figures)
         figures |= {"gradient_norm": engine.gradient_norm, "learning_rate": engine.learning_rate}
         meters.step(progress.step, figures, num_samples=training.batch_size, flops=student_flops + teacher_flops)
 
-        due = progress.step % training.eval_every == 0 or progress.step == training.steps
         if due:
-            _check_finite(loss, progress.step)
             _evaluate(progress, stage, meters, evaluate)
             progress.stopped_early = stop(progress.curve)
-        if due if checkpoint_every is None else progress.step % checkpoint_every == 0 or progress.step == training.steps:
-            _check_finite(loss, progress.step)
+        if save:
             progress.meters = meters.state_dict()
             with meters.pause():
                 checkpoints.save(engine, progress.step, {"progress": vars(progress)})
@@ -131,14 +136,34 @@ def _mean_over_ranks(figures: Mapping[str, Tensor]) -> dict[str, Any]:
     return dict(zip(figures, values.unbind(0), strict=True))
 
 
-def _check_finite(loss: Tensor, step: int) -> None:
-    """Stop every rank when any rank's loss is not finite: weights that went through such a step are lost."""
-    bad = torch.full((dist.get_world_size(),), 0.0, device=loss.device)
-    bad[dist.get_rank()] = 0.0 if torch.isfinite(loss).all() else 1.0
-    dist.all_reduce(bad)
-    if bad.any():
-        ranks = ", ".join(str(rank) for rank in bad.nonzero().flatten().tolist())
-        raise UserError(f"the loss is not finite at step {step} on rank {ranks}. Lower the learning rate; the last checkpoint is kept.")
+class _Health:
+    """Whether a run has diverged. What each step found stays on the device until it is looked at, which costs a synchronisation."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lost_at = torch.zeros((), dtype=torch.int64, device=engine.device)  # the first step whose loss was not finite; 0: none
+
+    def note(self, loss: Tensor, step: int) -> None:
+        """Take this rank's loss of `step`."""
+        self._lost_at = torch.where((self._lost_at == 0) & ~loss.isfinite().all(), step, self._lost_at)
+
+    def check(self, step: int) -> None:
+        """Raise UserError on every rank where any rank's loss was not finite so far, or its weights are not. Collective."""
+        lost_RK = torch.zeros(dist.get_world_size(), 2, dtype=torch.int64, device=self._engine.device)
+        lost_RK[dist.get_rank()] = torch.stack([self._lost_at, (~self._engine.is_finite()).long()])
+        dist.all_reduce(lost_RK)
+        losses, weights = lost_RK.T.tolist()
+        if not any(losses) and not any(weights):
+            return
+        what, ranks = "weights are", [rank for rank, lost in enumerate(weights) if lost]
+        if any(losses):
+            what, step = "loss is", min(filter(None, losses))
+            ranks = [rank for rank, lost in enumerate(losses) if lost == step]
+        told = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        raise UserError(
+            f"training diverged: the {what} not finite after step {step} on {told}, at learning rate {self._engine.learning_rate:.2g}. "
+            "Lower optimizer.learning_rate, or raise optimizer.warmup_fraction. The last checkpoint is from before."
+        )
 
 
 def _evaluate(progress: Progress, stage: Stage, meters: Meters, evaluate: Callable[[], dict[str, float]]) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from mmlg_scale.terminal import Terminal
 from mmlg_scale.training.trackers import Tracker
 
 # Dense bf16 peak of data-centre GPUs in FLOP/s, from their data sheets; the first key that the device's name contains counts.
@@ -88,7 +89,7 @@ class Meters:
         self.trackers, self.total_steps, self.name, self.enabled = trackers, total_steps, name, enabled
         self.log_every, self.line_every, self.shown = log_every, line_every, tuple(shown)
         self._device, self._clock = device, clock
-        self._console = console if console is not None else Console(stderr=True)
+        self._console = console if console is not None else Terminal(stderr=True)
         self._before = 0.0  # training seconds of earlier processes
         self._paused = 0.0  # seconds of this process that were no training
         self._started: float | None = None
@@ -101,7 +102,6 @@ class Meters:
             self._peak = num_devices * (peak_flops if peak_flops is not None else measure_peak_flops(device))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
         self._bar = Progress(*columns, console=self._console, disable=not (enabled and self._console.is_terminal))
-        self._bar.start()
         self._task = self._bar.add_task(name, total=total_steps, figures="")
 
     @property
@@ -123,6 +123,7 @@ class Meters:
         """Start the clock at `step` (0: a fresh run), and drop what an earlier process wrote beyond it, so that nothing is there twice."""
         for tracker in self.trackers:
             tracker.resume_from(step)
+        self._bar.start()
         self._bar.update(self._task, completed=step)
         self._started, self._paused = self._clock(), 0.0
         self._stopped = self._started if step >= self.total_steps else None

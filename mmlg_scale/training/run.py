@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mmlg_scale import recipe
 from mmlg_scale.data.corpus import Corpus, PairSet, open_pairs
 from mmlg_scale.errors import UserError
 from mmlg_scale.metric_names import check_metric
-from mmlg_scale.ranks import is_first_rank, on_first_rank
+from mmlg_scale.ranks import is_first_rank, on_first_rank, several_ranks
 from mmlg_scale.records import write_record
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training import features
@@ -92,8 +92,10 @@ def _in_folder(
                     print(f"{out}: complete{_in_words(result)}; nothing to do.", file=sys.stderr)
             else:
                 result = work(identity, device)
-        except UserError:
-            stop_ranks()  # every rank raises it; of any other error the others may not know, and would be waited for
+        except Exception as error:
+            # Every rank raises a UserError; of another error the others may not know, and would be waited for.
+            if isinstance(error, UserError) or not several_ranks():
+                stop_ranks()
             raise
     stop_ranks()
     return result
@@ -108,11 +110,19 @@ def _in_words(result: Result) -> str:
 
 def _train(role: Role, pairs: PairSet, out: Path, runtime: Runtime, identity: dict[str, Any]) -> Result:
     session = build_session(role.settings, role, runtime=runtime, pairs=pairs)
-    stage, engine, checkpoints = session.stage, session.engine, Checkpoints(out, keep_last=runtime.keep_checkpoints)
     if is_first_rank():
-        print(f"{out}: {stage.spec.in_words()}", file=sys.stderr)
+        print(f"{out}: {session.stage.spec.in_words()}", file=sys.stderr)
+    with closing(_meters(session, out, identity)) as meters:  # the bar ends before anything else is told
+        result = _train_metered(role, out, session, meters, identity)
+    if is_first_rank():
+        print(f"{out}: complete{_in_words(result)}.", file=sys.stderr)
+    return result
+
+
+def _train_metered(role: Role, out: Path, session: Session, meters: Meters, identity: dict[str, Any]) -> Result:
+    runtime, stage, engine = session.runtime, session.stage, session.engine
+    checkpoints = Checkpoints(out, keep_last=runtime.keep_checkpoints)
     validation, test = (session.eval_split(split) for split in ("val", "test"))
-    meters = _meters(session, out, identity)
     at_start = out / "metrics_at_0.json"
     if role.evaluate_first and not on_first_rank(lambda: at_start.exists() or bool(checkpoints.steps())):
         metrics = session.evaluate(test)
@@ -142,9 +152,6 @@ def _train(role: Role, pairs: PairSet, out: Path, runtime: Runtime, identity: di
         return result
 
     result = on_first_rank(finish)
-    meters.close()
-    if is_first_rank():
-        print(f"{out}: complete{_in_words(result)}.", file=sys.stderr)
     checkpoints.remove()
     return result
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, get_args
 from torch.utils.tensorboard import SummaryWriter
 
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import open_append, write_text_atomic
+from mmlg_scale.files import open_append, write_text_atomic, writing
 from mmlg_scale.runtime import TrackerName
 
 TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
@@ -51,11 +51,8 @@ class JsonLines:
     def scalars(self, step: int, values: Mapping[str, float], *, kind: Kind) -> None:
         clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = {"step": step, **clean} if kind == "training" else {"step": step, "evaluation": clean}
-        try:
-            with open_append(self._path) as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-        except OSError as error:
-            raise UserError(f"{self._path} cannot be written ({error.strerror}). Free some space; the run resumes.") from error
+        with writing(self._path), open_append(self._path) as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def close(self) -> None:
         pass

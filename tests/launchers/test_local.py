@@ -44,7 +44,8 @@ def test_two_ranks_reduce(tmp_path: Path) -> None:
     )
     job = LocalLauncher().submit([sys.executable, str(script)], Resources(num_processes=2), tmp_path / "run")
     assert job.wait(timeout=120) is JobState.COMPLETED
-    assert job.log_paths()[0].read_text().count("sum 3.0") == 2
+    assert [log.name for log in job.log_paths()] == ["log.txt", "rank-1.txt"]
+    assert [log.read_text() for log in job.log_paths()] == ["sum 3.0\n"] * 2
 
 
 def test_exit_code_and_state_file(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_jobs_end_with_a_killed_parent(preload: str, tmp_path: Path) -> None:
 
 
 def test_ranks_end_with_a_killed_parent(tmp_path: Path) -> None:
-    """Not only torchrun: each of its ranks."""
+    """Not only the supervisor: each of its ranks."""
     rank = tmp_path / "rank.py"
     rank.write_text(
         "import os, time\n"

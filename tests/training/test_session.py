@@ -34,6 +34,28 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("zero_stage", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_runs_one_after_another_in_one_process(zero_stage: int, options: dict[str, Any], tmp_path: Path) -> None:
+    """A run, one that fails in the middle, and the first again elsewhere: the same numbers, and so for what is distilled from them."""
+    settings, runtime = load_recipe("demo", **options, **{"runtime.zero_stage": zero_stage, "extraction.training.steps": 2})
+
+    def run(name: str) -> tuple[dict[str, float], bytes]:
+        result = run_role(AncestorRole(settings), tmp_path / name, runtime)
+        return result["metrics"], (tmp_path / name / "model" / "open_clip_model.safetensors").read_bytes()
+
+    first = run("first")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(AncestorRole, "stop", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            run("broken")
+    assert run("second") == first
+    genes = []
+    for name in ("one", "two"):
+        run_role(ExtractionRole(settings, tmp_path / "first" / "model"), tmp_path / name, runtime)
+        genes.append((tmp_path / name / "learngene.safetensors").read_bytes())
+    assert genes[0] == genes[1]
+
+
 def test_a_session_trains_as_a_run_does(options: dict[str, Any], tmp_path: Path) -> None:
     """The same losses, bit for bit, without a folder; twice in one process; and its extraction of what the run exported."""
     settings, runtime = load_recipe("demo", **options)

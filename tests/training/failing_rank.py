@@ -1,0 +1,39 @@
+"""`python -m tests.training.failing_rank HOW WORDS...` is `mmlg WORDS...` with a rank 1 that fails; for test_failing_ranks.py."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from typing import Any
+
+from mmlg_scale.cli import main
+from mmlg_scale.training import loop
+from mmlg_scale.training.engine import Engine
+
+
+def fail(how: str) -> None:
+    """Make this rank fail in its second step, or when it writes its part of a checkpoint."""
+    step, save = loop.train_step, Engine.save
+
+    def failing_step(stage: Any, engine: Any, batch: Any, number: int) -> Any:
+        if number == 1 and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number == 1 and how == "internal":
+            raise ZeroDivisionError("of this test")
+        return step(stage, engine, batch, number)
+
+    def failing_save(*args: Any) -> None:
+        if how == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        save(*args)
+
+    loop.train_step = failing_step
+    Engine.save = failing_save  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    if os.environ.get("RANK") == "1":
+        fail(sys.argv[1])
+    sys.exit(main(sys.argv[2:]))
