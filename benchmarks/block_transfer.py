@@ -261,7 +261,7 @@ def main() -> int:
     errors = {name: error(name, args.device, dtype) for name in names}
     report.facts = {"errors": errors}
     for widths in [tuple(args.widths)] if args.widths else sizes:
-        # Inductor takes long over 96 sums: at the first size alone.
+        # Inductor takes long over 96 sums: only at the first size.
         compiled = cuda and not report.rows
         report.add(rows_of(widths, dtype, args.device, args.repeats or (20 if cuda else 3), compiled))
     columns: dict[str, Callable[[measure.Row], str]] = {

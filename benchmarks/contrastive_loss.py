@@ -80,7 +80,7 @@ def variants(kind: str, device: str, compiled: bool) -> dict[str, Loss]:
     except ImportError:
         found["as open_clip"] = mixed(copy)
     if compiled:
-        # For each size alone: shapes that change would give the rival slower kernels.
+        # Per size: shapes that change would give the rival slower kernels.
         found["as open_clip, compiled"] = torch.compile(mixed(copy), dynamic=False)
     if device == "cuda":
         found |= rivals.installed(kind, SCALES[kind])

@@ -3,7 +3,7 @@
 Times: all variants in turn (A B C A B C ...) after one warm-up each; p20 / p50 / p80 in milliseconds. On a GPU `device_*_ms` come from
 events behind a queue that is kept busy while the host enqueues, so they hold no launch gaps, as in a CUDA graph; `*_ms` are wall clock.
 Extra memory of one step: on a GPU the allocator's peak above the inputs; on the CPU the peak resident memory above the inputs, in a fresh
-process, since libraries keep what they have had. Depends on torch alone; matplotlib and nvidia-smi are used where they are.
+process, since libraries keep what they have had. Depends only on torch; matplotlib and nvidia-smi are used where they are.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def extra_bytes_of_process(module: str, name: str, *arguments: object) -> int:
 
 
 def print_extra_bytes(small: Step, make: Callable[[], Step]) -> None:
-    """A small step first, so that libraries have their memory, then the peak of the real one above its inputs. Linux alone."""
+    """A small step first, so that libraries have their memory, then the peak of the real one above its inputs. Linux only."""
     small.backward(small.forward())
     step = make()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

@@ -1,8 +1,8 @@
-"""Published fused contrastive losses, as losses of (x, y, scale[, bias]) on unit rows. Those that are installed; they run on GPUs alone.
+"""Published fused contrastive losses, as losses of (x, y, scale[, bias]) on unit rows. Those that are installed; they run only on GPUs.
 
     pip install memeff inf-cl siglip-kernel        # pure Python over Triton: wheels can be carried to a machine without a network
 
-What each computes was compared with the plain definition in Triton's interpreter (Inf-CL's forward pass alone, since its backward pass
+What each computes was compared with the plain definition in Triton's interpreter (only Inf-CL's forward pass, since its backward pass
 holds inline assembly); its speed is measured where there is a GPU.
 """
 

@@ -176,8 +176,8 @@ def summarise(family: FamilyResult) -> FamilyResult:
     """`family` with each descendant's target and charge, the totals of each initialisation, and the family's ratios.
 
     Sizes in the sum are those of both towers that have scratch and mmlg entries (and that the recipe does not leave out). Several
-    seeds of a size are averaged. A baseline that lacks a size of the sum has no total and no ratio (None); where the ancestor's own cost
-    is unknown, ratios with it are None; `notes` says so. Everything added is derived from the entries: summarising again changes nothing.
+    seeds of a size are averaged. A baseline without one of the sizes in the sum has no total and no ratio (None); where the ancestor's
+    own cost is unknown, ratios with it are None; `notes` says so. Everything added is derived from the entries: summarising again changes nothing.
     """
     metric = family.metric
     wanted = targets(family.descendants, metric)
@@ -189,7 +189,7 @@ def summarise(family: FamilyResult) -> FamilyResult:
         if any(entry.init == init for entry in entries):
             totals[init] = _totals(family, entries, init, sizes)
             if totals[init] is None and sizes:
-                notes.append(f"baseline {init} lacks a size of the sum: its ratio is not defined")
+                notes.append(f"baseline {init} is missing a size of the sum: its ratio is not defined")
     if not sizes:
         notes.append("no size has both a scratch and an mmlg entry: cost ratios are not defined")
     if family.ancestor.flops is None:

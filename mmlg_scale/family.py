@@ -176,7 +176,7 @@ def run_family(settings: recipe.Recipe, runtime: Runtime, out: Path, *, launcher
     """Run what is not complete in `out` and write family.json and report.html; returns the family.
 
     Raises:
-        UserError: the recipe does not fit the data or the architecture; `out` holds a family of another ancestor or data set (names the
+        UserError: the recipe does not fit the data or the architecture; `out` contains a family of another ancestor or data set (names the
             keys that differ); a step failed.
     """
     out = out.absolute()
@@ -282,10 +282,10 @@ def check_folder(settings: recipe.Recipe, out: Path) -> dict[str, Any]:
     if differing is None:
         foreign = [path.name for path in (out.iterdir() if out.is_dir() else ()) if path.name != ".lock" and not path.name.endswith(".tmp")]
         if foreign:
-            raise UserError(f"{out} exists and holds no family of mmlg, but {foreign[0]}. Give another --out, or an empty folder.")
+            raise UserError(f"{out} exists and is not an mmlg family: it contains {foreign[0]}. Give another --out, or an empty folder.")
     elif differing and any(has_work(folder) for folder in (*out.iterdir(), *(out / "descendants").glob("*")) if folder.is_dir()):
         raise UserError(
-            f"{out} holds a family of another ancestor or data set: {'; '.join(differing)}. Give another --out, or remove that folder."
+            f"{out} contains a family of another ancestor or data set: {'; '.join(differing)}. Give another --out, or remove that folder."
         )
     return identity
 
@@ -307,7 +307,7 @@ def _is_complete(member: Member, plan: Plan, console: Console) -> bool:
     if not differing:
         return differing is not None and (member.identity is None or result_of(folder) is not None)
     if step.id == "ancestor" and has_work(folder):
-        raise UserError(f"{folder} holds another ancestor: {'; '.join(differing)}. Give another --out, or remove {plan.out}.")
+        raise UserError(f"{folder} contains another ancestor: {'; '.join(differing)}. Give another --out, or remove {plan.out}.")
     if has_work(folder):
         with hold(folder):  # nobody trains in it
             kept = set_aside(folder, plan.out / SUPERSEDED)

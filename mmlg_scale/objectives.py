@@ -66,7 +66,7 @@ def feature_distance(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
 def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], valid_BT: Tensor | None = None) -> Tensor:
     """Sum over the compared depths of the mean squared error of hidden states [B, T, d], divided by the teacher's variance there.
 
-    `valid_BT` (bool) leaves tokens out: text padding carries no signal. Means and variances are the global batch's, because ranks hold
+    `valid_BT` (bool) leaves tokens out: text padding has no signal. Means and variances are the global batch's, because ranks hold
     different numbers of valid tokens: the mean over ranks of the returned values is what one process with the whole batch computes.
     """
     pairs = [(s.float(), t.float()) for s, t in zip(student, teacher, strict=True)]

@@ -129,7 +129,7 @@ def parse_object(text: str, where: str, hint: str) -> dict[str, Any]:
     """The JSON object in `text`. Raises as `parse_json`, and for another kind of value."""
     value = parse_json(text, where, hint)
     if not isinstance(value, dict):
-        raise UserError(f"{where} holds a JSON {type(value).__name__}, not an object. {hint}")
+        raise UserError(f"{where} is a JSON {type(value).__name__}, not an object. {hint}")
     return value
 
 

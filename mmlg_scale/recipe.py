@@ -74,7 +74,7 @@ class Data:
     tokenizer must have the same one as the data set; model: the model's own (byte pairs from scratch), whatever the data set has."""
     check: Literal["decode", "structure"] = "decode"
     """What is looked at once before the first step, so that every epoch reads each intact sample exactly once: decode also decodes every
-    image; structure reads headers and captions alone, and replaces an image that does not decode by another sample."""
+    image; structure reads only headers and captions, and replaces an image that does not decode by another sample."""
     max_bad_fraction: ClosedUnitInterval = 0.01
     """Fraction of damaged samples, which are skipped and listed, above which the run stops with the list."""
 
@@ -163,7 +163,7 @@ class Elastic:
     num_multimodal: Blocks = 1
     """Blocks shared by both towers (K_M)."""
     num_unimodal: Blocks = 1
-    """Blocks of each tower alone (K_U)."""
+    """Blocks of one tower only, per tower (K_U)."""
     basis: Literal["knots", "linear", "step"] = "knots"
     """How coefficients depend on depth: learned at knots; fixed {1, t} (TLEG, two blocks); fixed stages (SWS, one block each)."""
     convention: Literal["inclusive", "paper"] = "inclusive"
@@ -229,7 +229,7 @@ class Size:
     text_width: Width | None = None
     """Residual width of the text tower, likewise."""
     modality: Modality = "both"
-    """Both towers, or one alone."""
+    """Both towers, or only one."""
     in_sum: bool = True
     """Whether the size counts in the cost ratio (and so gets its baselines); single towers never do."""
 
@@ -360,7 +360,7 @@ class Recipe:
         if self.engine.keep_features:
             self._check_kept_features()
         names = [size.name for size in self.family.sizes]
-        _require(len(set(names)) == len(names), "family.sizes", "holds a size twice", "Remove the repeated one.")
+        _require(len(set(names)) == len(names), "family.sizes", "has the same size twice", "Remove the repeated one.")
 
     def _check_kept_features(self) -> None:
         key, augment = "engine.keep_features", self.data.augment

@@ -133,7 +133,7 @@ def check_yaml(text: str) -> None:
                 sizes[event.anchor] = 1
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise yaml.YAMLError(f"*{event.anchor} stands for something around itself, or for nothing")
+                raise yaml.YAMLError(f"*{event.anchor} is an alias of something around itself, or for nothing")
             total += sizes[event.anchor]
         if total > MAX_YAML_VALUES:
             raise yaml.YAMLError(f"more than {MAX_YAML_VALUES:,} values, its aliases written out")
@@ -174,7 +174,7 @@ def check_keys(path: Path) -> None:
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {shown(' '.join(str(error).split()))}. Fix the file.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no recipe (a mapping of keys). Copy a shipped recipe and change it.")
+        raise UserError(f"{path} has no recipe (a mapping of keys). Copy a shipped recipe and change it.")
     _check_keys(content, typing.get_type_hints(Recipe) | {"runtime": Runtime}, path, "")
 
 

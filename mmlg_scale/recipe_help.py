@@ -32,7 +32,7 @@ class Field:
     """A field of the recipe.
 
     Attributes:
-        key: dotted; `[]` stands for one item of a list.
+        key: dotted; `[]` is one item of a list.
         kind: what it may be, in words.
         default: as in YAML.
         told: the docstring below it.

@@ -61,11 +61,11 @@ def write_report(run_folder: Path) -> Path:
     Charges and ratios are derived again from the entries and their curves, so that the page can never disagree with them.
 
     Raises:
-        UserError: a file is missing, is no JSON, or lacks something that the page shows.
+        UserError: a file is missing, is no JSON, or something that the page shows is missing.
     """
     source = run_folder / "family.json"
     if not source.is_file():
-        raise UserError(f"{run_folder} holds no family.json. mmlg family writes it at the end of its run.")
+        raise UserError(f"{run_folder} has no family.json. mmlg family writes it at the end of its run.")
     family = FamilyResult.from_json(
         read_record(source, "result of a family", "Remove it and start mmlg family again.", MAX_MANIFEST_BYTES), str(source)
     )

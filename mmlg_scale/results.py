@@ -150,7 +150,7 @@ class RunResult:
     image_width: int | None = field(default=None, metadata=OMIT_NONE)
     text_width: int | None = field(default=None, metadata=OMIT_NONE)
     bytes: int | None = field(default=None, metadata=OMIT_NONE)
-    """Of learngene.safetensors; this and the next two are an extraction's alone."""
+    """Of learngene.safetensors; this and the next two belong only to an extraction."""
     block_params: int | None = field(default=None, metadata=OMIT_NONE)
     stem_params: int | None = field(default=None, metadata=OMIT_NONE)
     method: str | None = field(default=None, metadata=OMIT_NONE)

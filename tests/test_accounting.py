@@ -66,7 +66,7 @@ def test_a_block_by_hand() -> None:
     config["text_cfg"] = {"context_length": 3, "vocab_size": 5, "width": 4, "heads": 1, "layers": 1}
     one, two = (forward_flops(config, text_layers=n)["text"] for n in (1, 2))
     assert two - one == 288 + 96 + 768 + 144
-    assert forward_flops(config, text_layers=0)["text"] == 2 * 4 * 24  # the projection alone
+    assert forward_flops(config, text_layers=0)["text"] == 2 * 4 * 24  # only the projection
     assert forward_flops(config)["text"] == one
     assert forward_flops(config, image_layers=7)["text"] == one
 
@@ -102,7 +102,7 @@ def _curve(*values: float, step: int = 10, start: int = 1, flops: int = 100, sec
     [
         ((0.1, 0.5, 0.6, 0.7), 1, 20),  # exactly the target counts
         ((0.1, 0.5, 0.4, 0.6, 0.7), 1, 40),  # a lone evaluation does not
-        ((0.1, 0.2, 0.3, 0.9), 1, None),  # nor does the last one alone
+        ((0.1, 0.2, 0.3, 0.9), 1, None),  # nor does only the last one
         ((0.6, 0.6), 0, 0),  # there before any training
         ((0.6, 0.4, 0.6, 0.6), 0, 0),  # also where training first makes it worse
         ((0.4, 0.6, 0.4, 0.6, 0.6), 0, 30),
@@ -253,11 +253,11 @@ def test_baselines_pay_for_the_ancestor_too() -> None:
     assert family["totals_by_init"]["even"]["num_reached"] == 1
 
 
-def test_a_baseline_that_lacks_a_size_has_no_ratio() -> None:
+def test_a_baseline_without_a_size_has_no_ratio() -> None:
     family = summarise(_family(*_two_sizes(), _entry("distil", 2, (0.4, 0.4))))
     assert family["cost_ratio_by_baseline"] == {"distil": None}
     assert family["totals_by_init"]["distil"] is None
-    assert family["notes"] == ["baseline distil lacks a size of the sum: its ratio is not defined"]
+    assert family["notes"] == ["baseline distil is missing a size of the sum: its ratio is not defined"]
     assert family["cost_ratio"] == pytest.approx(1000 / 220)
 
 
@@ -417,7 +417,7 @@ def test_a_runs_result_is_read_and_written_unchanged() -> None:
         ({"init": "magic"}, f"init: 'magic' is not one of {', '.join(INITS)}"),
     ],
 )
-def test_what_a_result_lacks_is_one_line_with_its_path(change: dict[str, Any], message: str) -> None:
+def test_what_a_result_misses_is_one_line_with_its_path(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=rf"^/run/result\.json is damaged: {message}\. Remove") as raised:
         RunResult.from_json(RUN | change, "/run/result.json")
     assert "\n" not in str(raised.value)

@@ -122,7 +122,7 @@ def test_a_recipe_builds_no_class_that_it_names(tmp_path: Path, capsys: pytest.C
 def test_empty_data_and_missing_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     said = refused("train", "demo", "--data.path", str(tmp_path / "empty"), "--out", str(tmp_path / "o"), capsys=capsys)
-    assert "holds no data set" in said
+    assert "contains no data set" in said
     table = tmp_path / "t.csv"
     table.write_text("filepath,caption\nnowhere.png,x\n")
     assert "row 2: no image" in refused("data", "pack", str(table), "--out", str(tmp_path / "o"), capsys=capsys)
@@ -153,7 +153,7 @@ def test_depth_zero_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_a_folder_of_something_else_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("kept")
-    assert "holds no family of mmlg, but notes.txt" in refused("family", "demo", "--out", str(tmp_path / "mine"), capsys=capsys)
+    assert "is not an mmlg family, but notes.txt" in refused("family", "demo", "--out", str(tmp_path / "mine"), capsys=capsys)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "kept"
 
 

@@ -101,7 +101,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @torch.no_grad()
 def open_clips_features(folder: Path, data: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of the test split by open_clip alone: its model, its transform, its tokenizer, on the packed bytes."""
+    """Features of the test split by open_clip only: its model, its transform, its tokenizer, on the packed bytes."""
     model, _, transform = towers.open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokenizer, reader = towers.open_clip.get_tokenizer(f"local-dir:{folder}"), ShardReader(data / "test")
     images = torch.stack([transform(Image.open(io.BytesIO(reader.image_bytes(index)))) for index in range(len(reader))])

@@ -155,7 +155,7 @@ def test_the_plan_is_what_the_runs_charged(
     assert (left["id"], left["state"], left["done"]) == ("i2-t2-even", "resumes", 4)
     assert left["seconds"] == pytest.approx(steps["i2-t2-even"]["seconds"] / 2)
     assert main(["plan", str(recipe_file), "--out", str(stopped), "--ancestor.steps", "61"]) == 2
-    assert "holds a family of another ancestor or data set: ancestor.steps was 60, now 61" in capsys.readouterr().err
+    assert "contains a family of another ancestor or data set: ancestor.steps was 60, now 61" in capsys.readouterr().err
 
 
 def test_killed_in_three_stages_gives_the_same_numbers(recipe_file: Path, undisturbed: Path, tmp_path: Path) -> None:

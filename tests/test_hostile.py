@@ -84,7 +84,7 @@ RECIPES = {
     "20,000 layers of a size": ("family: {sizes: [{image_layers: 20000}]}", "a whole number from 1 to 1,000"),
     "20,000 layers of the ancestor": (
         "model: {config: {embed_dim: 8, vision_cfg: {layers: 20000, width: 64}, text_cfg: {width: 64, heads: 1}}}",
-        "vision_cfg.layers: '20000' is no whole number from 1 to 1000",
+        "vision_cfg.layers: '20000' is not a whole number from 1 to 1000",
     ),
     "a width without end": (
         "model: {config: {embed_dim: 8, vision_cfg: {layers: 1000, width: 65536, head_width: 64}, text_cfg: {width: 64, heads: 1}}}",
@@ -183,7 +183,7 @@ def test_learngenes(kind: str, gene: Path, tmp_path: Path, capsys: pytest.Captur
 
 def test_sizes_on_the_command_line(gene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("descend", gene, "--out", tmp_path / "out", "--text-layers", "1", "--image-layers")
-    assert "20000 is no depth. Use 1 to 1000." in refused(*words, "20000", capsys=capsys)
+    assert "20000 is not a valid depth. Use 1 to 1000." in refused(*words, "20000", capsys=capsys)
     monkeypatch.setattr(os, "sysconf", lambda name: 2**10 if name == "SC_PAGE_SIZE" else 16)
     assert "GiB of memory, this machine has 0. Use fewer." in refused(*words, "1000", capsys=capsys)
     assert not (tmp_path / "out").exists()

@@ -299,7 +299,7 @@ def test_a_damaged_family_is_one_clear_line(tmp_path: Path, family: Any, message
 
 
 def test_missing_and_broken_files_are_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no family\.json"):
+    with pytest.raises(UserError, match=r"has no family\.json"):
         write_report(tmp_path)
     (tmp_path / "family.json").write_text('{"metric": ')
     with pytest.raises(UserError, match="it is not JSON"):

@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_storage(folder: Path) -> None:
-    """At equal precision: <= 31 % of the ancestor with M and U, <= 25 % with M alone, <= 10 % of the family of five."""
+    """At equal precision: <= 31 % of the ancestor with M and U, <= 25 % with only M, <= 10 % of the family of five."""
     gene = folder / "gene" / "learngene.safetensors"
     config = towers.model_config("ViT-B-32")
     ancestor = (folder / "ancestor.safetensors").stat().st_size

@@ -1,4 +1,4 @@
-"""Contrastive losses that never store the B x B similarity matrix, and block transfer. Needs torch and triton alone, not mmlg_scale."""
+"""Contrastive losses that never store the B x B similarity matrix, and block transfer. Needs only torch and triton, not mmlg_scale."""
 
 from mmlg_kernels.block_transfer import block_transfer, transfer_blocks, transfer_layer
 from mmlg_kernels.contrastive import contrastive_loss, sigmoid_loss

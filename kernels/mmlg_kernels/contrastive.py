@@ -27,7 +27,7 @@ def contrastive_loss(
     Args:
         image_BD, text_BD: features of this rank's B pairs; bf16, fp16, fp32 or (not in Triton) fp64, accumulated in at least fp32.
         logit_scale: the multiplier of the similarities (already exponentiated), one element, with gradient.
-        group: None computes on these pairs alone. With a process group each rank passes its own pairs, the mean over ranks of the returned
+        group: None computes on these pairs only. With a process group each rank passes its own pairs, the mean over ranks of the returned
             values is the loss of the global batch, and gradients averaged over ranks are the global batch's.
         normalize: L2-normalise the features first.
         return_ranks: return (loss, image_ranks_B, text_ranks_B) as well: 1 + the number of strictly greater logits than the pair's own

@@ -147,7 +147,7 @@ class TransferPlan:
 
     @functools.cached_property
     def layer_plans(self) -> tuple[TransferPlan, ...]:
-        """For each target the plan of a single layer of it, with that target's sources alone."""
+        """For each target the plan of a single layer of it, with only that target's sources."""
         plans = []
         for target in self.targets:
             alone = dataclasses.replace(target, num_layers=1, sources=tuple(range(len(target.sources))))
@@ -198,7 +198,7 @@ class TransferPlan:
 
 @functools.lru_cache(maxsize=64)
 def _index(slices: tuple[Slice, ...], size: int, device: torch.device) -> Tensor | None:
-    """The places read in a source of `size` numbers. Kept, since plans that differ in depth alone share it."""
+    """The places read in a source of `size` numbers. Kept, since plans that differ only in depth share it."""
     index = torch.cat([piece.index() for piece in slices])
     if len(index) == size and torch.equal(index, torch.arange(size)):
         return None

@@ -2,7 +2,7 @@
 
 A plan's tensors are cut into tiles of rows and columns. A program reads its tile of the K blocks once, keeps it in registers, and writes
 it summed for each layer; in the backward pass it reads each layer's gradient once, and both the blocks' and the coefficients' gradients
-come of it. Addresses come from a table that depends on the plan alone. No atomics: the coefficients' sums over tiles are added up in a
+come of it. Addresses come from a table that depends only on the plan. No atomics: the coefficients' sums over tiles are added up in a
 fixed order, and where targets share a source, their launches follow one another. The same inputs give the same bits.
 
 Works under TRITON_INTERPRET=1 on CPU tensors.

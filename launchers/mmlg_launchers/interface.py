@@ -22,7 +22,7 @@ class Resources:
 
 
 class JobState(enum.Enum):
-    """Where a job stands."""
+    """How far a job is."""
 
     PENDING = "pending"
     RUNNING = "running"

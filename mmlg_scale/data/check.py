@@ -51,10 +51,10 @@ def check_dataset(
     present = [split for split in SPLITS if (root / split / "manifest.json").is_file()]
     for split in splits or ():
         if split not in present:
-            raise UserError(f"{root} has no split {split!r}, but: {', '.join(present) or 'none'}. Name one of them.")
+            raise UserError(f"{root} has no split {split!r}; it has: {', '.join(present) or 'none'}. Name one of them.")
     if not present:
         raise UserError(
-            f"{root} holds no data set (no split with a manifest.json). mmlg data pack writes one, mmlg data index describes shards."
+            f"{root} contains no data set (no split with a manifest.json). mmlg data pack writes one, mmlg data index describes shards."
         )
     found: list[Damage] = []
     for split in splits or present:

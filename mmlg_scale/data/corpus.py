@@ -57,13 +57,13 @@ def open_pairs(path: Path | str | None) -> PairSet:
     """The data set in a folder.
 
     Raises:
-        UserError: `path` is None or holds no data set; its tokenizer or its classes are damaged.
+        UserError: `path` is None or contains no data set; its tokenizer or its classes are damaged.
     """
     if path is None:
         raise UserError("recipe key data.path is null. Write a data set with mmlg data scenes or mmlg data pack and give --data.path DIR.")
     root = Path(path)
     if not (root / "dataset.json").is_file():
-        raise UserError(f"recipe key data.path: {root} holds no data set. mmlg data scenes or mmlg data pack writes one.")
+        raise UserError(f"recipe key data.path: {root} contains no data set. mmlg data scenes or mmlg data pack writes one.")
     return PairSet(root, offered_tokenizer(root), _load_classes(root / CLASSES_FILE))
 
 

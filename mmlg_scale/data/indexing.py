@@ -39,7 +39,7 @@ DAMAGED_HEADER, CUT_SHARD, NO_IMAGE, NO_CAPTION, TWICE, DOTTED, OTHER = (
 
 @dataclass
 class Indexed:
-    """One shard's manifest entry, and what it lacks: counts by cause."""
+    """One shard's manifest entry, and its problems: counts by cause."""
 
     entry: dict[str, Any]
     problems: Counter[str] = field(default_factory=Counter)
@@ -107,7 +107,7 @@ def _groups(root: Path, val_shards: int, test_shards: int) -> dict[str, list[Pat
         return {split: paths for split, paths in inside.items() if paths}
     shards = sorted(root.glob("*.tar"))
     if not shards:
-        raise UserError(f"{root} holds no .tar shards, nor does {root}/train. Give the folder that holds them.")
+        raise UserError(f"{root} contains no .tar shards, nor does {root}/train. Give the folder that holds them.")
     if min(val_shards, test_shards) < 0 or val_shards + test_shards >= len(shards):
         raise UserError(
             f"{root} holds {len(shards)} shards; {val_shards} for val and {test_shards} for test leave none for train. "
@@ -127,7 +127,7 @@ def _refuse_foreign(root: Path) -> None:
         except UserError:
             kind = None
         if kind != "indexed":
-            raise UserError(f"{root} is a data set of its own making ({kind}), with its manifests. mmlg data check looks at it.")
+            raise UserError(f"{root} was packed by another command ({kind}), with its manifests. Check it with mmlg data check.")
 
 
 def _refuse_tokenizer(root: Path) -> None:

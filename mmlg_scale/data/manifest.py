@@ -94,11 +94,11 @@ def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | 
         marker = root / "dataset.json"
         found = _read_object(marker, "description of a data set") if marker.is_file() else None
         if found is not None and {key: found.get(key) for key in identity} == json.loads(json.dumps(identity)):
-            print(f"{root} already holds this data set ({found.get('splits')}): nothing to do.")
+            print(f"{root} already contains this data set ({found.get('splits')}): nothing to do.")
             yield None
             return
         if found is not None or any(root.iterdir()):
-            what = "a data set made with other arguments" if found is not None else "files that are no data set"
+            what = "a data set made with other arguments" if found is not None else "files that are not a data set"
             raise UserError(f"{root} holds {what}. Give another --out, or remove it.")
     make_folder(root.parent)
     remove_stale(root)
@@ -165,7 +165,7 @@ def write_split(root: Path, split: str, samples: Iterable[Sample], *, samples_pe
     shards: list[dict[str, Any]] = []
     while chunk := list(islice(source, samples_per_shard)):
         path = folder / f"shard-{len(shards):06d}.tar"
-        # Fixed owner and time, so that the bytes depend on the samples alone.
+        # Fixed owner and time, so that the bytes depend only on the samples.
         with writing(path), wds.TarWriter(str(path), user="mmlg", group="mmlg", mode=0o644, mtime=0) as writer:
             for sample in chunk:
                 about = json.dumps({"captions": sample.captions, "label": sample.label}, ensure_ascii=False)

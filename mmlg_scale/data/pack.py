@@ -133,7 +133,7 @@ def pack_table(
         captions[name].append(caption)
         if row.get("split"):
             if row["split"] not in SPLITS:
-                raise UserError(f"{table} row {number}: split {row['split']!r} is none of {', '.join(SPLITS)}. Correct it.")
+                raise UserError(f"{table} row {number}: split {row['split']!r} is not one of {', '.join(SPLITS)}. Correct it.")
             if split_of.setdefault(name, row["split"]) != row["split"]:
                 raise UserError(f"{table} row {number}: {name} is in split {split_of[name]} and in {row['split']}. Keep it in one.")
     items = {name: Item(table.parent / name, texts) for name, texts in captions.items()}
@@ -157,7 +157,7 @@ def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, 
         names = next(reader, [])
         for column in columns:
             if column not in names:
-                raise UserError(f"{table} has no column {column!r}, but: {', '.join(names)}. Use --image-column and --caption-column.")
+                raise UserError(f"{table} has no column {column!r}; it has: {', '.join(names)}. Use --image-column and --caption-column.")
         last = reader.line_num
         for fields in reader:
             first, last = last + 1, reader.line_num
@@ -233,7 +233,7 @@ def pack_folders(
             paths = [path for path in inside if path.suffix.lower() in EXTENSIONS and not path.is_dir()]
             check.skipped += [_left_out(path) for path in inside if path not in set(paths)]
             if not paths:
-                raise UserError(f"{root / name} holds no images ({', '.join(EXTENSIONS)}). Add some, or remove the class.")
+                raise UserError(f"{root / name} has no images ({', '.join(EXTENSIONS)}). Add some, or remove the class.")
             for path in paths:
                 if not check.is_good(path):
                     continue
@@ -260,7 +260,7 @@ def _check_image(path: Path, where: str) -> None:
     try:
         check_decodes(read_image(path))
     except Exception as error:  # of damaged bytes PIL's plugins raise nearly anything
-        raise UserError(f"{where}{path} is no readable image ({one_line(error)}). Replace it, or remove it.") from error
+        raise UserError(f"{where}{path} cannot be read as an image ({one_line(error)}). Replace it, or remove it.") from error
 
 
 def read_image(path: Path) -> bytes:

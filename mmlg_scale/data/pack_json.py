@@ -94,7 +94,9 @@ def _coco_entries(source: Path, content: Mapping[str, Any]) -> list[_Entry]:
             for number, image in enumerate(content["images"])
         ]
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{source} is no COCO captions file: {error!r} is missing. Give captions_*.json, not instances_*.json.") from error
+        raise UserError(
+            f"{source} is not a COCO captions file: {error!r} is missing. Give captions_*.json, not instances_*.json."
+        ) from error
     if captions:
         raise UserError(f"{source}: {len(captions)} images have annotations but no entry, such as id {next(iter(captions))}. Add them.")
     return _checked(source, entries)
@@ -107,13 +109,13 @@ def _karpathy_entries(source: Path, content: Mapping[str, Any], restval: str) ->
             name = "/".join(part for part in (image.get("filepath", ""), image["filename"]) if part)
             split, captions = image["split"], [sentence["raw"].strip() for sentence in image["sentences"]]
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{source} images[{number}] is no entry of a Karpathy file: {error!r} is missing. Correct it.") from error
+            raise UserError(f"{source} images[{number}] is not an entry of a Karpathy file: {error!r} is missing. Correct it.") from error
         if split == "restval":
             if restval == "drop":
                 continue
             split = "train"
         if split not in SPLITS:
-            raise UserError(f"{source} images[{number}]: split {split!r} is none of {', '.join(SPLITS)}, restval. Correct it.")
+            raise UserError(f"{source} images[{number}]: split {split!r} is not one of {', '.join(SPLITS)}, restval. Correct it.")
         entries.append(_Entry(name, [text for text in captions if text], split, f"{source} images[{number}]: "))
     return _checked(source, entries)
 
@@ -150,5 +152,5 @@ def _check_counts(source: Path, dataset: str, entries: list[_Entry], restval: st
     else:
         raise UserError(
             f"{source}: {dataset} should have {wanted} images for train / val / test, this file has {told}. "
-            "Get the whole file, or say --allow-other-counts."
+            "Get the whole file, or pass --allow-other-counts."
         )

@@ -1,6 +1,6 @@
 """Shards -> batches, at an exact position.
 
-The global order is a function of (seed, epoch, position) alone: global step s takes positions s * G ... (s + 1) * G - 1 of the endless
+The global order is a function of (seed, epoch, position) only: global step s takes positions s * G ... (s + 1) * G - 1 of the endless
 concatenation of shuffled epochs, and each rank takes its slice. So a run resumes at the exact sample, at any world size that divides the
 batch and with any number of workers, and every rank has the same amount of work.
 
@@ -108,7 +108,7 @@ class Batch:
 
     @property
     def indices_B(self) -> Tensor:
-        """The samples alone."""
+        """Only the samples."""
         return self.samples_B2[:, 0]
 
     def pin_memory(self) -> Batch:
@@ -320,7 +320,7 @@ class TrainStream:
             batch_size=None,
             sampler=_Steps(order, batch_size, rank, world_size, start_step),
             pin_memory=torch.cuda.is_available(),
-            # Its draw for the workers, on which nothing here depends, leaves the global state alone.
+            # Its draw for the workers, on which nothing here depends, does not touch the global state.
             generator=torch.Generator().manual_seed(settings.seed),
             **worker_options(settings.num_workers),
         )
@@ -403,7 +403,7 @@ def load_eval_split(folder: Path, spec: ModelSpec, *, max_bad_fraction: float = 
         read.pop(fault.index, None)
     images, about = [image for image, _ in read.values()], [found for _, found in read.values()]
     if not images:
-        raise UserError(f"{folder}: not one sample can be read. mmlg data check says why.")
+        raise UserError(f"{folder}: no sample can be read. mmlg data check says why.")
     captions = [text for item in about for text in item["captions"]]
     owners = [position for position, item in enumerate(about) for _ in item["captions"]]
     labels = [item["label"] for item in about]

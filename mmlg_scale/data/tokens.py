@@ -103,12 +103,12 @@ def read_offer(choice: str) -> Offer:
         raise UserError(f"--tokenizer {choice} is unknown: no such path. Use {NONE}, {WORDS}, {BPE}, a model folder or a tokenizer.json.")
     folder = path if path.is_dir() else path.parent
     if path.is_file() and path.name != FILES[0]:
-        raise UserError(f"--tokenizer {path} is no tokenizer.json. Give one, or the folder of a model.")
+        raise UserError(f"--tokenizer {path} is not a tokenizer.json. Give one, or the folder of a model.")
     config = folder / "open_clip_config.json"
     if path.is_dir() and config.is_file() and not _names_a_tokenizer(config):
         return Offer(BPE)
     if not (folder / FILES[0]).is_file():
-        raise UserError(f"--tokenizer {path} holds no {FILES[0]} and no open_clip model with byte pairs. Use {BPE} for byte pairs.")
+        raise UserError(f"--tokenizer {path} has no {FILES[0]} and no open_clip model with byte pairs. Use {BPE} for byte pairs.")
     tokenizer = _from_folder(folder, "Give another --tokenizer.")
     return Offer(tokenizer.identity, tokenizer.files)
 
@@ -190,7 +190,7 @@ def _tokenizer(files: Mapping[str, str], folder: Path, remedy: str) -> FileToken
     try:
         return FileTokenizer(files)
     except UserError as error:
-        raise UserError(f"{folder} holds no readable tokenizer: {str(error).rstrip('.')}. {remedy}") from error
+        raise UserError(f"{folder} has no readable tokenizer: {str(error).rstrip('.')}. {remedy}") from error
 
 
 def truncated(tokenizer: Tokenizer, texts: Sequence[str], ids_NT: Tensor) -> list[int]:

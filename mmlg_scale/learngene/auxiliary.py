@@ -225,7 +225,7 @@ def _fill_block(layout: BlockLayout, block_P: Tensor, depth: int, generator: tor
 
 
 def _fill_vectors(structure: Structure, layout: BlockLayout, vectors_RV: Tensor) -> None:
-    """LayerNorm weights of one and biases of zero at every depth: in the linear basis the constant row carries them."""
+    """LayerNorm weights of one and biases of zero at every depth: in the linear basis the constant row has them."""
     vectors_RV.zero_()
     rows_RV = vectors_RV[:1] if structure.basis == "linear" else vectors_RV
     for entry in layout.vectors:

@@ -26,7 +26,7 @@ def initialise(
     learngene: Learngene | None,
     seed: int,
 ) -> dict[str, Tensor]:
-    """A CLIP state dict of the requested sizes, or (from a learngene, where `sizes` name one tower alone) that tower's part of one.
+    """A CLIP state dict of the requested sizes, or (from a learngene, where `sizes` name only one tower) that tower's part of one.
 
     Args:
         init: `mmlg`, `direct`, `tleg` and `sws` write it from a learngene of that kind; `scratch` and `distil` draw open_clip's random
@@ -53,7 +53,7 @@ def initialise(
 
 
 def even_layers(num_ancestor_layers: int, num_layers: int) -> list[int]:
-    """`num_layers` layers of the ancestor at even distances (halves round up); one alone is the middle one."""
+    """`num_layers` layers of the ancestor at even distances (halves round up); a single one is the middle one."""
     if num_layers == 1:
         return [num_ancestor_layers // 2]
     step = (num_ancestor_layers - 1) / (num_layers - 1)

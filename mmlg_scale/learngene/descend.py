@@ -61,7 +61,7 @@ def compose_descendant(
     wanted = [tower for tower in TOWERS if modality in ("both", tower)]
     for tower in wanted:
         if layers[tower] is None:
-            raise UserError(f"{tower} layers: say how deep the {tower} tower is to be.")
+            raise UserError(f"{tower} layers is missing. Give the depth of the {tower} tower.")
     sizes = {f"{tower}_{kind}": of[tower] for tower in wanted for kind, of in (("layers", layers), ("width", widths))}
     spec = spec.sized(**sizes)
     config = spec.config
@@ -73,6 +73,6 @@ def compose_descendant(
     if modality != "both":
         stem = {name: tensor for name, tensor in stem.items() if name.startswith("visual.") == (modality == "image")}
         stem = {name: tensor for name, tensor in stem.items() if not name.startswith("logit_")}
-    # Layers are fresh tensors; stems are copied, so that whoever changes a descendant in place leaves the learngene alone.
+    # Layers are fresh tensors; stems are copied, so that whoever changes a descendant in place does not change the learngene.
     stem = {name: tensor.clone() for name, tensor in stem.items()}
     return Descendant(towers.join_state(stem, blocks), spec, modality)

@@ -140,7 +140,7 @@ class Learngene:
         }
         tensors = {name: self.tensors[name].detach().cpu().contiguous() for name in sorted(self.tensors)}
         header["tensors_sha256"] = tensors_digest(tensors)
-        # One entry alone: safetensors writes several in an order of its own.
+        # Only one entry: safetensors writes several in an order of its own.
         return save(tensors, metadata={"mmlg": json.dumps({**header, "sha256": _digest(header)}, sort_keys=True)})
 
     def save(self, path: Path) -> None:
@@ -214,7 +214,7 @@ def _check(structure: Structure, tensors: Mapping[str, Tensor], path: Path) -> N
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted({*expected, *found}):
         if name not in found:
-            raise UserError(f"{path} lacks the tensor {name}. {CHANGED}")
+            raise UserError(f"{path} has no tensor {name}. {CHANGED}")
         if expected.get(name) != found[name]:
             raise UserError(f"{path}: tensor {shown(name)} has shape {found[name]}, its header asks for {expected.get(name)}. {CHANGED}")
         if tensors[name].dtype != torch.float32:

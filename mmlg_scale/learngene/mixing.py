@@ -69,7 +69,7 @@ def _kept_weights(counts: tuple[int, ...], num_knots: int, dtype: torch.dtype, d
 
 
 def fixed_sum(weights_LK: list[list[float]], values_K: Tensor) -> Tensor:
-    """Values [K, ...] summed by fixed coefficients to [L, ...]: term by term, so that A + t B is rounded as written."""
+    """Values [K, ...] summed by fixed coefficients to [L, ...]: term by term, so that A + t B is rounded as the formula is."""
     layers = []
     for weights_K in weights_LK:
         terms = [values_K[k] if weight == 1.0 else weight * values_K[k] for k, weight in enumerate(weights_K) if weight]

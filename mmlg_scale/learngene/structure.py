@@ -58,7 +58,7 @@ class Structure:
         for key, least, most in (("num_multimodal", 0, MAX_BLOCKS), ("num_unimodal", 0, MAX_BLOCKS), ("num_knots", 2, MAX_KNOTS)):
             value = getattr(self, key)
             if type(value) is not int or not least <= value <= most:
-                raise UserError(f"recipe key extraction.{key}: {value!r} is no whole number from {least} to {most}.")
+                raise UserError(f"recipe key extraction.{key}: {value!r} is not a whole number from {least} to {most}.")
         if self.num_blocks < 1:
             raise UserError("recipe key extraction: has no blocks. Set num_unimodal to 1.")
         if self.basis == "linear" and self.num_blocks != 2:
@@ -78,7 +78,7 @@ class Structure:
             for own, wide in zip(self.layout(tower).matrices, self.layout(self.wide).matrices, strict=True):
                 if any(n > most for n, most in zip(own.shape, wide.shape, strict=True)):
                     raise UserError(
-                        f"recipe key model: {own.name} of the {tower} tower, {list(own.shape)}, is no part of the wider tower's "
+                        f"recipe key model: {own.name} of the {tower} tower, {list(own.shape)}, does not fit into the wider tower's "
                         f"{list(wide.shape)}. Set extraction.num_multimodal to 0, or use towers whose MLP ratios agree."
                     )
 

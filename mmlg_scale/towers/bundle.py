@@ -96,7 +96,7 @@ class ModelSpec:
         """
         for key, kind in (("model_config", dict), ("preprocess", dict), ("tokenizer_files", dict)):
             if not isinstance(header.get(key), kind):
-                raise UserError(f"{where}: {key} is missing or no object. Write the file again.")
+                raise UserError(f"{where}: {key} is missing or not an object. Write the file again.")
         return cls(
             model_config(header["model_config"], where=f"{where}: model_config"),
             Preprocess.from_config(header["preprocess"], where),
@@ -144,7 +144,7 @@ def export(model: Bundle, out: Path, *, overwrite: bool = False) -> None:
     of the export that is there, in one step (`folder_atomic`); whatever else lies in OUT stays.
 
     Raises:
-        UserError: OUT holds files and is no export, or `overwrite` is not given; the disk has too little space.
+        UserError: OUT contains files and is not an export, or `overwrite` is not given; the disk has too little space.
         OSError: it cannot be written, with the path.
     """
     spec = model.spec
@@ -297,7 +297,7 @@ def _has_own_tokenizer(out: Path) -> bool:
 def load_ancestor(path: Path, config: Mapping[str, Any]) -> Bundle:
     """An ancestor: a model folder (`load_clip`), or a file of weights for the architecture `config`, which has byte pairs.
 
-    Of a Hugging Face folder whose config.json says nothing of a model, the architecture is `config`.
+    Of a Hugging Face folder whose config.json does not describe a model, the architecture is `config`.
 
     Raises:
         UserError: as `load_clip` and `load_weights`; the folder's architecture is not that of `config`.
@@ -329,7 +329,7 @@ def _load_folder(folder: Path, config: Mapping[str, Any] | None) -> Bundle:
         if os.path.lexists(path):
             content = read_json(path, "model configuration", "Take the one that the model was published with.")
             return _load_open_clip(folder, content) if name == CONFIG_FILE else _load_hugging_face(folder, content, config)
-    raise UserError(f"{folder} holds no {CONFIG_FILE} and no config.json: not a model folder. Give one that mmlg train or open_clip wrote.")
+    raise UserError(f"{folder} has no {CONFIG_FILE} and no config.json: not a model folder. Give one that mmlg train or open_clip wrote.")
 
 
 def _load_open_clip(folder: Path, content: Mapping[str, Any]) -> Bundle:
@@ -376,7 +376,9 @@ def _load_hugging_face(folder: Path, content: Mapping[str, Any], config: Mapping
         if "quick_gelu" not in config:
             warn_of_activation(state, path)
     else:
-        raise UserError(f"{where} says nothing of a model (no model_type, no text_config). Take the one that the model was published with.")
+        raise UserError(
+            f"{where} does not describe a model (no model_type, no text_config). Take the one that the model was published with."
+        )
     state = fit_state(state, own, path, asker=asker)
     preprocess = hugging_face.preprocess_of(folder, image_size(own))
     files = _tokenizer_files(folder)

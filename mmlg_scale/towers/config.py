@@ -56,7 +56,7 @@ _OTHER: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: (
             isinstance(value, dict) and set(value) <= {"eps"} and all(_is_number(eps) and 0 < eps <= 0.1 for eps in value.values())
         ),
-        "eps alone, up to 0.1",
+        "only eps, up to 0.1",
     ),
     "act_kwargs": (lambda value: value in ({}, {"approximate": "tanh"}, {"approximate": "none"}), "approximate: tanh, without quick_gelu"),
 }
@@ -94,14 +94,14 @@ def model_config(name_or_dict: str | Mapping[str, Any] | None, where: str = "rec
         raise UserError(f"{where}.{shown(key)}: not supported. {_PLAIN}")
     for key in ("vision_cfg", "text_cfg"):
         if not isinstance(config[key], dict):
-            raise UserError(f"{where}.{key}: {shown(config[key])!r} is no mapping. {_PLAIN}")
+            raise UserError(f"{where}.{key}: {shown(config[key])!r} is not a mapping. {_PLAIN}")
     if isinstance(config["vision_cfg"].get("layers"), list):
         raise UserError(f"{where}: a ResNet image tower is not supported. Use a ViT configuration, such as ViT-B-32.")
     _check_whole(config["embed_dim"], (1, MAX_WIDTH), f"{where}.embed_dim")
     if not isinstance(config.get("quick_gelu", False), bool):
         raise UserError(f"{where}.quick_gelu: {shown(config['quick_gelu'])!r} is not true or false.")
     if "init_logit_bias" in config and not _is_number(config["init_logit_bias"]):
-        raise UserError(f"{where}.init_logit_bias: {shown(config['init_logit_bias'])!r} is no number. SigLIP's is -10.")
+        raise UserError(f"{where}.init_logit_bias: {shown(config['init_logit_bias'])!r} is not a number. SigLIP's is -10.")
     for key, fields in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
         config[key] = _checked_tower(config[key], fields, key, where, quick_gelu=config.get("quick_gelu", False))
     _check_sizes(config, where)
@@ -156,7 +156,7 @@ def _checked_tower(tower: Mapping[str, Any], fields: type, key: str, where: str,
 def _check_whole(value: Any, bounds: tuple[int, int], at: str) -> None:
     least, most = bounds
     if type(value) is not int or not least <= value <= most:
-        raise UserError(f"{at}: {shown(value)!r} is no whole number from {least} to {most}.")
+        raise UserError(f"{at}: {shown(value)!r} is not a whole number from {least} to {most}.")
 
 
 def _check_sizes(config: Mapping[str, Any], where: str) -> None:
@@ -289,7 +289,7 @@ def with_sizes(
     for tower, key, layers, wide in (("image", "vision_cfg", image_layers, image_width), ("text", "text_cfg", text_layers, text_width)):
         if layers is not None:
             if not 1 <= layers <= MAX_LAYERS:
-                raise UserError(f"{tower} layers: {layers} is no depth. Use 1 to {MAX_LAYERS}.")
+                raise UserError(f"{tower} layers: {layers} is not a valid depth. Use 1 to {MAX_LAYERS}.")
             changed[key]["layers"] = layers
         if wide is None:
             continue

@@ -57,7 +57,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], str]:
     hint = "Fetch it again, or save the model's state_dict() as safetensors."
     size = require_file(path, "file of weights", "Give the path of an existing one, or of a model folder.")
     if path.suffix.lower() not in WEIGHT_SUFFIXES:
-        raise UserError(f"{path} is no file of weights by its name. Give one of {', '.join(WEIGHT_SUFFIXES)}, or a model folder.")
+        raise UserError(f"{path} does not have the name of a weights file. Give one of {', '.join(WEIGHT_SUFFIXES)}, or a model folder.")
     try:
         with open_regular(path) as file:
             head = file.read(256)
@@ -155,8 +155,8 @@ def _read_torch(path: Path, head: bytes) -> Any:
         found = re.search(r"GLOBAL (\S+) was not an allowed global|Unsupported (?:global|class)[: ]+(?:GLOBAL )?(\S+)", str(error))
         if found:
             raise UserError(
-                f"{path} holds a pickled {shown(found[1] or found[2])}, not tensors alone, and is not unpickled. Save the model's "
-                "state_dict() by itself, best as safetensors."
+                f"{path} contains a pickled {shown(found[1] or found[2])}, not only tensors, and is not unpickled. Save the model's "
+                "state_dict() by itself, preferably as safetensors."
             ) from error
         raise UserError(f"{path} is damaged, cut off, or not a state dict ({one_line(error)}). Fetch it again.") from error
 
@@ -174,7 +174,8 @@ def _check_archive(path: Path) -> None:
         raise UserError(f"{path} is cut off or damaged ({one_line(error)}). Fetch it again.") from error
     if any(name.partition("/")[2] == "constants.pkl" for name in names):
         raise UserError(
-            f"{path} is a TorchScript archive, which is a program and is not loaded. Save its state_dict() by itself, best as safetensors."
+            f"{path} is a TorchScript archive, which is a program and is not loaded. Save its state_dict() by itself, preferably as "
+            "safetensors."
         )
     if not any(name.partition("/")[2] == "data.pkl" for name in names):
         raise UserError(f"{path} is a ZIP archive, but not one that torch.save wrote. Give the file with the weights.")
@@ -194,7 +195,7 @@ def _state_dict(content: Any, path: Path) -> tuple[dict[str, Any], str]:
         content = content[key]
     if not _is_state_dict(content):
         keys = ", ".join(shown(key) for key in list(content)[:6]) or "nothing"
-        raise UserError(f"{path} holds no state dict: its keys are {keys}. Save the model's state_dict() as safetensors.")
+        raise UserError(f"{path} has no state dict: its keys are {keys}. Save the model's state_dict() as safetensors.")
     told = f"{path} also holds weights under {', '.join(left_out)}, which are not read." if left_out else ""
     return {str(name): value for name, value in content.items()}, told
 

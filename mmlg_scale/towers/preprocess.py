@@ -68,7 +68,7 @@ class Preprocess:
 
 
 def _three(value: Any, where: str, *, above_zero: bool) -> tuple[float, ...]:
-    """One number for each channel; a number alone counts for all three, as in open_clip, which takes 0 for its default."""
+    """One number for each channel; a single number counts for all three, as in open_clip, which takes 0 for its default."""
     numbers = list(value) if isinstance(value, (list, tuple)) else [value] * 3 if value else []
     plain = all(isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) < 1e6 for number in numbers)
     if len(numbers) != 3 or not plain or (above_zero and min(numbers) <= 0):

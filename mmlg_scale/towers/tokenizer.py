@@ -118,9 +118,9 @@ def check_files(files: Mapping[str, str], where: str) -> None:
     """Raise UserError for names other than TOKENIZER_FILES, contents that are no text or too long, and where tokenizer.json is missing."""
     for name, content in files.items():
         if name not in TOKENIZER_FILES:
-            raise UserError(f"{where}: {shown(name)!r} is no tokenizer file. Supported: {', '.join(TOKENIZER_FILES)}.")
+            raise UserError(f"{where}: {shown(name)!r} is not a tokenizer file. Supported: {', '.join(TOKENIZER_FILES)}.")
         if not isinstance(content, str):
-            raise UserError(f"{where}: {name} is no text. Take the file that the model was published with.")
+            raise UserError(f"{where}: {name} is not text. Take the file that the model was published with.")
         if len(content) > MAX_TOKENIZER_BYTES:
             raise UserError(f"{where}: {name} has {len(content)} characters, at most {MAX_TOKENIZER_BYTES} are supported.")
     if "tokenizer.json" not in files:

@@ -74,7 +74,7 @@ def load_weights(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
         names = {True: "QuickGELU", False: "GELU"}
         raise UserError(
             f"{stated[0]} says {names[stated[1]]}, recipe key model.config.quick_gelu is {str(quick_gelu).lower()} ({names[quick_gelu]}): "
-            f"the features would be others. Set it to {str(stated[1]).lower()}, or use a configuration that has it."
+            f"the features would differ. Set it to {str(stated[1]).lower()}, or use a configuration that has it."
         )
     if stated is None and not is_openai and "quick_gelu" not in config:
         warn_of_activation(state, path)
@@ -128,7 +128,7 @@ def finite(name: str, tensor: Tensor, path: Path) -> Tensor:
     tensor = tensor.detach().to(torch.float32, copy=True).contiguous()
     if not torch.isfinite(tensor).all():
         num = int((~torch.isfinite(tensor)).sum())
-        raise UserError(f"{path}: {name} holds {num} of {tensor.numel()} numbers that are NaN or infinite. Use weights from before.")
+        raise UserError(f"{path}: {name} holds {num} of {tensor.numel()} numbers that are NaN or infinite. Use an earlier checkpoint.")
     return tensor
 
 
@@ -211,12 +211,12 @@ def _check_names(state: Mapping[str, Tensor], config: Mapping[str, Any], path: P
             raise UserError(f"{path} holds {kind}, which is not supported. Use a CLIP of plain ViT and text transformer.")
     for prefix, tower in (("visual.", "image"), ("", "text")):
         if not any(name.startswith(f"{prefix}transformer.resblocks.") for name in state):
-            raise UserError(f"{path} holds no {tower} tower under the names of open_clip, OpenAI or Hugging Face. Give the whole CLIP.")
+            raise UserError(f"{path} has no {tower} tower under the names of open_clip, OpenAI or Hugging Face. Give the whole CLIP.")
         held = {name.removeprefix(BLOCK_PREFIX[tower]).partition(".")[0] for name in state if name.startswith(BLOCK_PREFIX[tower])}
         if len(held) != num_layers(config, tower):
             raise UserError(f"{path} holds {len(held)} {tower} layers, {asker} asks for {num_layers(config, tower)}. {remedy}")
     if "logit_scale" not in state:
-        raise UserError(f"{path} holds no logit_scale, without which similarities have no temperature. Save the whole CLIP.")
+        raise UserError(f"{path} has no logit_scale, without which similarities have no temperature. Save the whole CLIP.")
     expected = _expected(config)
     for name, axis, words in _SIZES:
         shape = tuple(state[name].shape) if name in state else ()
@@ -224,7 +224,7 @@ def _check_names(state: Mapping[str, Tensor], config: Mapping[str, Any], path: P
             raise UserError(f"{path} has {words.format(shape[axis])}, {asker} asks for {expected[name][axis]}. {remedy}")
     for name, wanted in expected.items():
         if name not in state:
-            raise UserError(f"{path} lacks {name} of shape {wanted}, for which {asker} asks. {remedy}")
+            raise UserError(f"{path} has no {name} of shape {wanted}, which {asker} asks for. {remedy}")
         if tuple(state[name].shape) != wanted:
             raise UserError(f"{path}: {name} has shape {tuple(state[name].shape)}, {asker} asks for {wanted}. {remedy}")
     unknown = sorted(set(state) - set(expected))

@@ -160,7 +160,7 @@ def open_features(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         image, text = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in FILES[:2])
         starts = np.load(folder / FILES[2], allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{folder} holds no readable features ({one_line(error)}). {REMEDY}") from error
+        raise UserError(f"{folder} has no readable features ({one_line(error)}). {REMEDY}") from error
     if image.ndim != 2 or text.ndim != 2 or starts.shape != (len(image) + 1,) or starts[-1] != len(text):
         raise UserError(f"{folder}: {', '.join(FILES)} do not go together. {REMEDY}")
     return image, text, starts

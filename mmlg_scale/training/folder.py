@@ -95,20 +95,20 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     A run of another identity that came to neither a checkpoint nor a result gives way: there is nothing to lose.
 
     Raises:
-        UserError: the folder holds another run (names the keys that differ), or files that are no run's.
+        UserError: the folder contains another run (names the keys that differ), or files that are no run's.
     """
     identity = json.loads(json.dumps(identity))
     differing = differences(folder, identity)
     if differing is None:
         foreign = [path.name for path in folder.iterdir() if not _LEFTOVER.fullmatch(path.name)]
         if foreign:
-            raise UserError(f"{folder} exists and holds no run of mmlg, but {foreign[0]}. Give another --out, or an empty folder.")
+            raise UserError(f"{folder} exists and is not an mmlg run: it contains {foreign[0]}. Give another --out, or an empty folder.")
     elif differing:
         if has_work(folder):
-            raise UserError(f"{folder} holds another run: {'; '.join(differing)}. Give another --out, or remove that folder.")
+            raise UserError(f"{folder} contains another run: {'; '.join(differing)}. Give another --out, or remove that folder.")
         for path in [path for pattern in _OF_A_START for path in folder.glob(pattern)]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        print(f"{folder}: an earlier start ({'; '.join(differing)}) left no checkpoint; starting anew.", file=sys.stderr)
+        print(f"{folder}: an earlier start ({'; '.join(differing)}) left no checkpoint; starting over.", file=sys.stderr)
     else:
         return result_of(folder)
     write_record(folder / IDENTITY_FILE, identity)
@@ -121,7 +121,7 @@ def has_work(folder: Path) -> bool:
 
 
 def differences(folder: Path, identity: Mapping[str, Any]) -> list[str] | None:
-    """In what the run in `folder` differs from `identity`, in words, by dotted key; None where the folder holds no run."""
+    """In what the run in `folder` differs from `identity`, in words, by dotted key; None where the folder has no run."""
     file = folder / IDENTITY_FILE
     if not file.is_file():
         return None

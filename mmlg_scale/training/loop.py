@@ -25,7 +25,7 @@ Curve = list[dict[str, Any]]
 
 @dataclass
 class Progress:
-    """Where a run stands: everything besides the engine's tensors that a resumed run needs."""
+    """How far a run is: everything besides the engine's tensors that a resumed run needs."""
 
     step: int = 0
     flops: int = 0

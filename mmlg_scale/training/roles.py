@@ -100,7 +100,7 @@ def load_ancestor(settings: recipe.Recipe, path: Path, pairs: PairSet) -> towers
     """
     config = recipe_config(settings)
     if config is None and not path.is_dir():
-        raise UserError(f"recipe key model: has no architecture, and {path} is a file of weights alone. Name the architecture.")
+        raise UserError(f"recipe key model: has no architecture, and {path} is only a file of weights. Name the architecture.")
     model = towers.load_clip(path) if config is None else towers.load_ancestor(path, config)
     choose_tokenizer(pairs, model.spec.tokenizer, settings.data.tokenizer, what=str(path))
     model.spec.require_tokenizer(str(path))
@@ -304,16 +304,16 @@ class DescendantRole:
             if needed and given is None:
                 raise UserError(f"--init {self.init} needs {name}. Give what mmlg train or mmlg extract wrote.")
         if self.size.modality != "both" and self.init != "mmlg":
-            raise UserError(f"--modality {self.size.modality} is written from a learngene alone. Use --init mmlg.")
+            raise UserError(f"--modality {self.size.modality} can only be written from a learngene. Use --init mmlg.")
 
     @property
     def target(self) -> float | None:
-        """The quality at which training stops. Raises UserError where the scratch run is not complete or lacks the metric."""
+        """The quality at which training stops. Raises UserError where the scratch run is not complete or does not have the metric."""
         if self.target_of is None or not self.settings.family.stop_at_target:
             return None
         result, metric = result_of(self.target_of), self.settings.evaluation.metric
         if result is None:
-            raise UserError(f"--target-of {self.target_of} is no complete run. Give the folder of a finished scratch run.")
+            raise UserError(f"--target-of {self.target_of} is not a complete run. Give the folder of a finished scratch run.")
         curve = RunResult.from_json(result, str(self.target_of / RESULT_FILE)).curve
         if not curve or metric not in curve[-1]:
             raise UserError(f"--target-of {self.target_of} was not evaluated by {metric}. Train it again, or use another metric.")

@@ -39,7 +39,7 @@ def run_role(role: Role, out: Path, runtime: Runtime) -> Result:
     """Train a role to the end in the folder `out` and return its result; that of a complete run at once.
 
     Raises:
-        UserError: what was given does not go together; `out` holds another run, or another process works there.
+        UserError: what was given does not go together; `out` contains another run, or another process works there.
     """
     settings = role.settings
     pairs = open_pairs(settings.data.path)

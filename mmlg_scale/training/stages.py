@@ -189,7 +189,7 @@ def _places(named: Mapping[str, nn.Parameter], layouts: Mapping[str, BlockLayout
 
 
 class ClipStage:
-    """Training a plain CLIP: by the contrastive loss alone (ancestor, scratch, even), or with a teacher (distillation, adaptation)."""
+    """Training a plain CLIP: with only the contrastive loss (ancestor, scratch, even), or with a teacher (distillation, adaptation)."""
 
     def __init__(
         self,
@@ -255,7 +255,7 @@ class ClipStage:
 
 
 class TowerStage(ClipStage):
-    """One tower of a descendant, evaluated together with the ancestor's other tower, not trained; the tower alone is exported."""
+    """One tower of a descendant, evaluated together with the ancestor's other tower, not trained; only the tower is exported."""
 
     def __init__(self, descendant: Descendant, ancestor: towers.Bundle, device: torch.device) -> None:
         self.descendant = descendant

@@ -98,7 +98,7 @@ def _cached(
         carriers = []
         for (name, output), (_, leaf) in zip(_tensors(outputs), _tensors(whole), strict=True):
             if leaf.grad is not None:
-                # Of what is one number for the batch, each micro-batch carries its part.
+                # Of what is one number for the batch, each micro-batch has its share.
                 grad = leaf.grad / len(micro_batches) if name in _PER_BATCH else leaf.grad[rows]
                 carriers.append((output.float() * grad.float()).sum())
         engine.backward(torch.stack(carriers).sum())  # a number with the loss's gradients, whatever its value

@@ -117,7 +117,7 @@ class CachedTeacher:
     """The ancestor's features of the training split, read from what `mmlg features` wrote; only final features are compared.
 
     Raises:
-        UserError: the folder holds no finished features, or those of another ancestor, data set or precision.
+        UserError: the folder has no finished features, or those of another ancestor, data set or precision.
     """
 
     flops = 0
@@ -126,11 +126,11 @@ class CachedTeacher:
         self.folder, self.spec = folder, spec
         result = result_of(folder)
         if result is None:
-            raise UserError(f"{folder} holds no finished features of an ancestor. Write them with mmlg features; it resumes.")
+            raise UserError(f"{folder} has no finished features of an ancestor. Write them with mmlg features; it resumes.")
         differing = differences(folder, expected)
         if differing is None or differing:
             raise UserError(
-                f"{folder} holds the features of another run: {'; '.join(differing or ['no run.json'])}. "
+                f"{folder} has the features of another run: {'; '.join(differing or ['no run.json'])}. "
                 "Write them with mmlg features --out in another folder."
             )
         try:

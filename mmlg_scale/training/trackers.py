@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard, Weights & Biases, behind one small interface. The first rank alone has any."""
+"""Where a run's figures go: metrics.jsonl, TensorBoard, Weights & Biases, behind one small interface. Only the first rank has any."""
 
 from __future__ import annotations
 

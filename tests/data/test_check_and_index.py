@@ -78,12 +78,12 @@ def test_no_decode_leaves_images_alone(packed: Path, capsys: pytest.CaptureFixtu
 
 def test_check_says_what_is_no_data_set(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    for folder, said in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "holds no data set")):
+    for folder, said in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "contains no data set")):
         assert main(["data", "check", str(folder)]) == 2
         assert said in capsys.readouterr().err
     shutil.rmtree(packed / "val")
     assert main(["data", "check", str(packed), "--split", "val"]) == 2
-    assert "has no split 'val', but: train, test" in capsys.readouterr().err
+    assert "has no split 'val'; it has: train, test" in capsys.readouterr().err
     (packed / "train" / "manifest.json").write_text("{")
     assert main(["data", "check", str(packed)]) == 2
 
@@ -248,7 +248,7 @@ def test_what_cannot_be_indexed(packed: Path, tmp_path: Path) -> None:
     write_tar(tmp_path / "part" / "val" / "0.tar", {"a.jpg": b"x"})
     for root, said in (
         (tmp_path / "none", "no folder"),
-        (tmp_path / "empty", "holds no .tar shards"),
+        (tmp_path / "empty", "contains no .tar shards"),
         (tmp_path / "bare", "split train has no whole sample .* 1 samples without a caption"),
         (tmp_path / "noise", "1 damaged places"),
         (tmp_path / "part", "shards in val but none in train"),
@@ -273,7 +273,7 @@ def test_any_changed_byte_of_a_header_is_noticed(position: int, value: int) -> N
     assert header_problem(info.tobuf(), "sub/key.png", 123457) is not None
 
 
-def stands_during_a_start(out: Path, folder: Path) -> bool:
+def is_there_during_a_start(out: Path, folder: Path) -> bool:
     """Whether `folder` is there while a data set is written to `out`, which then fails."""
     found = None
     with contextlib.suppress(ZeroDivisionError), new_dataset(out, "x", {}):
@@ -291,13 +291,13 @@ def test_a_killed_command_leaves_a_folder_that_the_next_start_removes(tmp_path: 
         assert process.stdout is not None
         left = Path(process.stdout.readline().strip())
         try:
-            assert stands_during_a_start(out, left)  # its owner runs
+            assert is_there_during_a_start(out, left)  # its owner runs
         finally:
             process.kill()
     assert left.is_dir()
     elsewhere = left.with_name(left.name.replace(".set.", ".set.other-"))
     elsewhere.mkdir()
-    assert not stands_during_a_start(out, left)
+    assert not is_there_during_a_start(out, left)
     assert [path.name for path in tmp_path.iterdir()] == [elsewhere.name]  # another host's process may still run
 
 

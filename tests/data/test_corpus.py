@@ -66,12 +66,12 @@ def test_pairs_packed_with_another_vocabulary_have_the_same_digest(tmp_path: Pat
 def test_what_is_no_data_set(scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"recipe key data.path is null"):
         open_pairs(None)
-    with pytest.raises(UserError, match=f"recipe key data.path: {tmp_path} holds no data set"):
+    with pytest.raises(UserError, match=f"recipe key data.path: {tmp_path} contains no data set"):
         open_pairs(tmp_path)
     copy = Path(shutil.copytree(scenes, tmp_path / "copy"))
     for content, said in (
         ("{", "classes.json is damaged"),
-        ("[]", "holds a JSON list, not an object"),
+        ("[]", "is a JSON list, not an object"),
         ('{"classnames": [], "templates": ["{}"]}', r"classnames is \[\]"),
         ('{"classnames": ["a", 3], "templates": ["{}"]}', r"classnames is \['a', 3\]"),
         ('{"classnames": ["a"], "templates": "a {}"}', "templates is 'a {}'"),

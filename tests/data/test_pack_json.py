@@ -157,7 +157,7 @@ def test_karpathy_mistakes_are_named(tmp_path: Path) -> None:
     content = json.loads(source.read_text())
     for change, said in (
         (lambda entry: entry.pop("split"), r"images\[2\] is no entry .* KeyError\('split'\)"),
-        (lambda entry: entry.update(split="dev"), r"images\[2\]: split 'dev' is none of"),
+        (lambda entry: entry.update(split="dev"), r"images\[2\]: split 'dev' is not one of"),
         (lambda entry: entry.update(sentences=[]), r"images\[2\]: 002.jpg has no captions"),
     ):
         changed = json.loads(json.dumps(content))

@@ -35,7 +35,7 @@ def test_scenes_are_deterministic_and_written_once(scenes: Path, tmp_path: Path,
     assert capsys.readouterr().out == ""
     write_scenes(again, num_train=150, num_val=20, num_test=30, seed=3, samples_per_shard=40)
     assert (again / "dataset.json").stat().st_mtime_ns == stamp
-    assert "already holds this data set" in capsys.readouterr().out
+    assert "already contains this data set" in capsys.readouterr().out
     with pytest.raises(UserError, match="other arguments"):
         write_scenes(again, num_train=151, num_val=20, num_test=30, seed=3, samples_per_shard=40)
 
@@ -200,7 +200,7 @@ def test_a_missing_image_is_named_with_its_row_and_nothing_is_written(tmp_path: 
     with pytest.raises(UserError, match=r"row 3: .*7.png is no readable image"):
         pack_table(table, tmp_path / "out")
     table.write_text("file,caption\n0.png,x\n")
-    with pytest.raises(UserError, match=r"no column 'filepath', but: file, caption"):
+    with pytest.raises(UserError, match=r"no column 'filepath'; it has: file, caption"):
         pack_table(table, tmp_path / "out")
 
 
@@ -274,7 +274,7 @@ def test_one_image_is_in_one_split(tmp_path: Path) -> None:
     assert ShardReader(tmp_path / "out" / "train").about(0)["captions"] == ["x", "y"]
     for rows, said in (
         ("0.png,x,train\n./0.png,y,val\n", "row 3: 0.png is in split train and in val"),
-        ("0.png,x,dev\n", "row 2: split 'dev' is none of train, val, test"),
+        ("0.png,x,dev\n", "row 2: split 'dev' is not one of train, val, test"),
         ("0.png,x,train\n1.png,x,\n", "1 have none"),
         ("0.png,x,train\n1.png,x,val\n", "split test has no images"),
         ("0.png, ,train\n", "row 2: empty caption"),
@@ -302,14 +302,14 @@ def test_a_set_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_stands_in_the_way_is_kept(tmp_path: Path) -> None:
+def test_what_is_in_the_way_is_kept(tmp_path: Path) -> None:
     file, folder, damaged = tmp_path / "file", tmp_path / "folder", tmp_path / "damaged"
     file.write_text("mine")
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
     damaged.mkdir()
     (damaged / "dataset.json").write_text("{")
-    for out, said in ((file, "is a file"), (folder, "holds files that are no data set"), (damaged, "dataset.json is damaged")):
+    for out, said in ((file, "is a file"), (folder, "contains files that are not a data set"), (damaged, "dataset.json is damaged")):
         with pytest.raises(UserError, match=said):
             write_scenes(out, num_train=1, num_val=1, num_test=1)
     assert file.read_text() == (folder / "mine.txt").read_text() == "mine"

@@ -81,7 +81,7 @@ def test_files_of_classes_that_are_left_out_are_listed(tmp_path: Path, capsys: p
         (tmp_path / "in" / name / ".hidden").write_text("")
     Image.new("RGB", (9, 9)).save(write_images(tmp_path / "bad" / "cat", 5)[0].parents[1] / "a.gif")
     (tmp_path / "bad" / "dog").mkdir()
-    with pytest.raises(UserError, match="dog holds no images"):
+    with pytest.raises(UserError, match="dog has no images"):
         pack_folders(tmp_path / "bad", tmp_path / "out", templates=["a {}"])
     pack_folders(tmp_path / "in", tmp_path / "out", PackSettings(val=0.1, test=0.1), templates=["a {}"])
     assert [len(ShardReader(tmp_path / "out" / split)) for split in ("train", "val", "test")] == [16, 2, 2]

@@ -185,17 +185,17 @@ def test_what_is_no_tokenizer(table: Path, tmp_path: Path) -> None:
     (model / "open_clip_config.json").write_text('{"model_cfg": {"text_cfg": {"hf_tokenizer_name": "tokenizer"}}}')
     for choice, said in (
         ("word", "--tokenizer word is unknown: no such path. Use none, words, bpe"),
-        (str(empty), "holds no tokenizer.json and no open_clip model"),
+        (str(empty), "has no tokenizer.json and no open_clip model"),
         (str(table), "t.csv is no tokenizer.json"),
-        (str(damaged), "holds no readable tokenizer"),
-        (str(model), "holds no tokenizer.json"),
+        (str(damaged), "has no readable tokenizer"),
+        (str(model), "has no tokenizer.json"),
     ):
         with pytest.raises(UserError, match=said) as raised:
             pack_table(table, tmp_path / "out", PackSettings(tokenizer=choice))
         assert "\n" not in str(raised.value)
         assert not (tmp_path / "out").exists()
     (model / "open_clip_config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"open_clip_config.json holds a JSON list, not an object"):
+    with pytest.raises(UserError, match=r"open_clip_config.json is a JSON list, not an object"):
         read_offer(str(model))
 
 
@@ -208,7 +208,7 @@ def test_sets_of_earlier_versions_offer_what_they_did(scenes: Path, tmp_path: Pa
     (tmp_path / "dataset.json").write_text('{"format_version": 1, "kind": "scenes", "args": {}}')
     assert offered_tokenizer(tmp_path) is None
     (tmp_path / "tokenizer").mkdir()
-    with pytest.raises(UserError, match=r"tokenizer holds no readable tokenizer: .*no tokenizer.json.* Pack the data set again"):
+    with pytest.raises(UserError, match=r"tokenizer has no readable tokenizer: .*no tokenizer.json.* Pack the data set again"):
         offered_tokenizer(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What the GPU tests share. Needs torch alone."""
+"""What the GPU tests share. Needs only torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block transfer on a CUDA GPU against its fp64 definition. Needs torch, triton and pytest alone."""
+"""Block transfer on a CUDA GPU against its fp64 definition. Needs only torch, triton and pytest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both losses on a CUDA GPU against fp64, in blocks. Needs torch, triton and pytest alone, so that it runs on a bare GPU machine."""
+"""Both losses on a CUDA GPU against fp64, in blocks. Needs only torch, triton and pytest, so that it runs on a bare GPU machine."""
 
 from __future__ import annotations
 

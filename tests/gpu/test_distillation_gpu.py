@@ -1,4 +1,4 @@
-"""The distillation loss on a CUDA GPU against fp64. Needs torch, triton and pytest alone."""
+"""The distillation loss on a CUDA GPU against fp64. Needs only torch, triton and pytest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make gpu-check` goes on when a check fails or hangs, and says what became of each."""
+"""`make gpu-check` continues when a check fails or hangs, and says what became of each."""
 
 import json
 import signal

@@ -88,7 +88,7 @@ def test_cancel_ends_grandchildren(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preload", ["", "json"])
 def test_jobs_end_with_a_killed_parent(preload: str, tmp_path: Path) -> None:
-    """A launcher process ended by SIGKILL leaves no job that goes on writing."""
+    """A launcher process ended by SIGKILL leaves no job that keeps writing."""
     script = tmp_path / "parent.py"
     script.write_text(
         "import sys, time\n"

@@ -252,7 +252,7 @@ def test_damaged_files_are_refused(learngene: Learngene, tmp_path: Path) -> None
         load_learngene(path)
     learngene.save(path)
     save_file({k: v for k, v in load_file(path).items() if k != "multimodal"}, path, metadata=metadata_of(path))
-    with pytest.raises(UserError, match="lacks the tensor multimodal"):
+    with pytest.raises(UserError, match="has no tensor multimodal"):
         load_learngene(path)
     wrong = replace(learngene, tensors={**learngene.tensors, "vectors_text": torch.zeros(5, 7)})
     wrong.save(path)

@@ -108,7 +108,7 @@ def test_a_configuration_that_says_nothing_leaves_it_to_the_recipe(tmp_path: Pat
     config = towers.model_config({**EXPECTED, "quick_gelu": True})
     model = towers.load_ancestor(tmp_path / "model", config)
     assert_close(features(loaded(model.state, config), config), their_features(theirs, config), 1e-5)
-    assert_one_line(lambda: towers.load_clip(tmp_path / "model"), "config.json", "says nothing of a model")
+    assert_one_line(lambda: towers.load_clip(tmp_path / "model"), "config.json", "does not describe a model")
     four = towers.with_sizes(config, text_layers=4)
     assert_one_line(lambda: towers.load_ancestor(tmp_path / "model", four), "model.safetensors", "3 text layers, the recipe asks for 4")
     assert capsys.readouterr().err == ""
@@ -159,15 +159,15 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (edited(vision={"num_attention_heads": 5}), "hidden_size 48 is not a multiple of num_attention_heads 5"),
     (edited(vision={"num_attention_heads": 0}), "num_attention_heads is '0'"),
     (edited(vision={"hidden_size": "48"}), "hidden_size is '48'"),
-    (edited(vision={"image_size": [16, 8]}), "image_size: '[16, 8]' is no whole number"),
+    (edited(vision={"image_size": [16, 8]}), "image_size: '[16, 8]' is not a whole number"),
     (edited(vision={"num_channels": 4}), "num_channels is 4"),
     (edited(vision={"num_hidden_layers": 3}), "holds 2 image layers, config.json asks for 3"),
-    (edited(text={"num_hidden_layers": 10**9}), "text_cfg.layers: '1000000000' is no whole number"),
+    (edited(text={"num_hidden_layers": 10**9}), "text_cfg.layers: '1000000000' is not a whole number"),
     (edited(text={"eos_token_id": 7}), "text_config.eos_token_id is 7 of 20 tokens"),
     (edited(text={"vocab_size": 21, "eos_token_id": 20}), "has a vocabulary of 20 tokens, config.json asks for 21"),
-    (edited(projection_dim="x"), "embed_dim: 'x' is no whole number"),
+    (edited(projection_dim="x"), "embed_dim: 'x' is not a whole number"),
     (lambda folder: (folder / "config.json").write_text("["), "config.json is not JSON"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
     (lambda folder: (folder / "preprocessor_config.json").write_text("no"), "preprocessor_config.json is not JSON"),
     (preprocessor(resample=1), "resample is 1. Supported: 2 (bilinear) or 3 (bicubic)"),
     (preprocessor(do_resize=False), "do_resize is False. Supported: true"),

@@ -166,7 +166,7 @@ def test_files_that_are_refused() -> None:
         ({**WORDS, "../escape": ""}, "'../escape' is no tokenizer file"),
         ({**WORDS, "sub/vocab.json": ""}, "'sub/vocab.json' is no tokenizer file"),
         ({**WORDS, "modeling.py": ""}, "'modeling.py' is no tokenizer file"),
-        ({**WORDS, "tokenizer_config.json": "[]"}, "tokenizer_config.json holds a JSON list"),
+        ({**WORDS, "tokenizer_config.json": "[]"}, "tokenizer_config.json is a JSON list"),
         ({**WORDS, "tokenizer_config.json": "{"}, "tokenizer_config.json is not JSON"),
         ({**WORDS, "added_tokens.json": '{"<new>": 40}'}, "'<new>' is not in tokenizer.json"),
         ({"tokenizer_config.json": "{}"}, "no tokenizer.json"),

@@ -138,7 +138,7 @@ def make(case: Case, device: torch.device, name: str = "sgd") -> tuple[Stage, En
         sgd=name == "sgd",
     )
     if case.zero_stage == 3:
-        assert all(parameter.numel() == 0 for parameter in stage.model.parameters())  # each rank holds its part alone
+        assert all(parameter.numel() == 0 for parameter in stage.model.parameters())  # each rank holds only its part
     return changed(stage, case.change), engine
 
 

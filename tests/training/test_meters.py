@@ -149,7 +149,7 @@ def test_a_run_that_starts_afresh_keeps_nothing(tmp_path: Path) -> None:
     assert _lines(tmp_path) == [{"step": 0, "evaluation": {"acc1": 0.2}}]
 
 
-def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+def test_numbers_that_json_does_not_have_become_null(tmp_path: Path) -> None:
     clock = Clock()
     meters = _meters(tmp_path, clock)
     meters.resume_from(0)

@@ -83,7 +83,7 @@ def test_a_run_that_is_at_its_target_untrained_is_not_trained(target: float, ste
     run_role(AncestorRole(settings), tmp_path / "ancestor", runtime)
     settings.baselines.even = Training(steps=4, batch_size=16, eval_every=2)
     assert settings.baselines.even_loss is not None
-    size, scratch = Size(2, 2), tmp_path / "ancestor"  # stands for a run from scratch, whose last evaluation is the target
+    size, scratch = Size(2, 2), tmp_path / "ancestor"  # in place of a run from scratch, whose last evaluation is the target
     result = result_of(scratch)
     assert result is not None
     result["curve"][-1]["mean_recall@1"] = target

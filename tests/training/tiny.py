@@ -27,7 +27,7 @@ OPTIMIZER = recipe.Optimizer(learning_rate=0.05, weight_decay=0.0, gradient_clip
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
-    """Images [32, 3, 16, 16] and token ids [32, 8] whose end token (19) stands at different places."""
+    """Images [32, 3, 16, 16] and token ids [32, 8] whose end token (19) is at different places."""
     generator = torch.Generator().manual_seed(100 + step)
     images = torch.randn(BATCH, 3, 16, 16, generator=generator)
     texts = torch.randint(3, 19, (BATCH, 8), generator=generator)
@@ -39,7 +39,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def build_stage(kind: str, device: torch.device, *, accumulation: int = 1, patch_dropout: float = 0.0, shard: bool = False) -> Stage:
-    """`ancestor` (contrastive alone) or `extraction` (auxiliary model, hidden states, all terms), with `affinity`, or 3 `students`.
+    """`ancestor` (only contrastive) or `extraction` (auxiliary model, hidden states, all terms), with `affinity`, or 3 `students`.
 
     `pretraining` is the auxiliary model without an ancestor.
     `siglip` and `siglip_extraction` are the same two with SigLIP's loss. `shard`: the teacher.

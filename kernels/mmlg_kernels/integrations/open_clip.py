@@ -22,7 +22,7 @@ class FusedClipLoss(nn.Module):
     | yes | yes | its own pairs' mean | the global batch's | equal |
     | no | yes | the global batch's mean | the global batch's | equal |
     | no | no | the global batch's mean | the global batch's / W | ours is W times as large; Adam hardly differs, SGD and clipping do |
-    | yes | no | its own pairs' mean | lacks the terms in which a pair is another rank's negative | ours is exact, its is not |
+    | yes | no | its own pairs' mean | misses the terms in which a pair is another rank's negative | ours is exact, its is not |
 
     The scale's gradient, averaged by DDP, is the global batch's in all of them and in ours; on a single rank the shares differ, since ours
     counts a pair's row and column where ClipLoss counts its image's and its text's row. Values are ClipLoss's: with local_loss=False the
@@ -50,7 +50,7 @@ class FusedClipLoss(nn.Module):
     ) -> None:
         super().__init__()
         if use_horovod:
-            raise ValueError("use_horovod=True: ranks exchange features by torch.distributed alone; use open_clip's ClipLoss with horovod")
+            raise ValueError("use_horovod=True: ranks exchange features only by torch.distributed; use open_clip's ClipLoss with horovod")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} in a world of {world_size}")
         self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
