@@ -177,7 +177,8 @@ def summarise(family: FamilyResult) -> FamilyResult:
 
     Sizes in the sum are those of both towers that have scratch and mmlg entries (and that the recipe does not leave out). Several
     seeds of a size are averaged. A baseline without one of the sizes in the sum has no total and no ratio (None); where the ancestor's
-    own cost is unknown, ratios with it are None; `notes` says so. Everything added is derived from the entries: summarising again changes nothing.
+    own cost is unknown, ratios with it are None; `notes` says so. Everything added is derived from the entries: summarising again changes
+    nothing.
     """
     metric = family.metric
     wanted = targets(family.descendants, metric)

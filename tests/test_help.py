@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import pytest
 
 from mmlg_scale.cli import main
@@ -21,6 +20,7 @@ from mmlg_scale.recipe import Recipe
 from mmlg_scale.recipe_file import SHIPPED, load_recipe
 from mmlg_scale.recipe_help import in_words, sections
 from mmlg_scale.runtime import Runtime
+from tests.conftest import Parsed
 
 
 def help_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -37,23 +37,6 @@ def examples(said: str) -> list[list[str]]:
     """The commands at the end of a help text, as words behind `mmlg`."""
     listed = said.partition("\nexamples:\n")[2].replace("\\\n", " ")
     return [shlex.split(line)[1:] for line in listed.splitlines() if line.strip()]
-
-
-class Parsed(Exception):
-    """A command line has been parsed; what it would do is not done."""
-
-
-@pytest.fixture
-def parse_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    parse_args = jsonargparse.ArgumentParser.parse_args
-
-    def parse_and_stop(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = parse_args(self, *args, **kwargs)
-        raise Parsed(found)
-
-    monkeypatch.setattr(jsonargparse.ArgumentParser, "parse_args", parse_and_stop)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my-recipe.yaml").write_text((SHIPPED / "demo.yaml").read_text())
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command != "recipe"])
