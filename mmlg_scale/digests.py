@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmlg_scale.errors import UserError
+from mmlg_scale.errors import UserError, is_of_the_machine
 from mmlg_scale.reading import open_regular
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def file_digest(path: Path, what: str) -> str:
             return hashlib.sha256(lines.encode()).hexdigest()
         return _digest(path, *_stamp(path))
     except OSError as error:
+        if is_of_the_machine(error):
+            raise
         raise UserError(f"{what}: {path} cannot be read ({error.strerror}). Correct the path.") from error
 
 

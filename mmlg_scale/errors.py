@@ -44,6 +44,14 @@ _WORDS = {
 }
 
 
+_OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES, errno.EPERM)
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether an error says nothing about the file itself: too many open files, no permission, a failing disk."""
+    return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
+
+
 def in_words(error: BaseException) -> str | None:
     """What the machine refused (file, disk, memory, encoding), where and what to do, in one line; None for errors of another kind.
 

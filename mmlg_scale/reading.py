@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mmlg_scale.bounds import MAX_JSON_BYTES, MAX_JSON_DEPTH
-from mmlg_scale.errors import UserError
+from mmlg_scale.errors import UserError, is_of_the_machine
 
 
 def shown(value: Any) -> str:
@@ -48,7 +48,8 @@ def require_file(path: Path, what: str, hint: str) -> int:
     """The size in bytes of the regular file `path`.
 
     Raises:
-        UserError: there is none, it is something else (a folder, a pipe, a broken link), or it cannot be read.
+        UserError: there is none, or it is something else (a folder, a pipe, a broken link).
+        OSError: the machine refuses (`errors.is_of_the_machine`).
     """
     try:
         status = os.stat(path)
@@ -57,6 +58,8 @@ def require_file(path: Path, what: str, hint: str) -> int:
             raise UserError(f"{path} is a broken link to {os.readlink(path)}. {hint}") from error
         if isinstance(error, FileNotFoundError):
             raise UserError(f"no {what} {path}. {hint}") from error
+        if is_of_the_machine(error):
+            raise
         raise UserError(f"{what} {str(path)!r} cannot be read ({one_line(error)}). {hint}") from error
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
@@ -68,7 +71,7 @@ def read_bytes(path: Path, what: str, hint: str, limit: int) -> bytes:
     """The content of a file of at most `limit` bytes.
 
     Raises:
-        UserError: as `require_file`; it is longer, or a Git LFS pointer.
+        UserError, OSError: as `require_file`; it is longer, or a Git LFS pointer.
     """
     size = require_file(path, what, hint)
     if size > limit:
@@ -77,6 +80,8 @@ def read_bytes(path: Path, what: str, hint: str, limit: int) -> bytes:
         with open_regular(path) as file:
             content = file.read(limit + 1)
     except OSError as error:
+        if is_of_the_machine(error):
+            raise
         raise UserError(f"{what} {path} cannot be read ({one_line(error)}). {hint}") from error
     if len(content) > limit:
         raise UserError(f"{path} has more than the {limit} bytes that a {what} has at most. {hint}")

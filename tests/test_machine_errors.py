@@ -304,7 +304,7 @@ def test_too_many_open_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
     try:
-        line = refused(["report", str(tmp_path)], capsys, "oo many open files")
+        line = refused(["report", str(tmp_path)], capsys, "too many open files. Raise the limit")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert str(tmp_path / "family.json") in line
