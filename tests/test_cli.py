@@ -142,7 +142,7 @@ def test_depth_zero_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ).save(file)
     out = tmp_path / "out"
     said = refused("descend", str(file), "--image-layers", "0", "--text-layers", "2", "--out", str(out), capsys=capsys)
-    assert "image layers: 0 is no depth" in said
+    assert "image layers: 0 is not a valid depth" in said
     assert "--text-layers is missing" in refused("descend", str(file), "--image-layers", "2", "--out", str(out), capsys=capsys)
     assert not out.exists()
     code, _ = run("descend", str(file), "--image-layers", "2", "--modality", "image", "--out", str(out), capsys=capsys)
@@ -153,7 +153,7 @@ def test_depth_zero_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_a_folder_of_something_else_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("kept")
-    assert "is not an mmlg family, but notes.txt" in refused("family", "demo", "--out", str(tmp_path / "mine"), capsys=capsys)
+    assert "is not an mmlg family: it contains notes.txt" in refused("family", "demo", "--out", str(tmp_path / "mine"), capsys=capsys)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "kept"
 
 

@@ -150,23 +150,23 @@ def in_tokenizer(**fields: Any) -> Callable[[dict[str, Any]], object]:
 
 
 HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "writes beside OUT": (lambda header: header["tokenizer_files"].update({"../canary": "x"}), "is no tokenizer file"),
-    "writes anywhere": (lambda header: header["tokenizer_files"].update({"/tmp/canary": "x"}), "is no tokenizer file"),
+    "writes beside OUT": (lambda header: header["tokenizer_files"].update({"../canary": "x"}), "is not a tokenizer file"),
+    "writes anywhere": (lambda header: header["tokenizer_files"].update({"/tmp/canary": "x"}), "is not a tokenizer file"),
     "replaces the export's own file": (
         lambda header: header["tokenizer_files"].update({"open_clip_config.json": "{}"}),
-        "is no tokenizer file",
+        "is not a tokenizer file",
     ),
     "remote code in the configuration": (in_tower("text_cfg", tokenizer_kwargs={"trust_remote_code": True}), "not supported"),
     "a tokenizer from elsewhere": (in_tower("text_cfg", hf_tokenizer_name="evil/repository"), "not supported"),
     "remote code in the tokenizer": (in_tokenizer(auto_map={"AutoTokenizer": ["code.Evil", None]}), "auto_map"),
     "a class of its own": (in_tokenizer(tokenizer_class="Evil"), "tokenizer_class"),
-    "layers": (in_tower("vision_cfg", layers=20_000), "no whole number from 1 to 1000"),
-    "width": (in_tower("text_cfg", width=10**9), "no whole number from 1 to 65536"),
-    "context": (in_tower("text_cfg", context_length=10**9), "no whole number from 1 to 16384"),
-    "vocabulary": (in_tower("text_cfg", vocab_size=10**12), "no whole number"),
+    "layers": (in_tower("vision_cfg", layers=20_000), "not a whole number from 1 to 1000"),
+    "width": (in_tower("text_cfg", width=10**9), "not a whole number from 1 to 65536"),
+    "context": (in_tower("text_cfg", context_length=10**9), "not a whole number from 1 to 16384"),
+    "vocabulary": (in_tower("text_cfg", vocab_size=10**12), "not a whole number"),
     "patches": (in_tower("vision_cfg", image_size=8192, patch_size=1, width=4096), "Use larger patches"),
-    "blocks": (lambda header: header["structure"].update(num_unimodal=10**9), "no whole number from 0 to 256"),
-    "knots": (lambda header: header["structure"].update(num_knots=10**9), "no whole number from 2 to 1000"),
+    "blocks": (lambda header: header["structure"].update(num_unimodal=10**9), "not a whole number from 0 to 256"),
+    "knots": (lambda header: header["structure"].update(num_knots=10**9), "not a whole number from 2 to 1000"),
     "a setting that there is not": (lambda header: header["structure"].update(config={}), "its header is damaged"),
     "deep": (lambda header: header.update(extraction=json.loads("[" * 300 + "]" * 300)), "nested too deeply"),
 }

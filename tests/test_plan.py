@@ -187,5 +187,5 @@ def test_the_table_and_its_mistakes(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
     assert main(["plan", "demo", "--out", str(tmp_path / "mine")]) == 2
-    assert "is not an mmlg family, but notes.txt" in capsys.readouterr().err
+    assert "is not an mmlg family: it contains notes.txt" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]  # nothing is written

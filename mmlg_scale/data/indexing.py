@@ -110,7 +110,7 @@ def _groups(root: Path, val_shards: int, test_shards: int) -> dict[str, list[Pat
         raise UserError(f"{root} contains no .tar shards, nor does {root}/train. Give the folder that holds them.")
     if min(val_shards, test_shards) < 0 or val_shards + test_shards >= len(shards):
         raise UserError(
-            f"{root} holds {len(shards)} shards; {val_shards} for val and {test_shards} for test leave none for train. "
+            f"{root} has {len(shards)} shards; {val_shards} for val and {test_shards} for test leave none for train. "
             "Give --val-shards and --test-shards that do."
         )
     first_test = len(shards) - test_shards

@@ -99,7 +99,7 @@ def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | 
             return
         if found is not None or any(root.iterdir()):
             what = "a data set made with other arguments" if found is not None else "files that are not a data set"
-            raise UserError(f"{root} holds {what}. Give another --out, or remove it.")
+            raise UserError(f"{root} contains {what}. Give another --out, or remove it.")
     make_folder(root.parent)
     remove_stale(root)
     temporary = root.with_name(f".{root.name}.{_host()}-{os.getpid()}.tmp")

@@ -225,7 +225,7 @@ def pack_folders(
     roots = {split: folder / split for split in SPLITS} if own_splits else {"": folder}
     names = sorted({path.name for root in roots.values() for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")})
     if len(names) < 2:
-        raise UserError(f"{folder} holds {len(names)} class folders. Give a folder with one folder of images per class.")
+        raise UserError(f"{folder} has {len(names)} class folders. Give a folder with one folder of images per class.")
     items, split_of, check = {}, {}, ImageCheck(settings.skip_bad)
     for split, root in roots.items():
         for label, name in enumerate(names):

@@ -420,4 +420,4 @@ def _weights_in(folder: Path, names: Sequence[str]) -> Path:
     if len(others) == 1:
         return others[0]
     held = f"several files of weights, none of them {names[0]}" if others else f"no {names[0]}"
-    raise UserError(f"{folder} holds {held}. Take the folder as it was published.")
+    raise UserError(f"{folder} has {held}. Take the folder as it was published.")

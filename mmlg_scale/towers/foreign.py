@@ -185,7 +185,7 @@ def _state_dict(content: Any, path: Path) -> tuple[dict[str, Any], str]:
     """The state dict in a checkpoint's dictionary, and what of the same kind was left out."""
     if not isinstance(content, Mapping):
         kind = "one tensor" if isinstance(content, torch.Tensor) else f"a {type(content).__name__}"
-        raise UserError(f"{path} holds {kind}, not a state dict. Save the model's state_dict() as safetensors.")
+        raise UserError(f"{path} contains {kind}, not a state dict. Save the model's state_dict() as safetensors.")
     left_out = []
     for _ in range(3):  # a checkpoint's `model` can be a checkpoint
         key = next((key for key in _STATE_DICT_KEYS if isinstance(content.get(key), Mapping)), None)

@@ -94,7 +94,7 @@ def read_state(path: Path) -> tuple[dict[str, Any], bool]:
     for name, value in entries.items():
         short = _bare(name)
         if short in state:
-            raise UserError(f"{path} holds {shown(short)} twice, the second time as {shown(name)}. Save one state dict by itself.")
+            raise UserError(f"{path} has {shown(short)} twice, the second time as {shown(name)}. Save one state dict by itself.")
         state[short] = value
     is_openai = "input_resolution" in state
     state = {name: value for name, value in state.items() if name.rpartition(".")[2] not in _NO_WEIGHTS}
@@ -208,13 +208,13 @@ def _check_names(state: Mapping[str, Tensor], config: Mapping[str, Any], path: P
     remedy = "Name the architecture that the weights were trained with."
     for pattern, kind in _FOREIGN:
         if any(pattern.match(name) for name in state):
-            raise UserError(f"{path} holds {kind}, which is not supported. Use a CLIP of plain ViT and text transformer.")
+            raise UserError(f"{path} contains {kind}, which is not supported. Use a CLIP of plain ViT and text transformer.")
     for prefix, tower in (("visual.", "image"), ("", "text")):
         if not any(name.startswith(f"{prefix}transformer.resblocks.") for name in state):
             raise UserError(f"{path} has no {tower} tower under the names of open_clip, OpenAI or Hugging Face. Give the whole CLIP.")
         held = {name.removeprefix(BLOCK_PREFIX[tower]).partition(".")[0] for name in state if name.startswith(BLOCK_PREFIX[tower])}
         if len(held) != num_layers(config, tower):
-            raise UserError(f"{path} holds {len(held)} {tower} layers, {asker} asks for {num_layers(config, tower)}. {remedy}")
+            raise UserError(f"{path} has {len(held)} {tower} layers, {asker} asks for {num_layers(config, tower)}. {remedy}")
     if "logit_scale" not in state:
         raise UserError(f"{path} has no logit_scale, without which similarities have no temperature. Save the whole CLIP.")
     expected = _expected(config)
@@ -229,4 +229,4 @@ def _check_names(state: Mapping[str, Tensor], config: Mapping[str, Any], path: P
             raise UserError(f"{path}: {name} has shape {tuple(state[name].shape)}, {asker} asks for {wanted}. {remedy}")
     unknown = sorted(set(state) - set(expected))
     if unknown:
-        raise UserError(f"{path} holds {shown(unknown[0])}, which {asker} does not have. {remedy}")
+        raise UserError(f"{path} has {shown(unknown[0])}, which {asker} does not have. {remedy}")

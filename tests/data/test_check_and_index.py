@@ -252,7 +252,7 @@ def test_what_cannot_be_indexed(packed: Path, tmp_path: Path) -> None:
         (tmp_path / "bare", "split train has no whole sample .* 1 samples without a caption"),
         (tmp_path / "noise", "1 damaged places"),
         (tmp_path / "part", "shards in val but none in train"),
-        (packed, r"a data set of its own making \(scenes\)"),
+        (packed, r"was packed by another command \(scenes\)"),
     ):
         with pytest.raises(UserError, match=said):
             index_dataset(root)

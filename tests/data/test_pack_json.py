@@ -145,7 +145,7 @@ def test_known_splits_have_their_counts(tmp_path: Path, dataset: str, counts: di
 def test_other_counts_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = karpathy(tmp_path / "k.json", {"train": 4, "val": 1, "test": 1}, "flickr30k")
     write_jpegs(tmp_path / "images", 6)
-    with pytest.raises(UserError, match="say --allow-other-counts"):
+    with pytest.raises(UserError, match="pass --allow-other-counts"):
         pack_json(source, tmp_path / "out", images=tmp_path / "images")
     pack_json(source, tmp_path / "out", images=tmp_path / "images", allow_other_counts=True)
     assert "not comparable with published results" in capsys.readouterr().out
@@ -156,7 +156,7 @@ def test_karpathy_mistakes_are_named(tmp_path: Path) -> None:
     source = karpathy(tmp_path / "k.json", {"train": 4, "val": 1, "test": 1}, "mine")
     content = json.loads(source.read_text())
     for change, said in (
-        (lambda entry: entry.pop("split"), r"images\[2\] is no entry .* KeyError\('split'\)"),
+        (lambda entry: entry.pop("split"), r"images\[2\] is not an entry .* KeyError\('split'\)"),
         (lambda entry: entry.update(split="dev"), r"images\[2\]: split 'dev' is not one of"),
         (lambda entry: entry.update(sentences=[]), r"images\[2\]: 002.jpg has no captions"),
     ):
@@ -177,7 +177,7 @@ def test_a_cut_jpeg_is_found_before_anything_is_written_or_skipped(tmp_path: Pat
     rows = "".join(f"{path.name},text {number}\n{path.name},more\n" for number, path in enumerate(paths)) + "gone.jpg,x\n"
     table, out = tmp_path / "in" / "t.csv", tmp_path / "out"
     table.write_text("filepath,caption\n" + rows)
-    with pytest.raises(UserError, match=r"t.csv row 10: .*004.jpg is no readable image .*truncated.* --skip-bad"):
+    with pytest.raises(UserError, match=r"t.csv row 10: .*004.jpg cannot be read as an image .*truncated.* --skip-bad"):
         pack_table(table, out)
     assert not out.exists()
     skip = PackSettings(skip_bad=True)
@@ -192,14 +192,14 @@ def test_a_cut_jpeg_is_found_before_anything_is_written_or_skipped(tmp_path: Pat
     assert sorted(key for part in found for key in part) == sorted(kept)
 
     source = karpathy(tmp_path / "k.json", {"train": 18, "val": 1, "test": 1}, "mine")
-    with pytest.raises(UserError, match=r"images\[4\]: .*004.jpg is no readable image"):
+    with pytest.raises(UserError, match=r"images\[4\]: .*004.jpg cannot be read as an image"):
         pack_json(source, tmp_path / "json", images=tmp_path / "in")
     pack_json(source, tmp_path / "json", skip, images=tmp_path / "in")
     assert paths[4].read_bytes() not in contents(tmp_path / "json", "train")
 
     for name in ("cat", "dog"):
         cut(write_jpegs(tmp_path / "classes" / name, 10)[7])
-    with pytest.raises(UserError, match=r"cat/007.jpg is no readable image"):
+    with pytest.raises(UserError, match=r"cat/007.jpg cannot be read as an image"):
         pack_folders(tmp_path / "classes", tmp_path / "folders", templates=["a {}"])
     pack_folders(tmp_path / "classes", tmp_path / "folders", skip, templates=["a {}"])
     assert sum(len(ShardReader(tmp_path / "folders" / split)) for split in ("train", "val", "test")) == 18

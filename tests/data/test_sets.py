@@ -197,7 +197,7 @@ def test_a_missing_image_is_named_with_its_row_and_nothing_is_written(tmp_path: 
         pack_table(table, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
     (tmp_path / "in" / "7.png").write_text("no image")
-    with pytest.raises(UserError, match=r"row 3: .*7.png is no readable image"):
+    with pytest.raises(UserError, match=r"row 3: .*7.png cannot be read as an image"):
         pack_table(table, tmp_path / "out")
     table.write_text("file,caption\n0.png,x\n")
     with pytest.raises(UserError, match=r"no column 'filepath'; it has: file, caption"):

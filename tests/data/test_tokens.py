@@ -186,7 +186,7 @@ def test_what_is_no_tokenizer(table: Path, tmp_path: Path) -> None:
     for choice, said in (
         ("word", "--tokenizer word is unknown: no such path. Use none, words, bpe"),
         (str(empty), "has no tokenizer.json and no open_clip model"),
-        (str(table), "t.csv is no tokenizer.json"),
+        (str(table), "t.csv is not a tokenizer.json"),
         (str(damaged), "has no readable tokenizer"),
         (str(model), "has no tokenizer.json"),
     ):

@@ -263,7 +263,7 @@ def test_damaged_files_are_refused(learngene: Learngene, tmp_path: Path) -> None
 def test_depths_and_modalities_are_checked(learngene: Learngene) -> None:
     with pytest.raises(UserError, match="image layers: 0"):
         learngene.descend(image_layers=0, text_layers=2)
-    with pytest.raises(UserError, match="text layers: say how deep"):
+    with pytest.raises(UserError, match="text layers is missing"):
         learngene.descend(image_layers=2)
     with pytest.raises(UserError, match="both, image, text"):
         learngene.descend(image_layers=2, text_layers=2, modality="audio")

@@ -252,7 +252,7 @@ def test_even_picking_at_a_smaller_width() -> None:
         (
             {**UNEQUAL, "text_cfg": {**UNEQUAL["text_cfg"], "mlp_ratio": 8.0}},  # type: ignore[dict-item]
             {},
-            "mlp.c_fc.weight of the text tower, .128, 16., is no part of the wider tower",
+            "mlp.c_fc.weight of the text tower, .128, 16., does not fit into the wider tower",
         ),
     ],
 )

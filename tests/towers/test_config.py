@@ -43,7 +43,7 @@ def test_sizes_change_what_they_say_and_nothing_else() -> None:
     assert json.dumps(config) == before
     for sizes, said in (
         ({"text_width": 100}, "text width: 100 does not fit. Use a multiple of the head dimension 64, at most 512"),
-        ({"image_layers": 0}, "image layers: 0 is no depth"),
+        ({"image_layers": 0}, "image layers: 0 is not a valid depth"),
     ):
         with pytest.raises(UserError, match=said):
             towers.with_sizes(config, **sizes)
@@ -80,8 +80,8 @@ REFUSED: list[tuple[Any, str]] = [
     ({**changed(PLAIN, "vision_cfg", act_kwargs={"approximate": "tanh"}), "quick_gelu": True}, "without quick_gelu"),
     ({**PLAIN, "embed_dim": True}, "embed_dim: 'True' is not a whole number"),
     ({**PLAIN, "quick_gelu": 1}, "quick_gelu: '1' is not true or false"),
-    ({**PLAIN, "init_logit_bias": float("nan")}, "init_logit_bias: 'nan' is no number"),
-    ({**PLAIN, "init_logit_bias": True}, "init_logit_bias: 'True' is no number"),
+    ({**PLAIN, "init_logit_bias": float("nan")}, "init_logit_bias: 'nan' is not a number"),
+    ({**PLAIN, "init_logit_bias": True}, "init_logit_bias: 'True' is not a number"),
 ]
 
 

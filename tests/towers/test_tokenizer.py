@@ -163,11 +163,11 @@ def test_files_that_are_refused() -> None:
     bpe["model"]["dropout"] = 0.1
     no_pad = FastTokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).to_str()
     for files, said in (
-        ({**WORDS, "../escape": ""}, "'../escape' is no tokenizer file"),
-        ({**WORDS, "sub/vocab.json": ""}, "'sub/vocab.json' is no tokenizer file"),
-        ({**WORDS, "modeling.py": ""}, "'modeling.py' is no tokenizer file"),
+        ({**WORDS, "../escape": ""}, "'../escape' is not a tokenizer file"),
+        ({**WORDS, "sub/vocab.json": ""}, "'sub/vocab.json' is not a tokenizer file"),
+        ({**WORDS, "modeling.py": ""}, "'modeling.py' is not a tokenizer file"),
         ({**WORDS, "tokenizer_config.json": "[]"}, "tokenizer_config.json is a JSON list"),
-        ({**WORDS, "tokenizer_config.json": "{"}, "tokenizer_config.json is not JSON"),
+        ({**WORDS, "tokenizer_config.json": "{"}, "tokenizer_config.json is damaged: it is not JSON"),
         ({**WORDS, "added_tokens.json": '{"<new>": 40}'}, "'<new>' is not in tokenizer.json"),
         ({"tokenizer_config.json": "{}"}, "no tokenizer.json"),
         ({"tokenizer.json": "[" * 100_000}, "nested too deeply"),

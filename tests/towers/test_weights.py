@@ -151,7 +151,7 @@ def test_a_configuration_beside_the_file_that_disagrees(quick_gelu: bool, tmp_pa
     towers.load_weights(path, other)
     beside.write_text("not JSON")
     towers.load_weights(path, other)
-    assert "config.json is not JSON" in capsys.readouterr().err
+    assert "config.json is damaged: it is not JSON" in capsys.readouterr().err
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**PLAIN, "quick_gelu": quick_gelu}}))
     assert_one_line(lambda: towers.load_weights(path, other), "open_clip_config.json", f"says {names[quick_gelu]}")
     assert "give the folder to use them" in capsys.readouterr().err
@@ -217,7 +217,7 @@ INFINITE[3, 4] = float("inf")
 REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("none.pt", lambda path: None, "no file of weights"),
     ("none", lambda path: None, "or of a model folder"),
-    ("weights.onnx", written(b"x"), "no file of weights by its name"),
+    ("weights.onnx", written(b"x"), "does not have the name of a weights file"),
     ("folder.pt", lambda path: path.mkdir(), "is a folder"),
     ("link.pt", lambda path: path.symlink_to(path.parent / "gone"), "is a broken link to"),
     ("loop.pt", lambda path: path.symlink_to(path), "is a broken link to"),
@@ -247,7 +247,7 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("numpy.pt", saved({"state_dict": STATE, "best": np.float64(0.3)}), "contains a pickled numpy"),
     ("array.pt", saved({name: tensor.numpy() for name, tensor in STATE.items()}), "contains a pickled numpy"),
     ("list.pt", saved([1, 2]), "contains a list, not a state dict"),
-    ("tensor.pt", saved(torch.zeros(3)), "holds one tensor, not a state dict"),
+    ("tensor.pt", saved(torch.zeros(3)), "contains one tensor, not a state dict"),
     ("nothing.pt", saved({}), "its keys are nothing"),
     ("keys.pt", saved({"epoch": 3, "network": STATE}), "its keys are epoch, network"),
     ("line.pt", saved({"a\nb\x1b[31m": 1}), "its keys are a?b?[31m"),
@@ -256,7 +256,7 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("complex.pt", saved({**STATE, "visual.proj": torch.zeros(16, 16, dtype=torch.complex64)}), "visual.proj holds complex64 numbers"),
     ("sparse.pt", saved({**STATE, "visual.proj": STATE["visual.proj"].to_sparse()}), "visual.proj is a sparse tensor"),
     ("meta.pt", saved({**STATE, "visual.proj": torch.empty(16, 16, device="meta")}), "or one without numbers"),
-    ("twice.pt", saved({**STATE, "module.visual.proj": STATE["visual.proj"]}), "holds visual.proj twice"),
+    ("twice.pt", saved({**STATE, "module.visual.proj": STATE["visual.proj"]}), "has visual.proj twice"),
     ("nan.pt", saved({**STATE, "visual.proj": NAN}), "visual.proj holds 256 of 256 numbers that are NaN"),
     ("infinite.safetensors", saved({**STATE, "visual.proj": INFINITE}), "visual.proj holds 1 of 256 numbers"),
     ("too large.pt", saved({**STATE, "visual.proj": STATE["visual.proj"].double() * 1e300}), "visual.proj holds 256 of 256"),
@@ -264,10 +264,10 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("scales.pt", saved({**STATE, "logit_scale": torch.zeros(3)}), "logit_scale has shape (3,), the recipe asks for (1,)"),
     ("less.pt", saved({name: tensor for name, tensor in STATE.items() if name != "visual.proj"}), "has no visual.proj of shape (16, 16)"),
     ("other.pt", saved({**STATE, "ln_final.bias": torch.zeros(5)}), "ln_final.bias has shape (5,), the recipe asks for (16,)"),
-    ("more.pt", saved({**STATE, "extra": torch.zeros(1)}), "holds extra, which the recipe does not have"),
+    ("more.pt", saved({**STATE, "extra": torch.zeros(1)}), "has extra, which the recipe does not have"),
     ("no text.pt", saved({name: tensor for name, tensor in STATE.items() if "visual" in name}), "has no text tower"),
-    ("image layers.pt", of(changed(PLAIN, "vision_cfg", layers=2)), "holds 2 image layers, the recipe asks for 3"),
-    ("text layers.pt", of(changed(PLAIN, "text_cfg", layers=4)), "holds 4 text layers, the recipe asks for 3"),
+    ("image layers.pt", of(changed(PLAIN, "vision_cfg", layers=2)), "has 2 image layers, the recipe asks for 3"),
+    ("text layers.pt", of(changed(PLAIN, "text_cfg", layers=4)), "has 4 text layers, the recipe asks for 3"),
     ("image width.pt", of(changed(PLAIN, "vision_cfg", width=24)), "has image width 24, the recipe asks for 16"),
     ("text width.pt", of(changed(PLAIN, "text_cfg", width=24)), "has text width 24, the recipe asks for 16"),
     ("vocabulary.pt", of(changed(PLAIN, "text_cfg", vocab_size=21)), "has a vocabulary of 21 tokens, the recipe asks for 20"),
@@ -280,7 +280,7 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("patch.pt", of(changed(PLAIN, "vision_cfg", patch_size=4, image_size=8)), "has patches of 4 pixels, the recipe asks for 8"),
     ("joint.pt", of({**PLAIN, "embed_dim": 12}), "has a joint embedding of width 12, the recipe asks for 16"),
     ("mlp.pt", of(changed(PLAIN, "text_cfg", mlp_ratio=2.0)), "has text MLPs of width 32, the recipe asks for 64"),
-    ("timm.pt", saved(RENAMED), "holds an image tower of timm"),
+    ("timm.pt", saved(RENAMED), "contains an image tower of timm"),
     ("resnet.pt", saved(RESNET), "contains a ResNet image tower"),
 ]
 

@@ -45,7 +45,7 @@ def spoil(name: str, value: float) -> Callable[[Any], None]:
 
 CASES = {
     # what becomes of the weights after step 2; the step that is told; what is told
-    "a scale that is no number": ("logit_scale", float("nan"), "the weights are not finite after step 2 on rank 0"),
+    "a scale that is not a number": ("logit_scale", float("nan"), "the weights are not finite after step 2 on rank 0"),
     "an infinite weight": ("visual.proj", float("inf"), "the weights are not finite after step 2 on rank 0"),
     "weights so large that the loss overflows": ("visual.conv1.weight", 3e38, "the loss is not finite after step 3 on rank 0"),
 }

@@ -51,7 +51,7 @@ def test_a_mistake_that_the_first_rank_finds_is_one_line(made: Path, tmp_path: P
     code, lines = console(launch(tmp_path / "launch", *train(made, tmp_path / "run")))
     assert code == 2
     assert [line for line in lines if "WARNING" not in line] == [
-        f"mmlg: error: {tmp_path / 'run'} exists and is not an mmlg run, but notes.txt. Give another --out, or an empty folder."
+        f"mmlg: error: {tmp_path / 'run'} exists and is not an mmlg run: it contains notes.txt. Give another --out, or an empty folder."
     ]
 
 

@@ -126,7 +126,7 @@ def test_another_run_is_refused_by_its_dotted_keys(work: str, tmp_path: Path) ->
 
 def test_files_that_are_no_runs_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with hold(tmp_path), pytest.raises(UserError, match=r"is not an mmlg run, but thesis\.tex"):
+    with hold(tmp_path), pytest.raises(UserError, match=r"is not an mmlg run: it contains thesis\.tex"):
         claim(tmp_path, identity())
 
 
