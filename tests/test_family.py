@@ -70,7 +70,13 @@ def figures(out: Path) -> dict[str, Any]:
     """family.json without what the clock decides, and the learngene's bytes."""
     family = json.loads((out / "family.json").read_text())
     del family["environment"], family["cost_ratio_seconds"], family[KEY]
-    for part in (family["ancestor"], family["learngene"], *family["descendants"], *family["totals_by_init"].values()):
+    for part in (
+        family["ancestor"],
+        family["learngene"],
+        *family["rival_learngenes"].values(),
+        *family["descendants"],
+        *family["totals_by_init"].values(),
+    ):
         part.pop("seconds", None)
         part.pop("seconds_to_target", None)
         for point in part.get("curve", []):
@@ -115,7 +121,7 @@ def test_a_log_file_has_a_line_for_each_start_evaluation_and_end(undisturbed: Pa
         told = re.findall(rf"^{step}: (\d+)/{total}  mean_recall@1 ([0-9.]+)  \d+ s$", said, re.MULTILINE)
         assert [(int(number), value) for number, value in told] == [(number, f"{value:.3f}") for number, value in curve.items()]
         assert set(range(every, total + 1, every)) <= set(curve)
-        assert re.search(rf"^\[\d/8\] {step}: complete after \d+ s$", said, re.MULTILINE)
+        assert re.search(rf"^\[\d+/10\] {step}: complete after \d+ s$", said, re.MULTILINE)
 
 
 def test_the_plan_is_what_the_runs_charged(
