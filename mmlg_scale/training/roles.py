@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
 from mmlg_scale.learngene.baselines import FROM_ANCESTOR, FROM_LEARNGENE, initialise
 from mmlg_scale.learngene.file import Learngene, load_learngene
 from mmlg_scale.learngene.structure import Structure
+from mmlg_scale.ranks import is_first_rank
 from mmlg_scale.results import RunResult
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.folder import RESULT_FILE, result_of
@@ -26,6 +28,9 @@ from mmlg_scale.training.loop import Curve
 from mmlg_scale.training.sizes import most_layers
 from mmlg_scale.training.stages import ClipStage, ElasticStage, ExtractionStage, Stage, TowerStage
 from mmlg_scale.training.teacher import CachedTeacher, LiveTeacher, Teacher
+
+ANNOUNCE_WIDTH = 512
+"""Width from which fitting the blocks to the ancestor takes so long that it is announced."""
 
 
 @dataclass(frozen=True)
@@ -199,9 +204,12 @@ class ExtractionRole:
     def build(self, context: Context) -> Stage:
         model, extraction = load_ancestor(self.settings, self.ancestor, context.pairs), self.extraction
         structure = Structure(model.spec.config, **{key: getattr(extraction, key) for key in Structure.SETTINGS})
+        fitted = extraction.start == "fitted"
+        if fitted and is_first_rank() and towers.width(model.spec.config, structure.wide) >= ANNOUNCE_WIDTH:
+            print("aligning the ancestor's layers and fitting the blocks to them; minutes at ViT-B's size", file=sys.stderr)
         return ExtractionStage(
             extraction,
-            AuxiliaryCLIP.from_ancestor(model.state, structure, seed=self.settings.seed, fitted=extraction.start == "fitted"),
+            AuxiliaryCLIP.from_ancestor(model.state, structure, seed=self.settings.seed, fitted=fitted),
             teacher_of(self.settings, context, model, self.ancestor, self.features),
             context.device,
             seed=self.settings.seed,
