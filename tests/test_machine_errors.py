@@ -263,7 +263,7 @@ def test_names_and_captions_that_cannot_be_encoded(made: Path, tmp_path: Path, c
     assert numbers(out) == numbers(made / "run")
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.slow)])
 def test_a_console_of_another_encoding(encoding: str, tmp_path: Path) -> None:
     """What it cannot show is written as an escape; the command does its work."""
     folder = tmp_path / "Ωmega"

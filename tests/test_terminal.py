@@ -23,6 +23,7 @@ HIDE = b"\x1b[?25l"
 
 def command(words: list[str]) -> int:
     os.environ |= {"TERM": "xterm", "COLUMNS": "200"}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in the background
     return main(words)
 
 

@@ -73,7 +73,10 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((found[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-3)) for name in expected)
 
 
-@pytest.mark.parametrize(("stage", "options"), [(1, ()), (3, ("--runtime.persistence_threshold=0", "--runtime.num_workers=1"))])
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [pytest.param(1, (), marks=pytest.mark.slow), (3, ("--runtime.persistence_threshold=0", "--runtime.num_workers=1"))],
+)
 def test_two_ranks_equal_one(stage: int, options: tuple[str, ...], folder: Path, alone: Any) -> None:
     """Loop, checkpoints, evaluation and export under ZeRO on two ranks: weights agree to rounding, metrics and costs exactly."""
     model, ancestor, gene, extraction = run(folder, f"two-zero{stage}", 2, f"--runtime.zero_stage={stage}", *options)
