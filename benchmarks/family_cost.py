@@ -1,0 +1,447 @@
+"""Is a family out of one learngene cheaper than its members by other means? Curves of every method, size and schedule.
+
+    python -m benchmarks.family_cost scenes --tune --out runs/family-cost      # once: rates and batch sizes, on seed 0
+    python -m benchmarks.family_cost scenes --seeds 3 --out runs/family-cost   # the runs, then tables and plots
+    python -m benchmarks.family_frontier scenes                                # tables and plots again, from the JSON
+
+PLAN is a file of benchmarks/plans, or a path. Each piece is one `mmlg` command in a folder of its own below OUT. Results go to
+RESULTS/family_cost_PLAN_seedN.json whenever a method and schedule is complete; what is there with the same settings is not run again, so
+that a benchmark of days can be spread over many sittings and machines. Nothing is stopped at a target: costs are read off whole curves.
+
+Separate and joint distillation are one set of runs. A joint run computes the teacher once per batch for all sizes, which share nothing
+else, and sees the same batches in the same order: its curves are those of the separate runs, only its teacher is charged once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mmlg_launchers import LocalLauncher, Resources, Step, run_graph
+
+from mmlg_scale import recipe
+from mmlg_scale.data.corpus import open_pairs
+from mmlg_scale.errors import UserError
+from mmlg_scale.family import environment, num_parallel
+from mmlg_scale.files import write_text_atomic
+from mmlg_scale.recipe_file import load_recipe
+from mmlg_scale.terminal import Terminal
+from mmlg_scale.training.folder import RESULT_FILE, result_of
+
+PLANS = Path(__file__).with_name("plans")
+RESULTS = Path(__file__).with_name("results")
+SECTIONS = {
+    "scratch": "baselines.scratch",
+    "distil": "baselines.distil",
+    "even": "baselines.even",
+    "even_plain": "baselines.even",
+    "mmlg": "extraction",
+    "tleg": "baselines.tleg",
+    "direct": "pretraining",
+}
+"""Where the recipe has the settings of a method."""
+LEARNGENES = ("mmlg", "tleg", "direct")
+NEEDS_ANCESTOR = ("distil", "even", "even_plain", "mmlg", "tleg")
+SAMPLES_BETWEEN_EVALUATIONS = 3_200
+Size = tuple[int, ...]
+"""Layers of the image and the text tower, then their width where it is not the ancestor's."""
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One run: a model of one size, or a learngene."""
+
+    id: str
+    method: str
+    schedule: str
+    command: tuple[str, ...]
+    options: tuple[tuple[str, str], ...]
+    """Of the recipe, by dotted key."""
+    needs: tuple[str, ...] = ()
+    family: str | None = None
+    """Of a learngene and what is written from it."""
+    size: Size | None = None
+    modality: str = "both"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A benchmark: the file in benchmarks/plans."""
+
+    name: str
+    recipe: str
+    metric: str
+    families: dict[str, list[list[int]]]
+    methods: dict[str, dict[str, Settings]]
+    marks: list[str]
+    tuning: Settings
+    settings: Settings = field(default_factory=dict)
+    family_settings: dict[str, Settings] = field(default_factory=dict)
+    single_towers: Settings | None = None
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Every size of any family, once."""
+        return list(dict.fromkeys(tuple(size) for sizes in self.families.values() for size in sizes))
+
+
+def load_plan(name: str) -> Plan:
+    """The plan by path or shipped name. Raises UserError where there is none."""
+    path = Path(name) if name.endswith(".yaml") else PLANS / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"{path}: no such plan. Shipped are {', '.join(sorted(file.stem for file in PLANS.glob('*.yaml')))}.")
+    return Plan(name=path.stem, **yaml.safe_load(path.read_text()))
+
+
+def size_name(size: Size, modality: str = "both") -> str:
+    """As in the names of a family's folders."""
+    return recipe_size(size, modality).name
+
+
+def recipe_size(size: Size, modality: str = "both") -> recipe.Size:
+    """A size as the recipe has it."""
+    width = size[2] if len(size) > 2 else None
+    return recipe.Size(size[0], size[1], width, width, modality)  # type: ignore[arg-type]
+
+
+def options_of(method: str, settings: Mapping[str, Any]) -> Settings:
+    """A method's settings by the recipe's dotted keys."""
+    section = SECTIONS[method]
+    training = f"{section}.training" if method in LEARNGENES else section
+    places = {"learning_rate": f"{training}.optimizer.learning_rate", "width_shares": f"{section}.width_shares"}
+    found = {places.get(key, f"{training}.{key}"): value for key, value in settings.items()}
+    if method == "even_plain":
+        found["baselines.even_loss"] = None
+    return found
+
+
+class Pieces:
+    """The pieces of a plan for one seed.
+
+    Args:
+        tuned: per method, settings that replace those of its schedules where these do not name them.
+    """
+
+    def __init__(self, plan: Plan, seed: int, tuned: Mapping[str, Settings]) -> None:
+        self.plan, self.seed, self.tuned = plan, seed, tuned
+        ancestor = {key: value for key, value in tuned.get("scratch", {}).items() if key != "batch_size"}
+        options = {f"ancestor.{'optimizer.' if key == 'learning_rate' else ''}{key}": value for key, value in ancestor.items()}
+        self.ancestor = self._piece("ancestor", "ancestor", "whole", ("train",), options)
+
+    def _piece(
+        self, identifier: str, method: str, schedule: str, command: tuple[str, ...], options: Mapping[str, Any], **more: Any
+    ) -> Piece:
+        chosen = {"seed": self.seed} | self.plan.settings | dict(options)
+        words = tuple((key, "null" if value is None else str(value)) for key, value in sorted(chosen.items()))
+        return Piece(identifier, method, schedule, command, words, **more)
+
+    def of_method(self, method: str, schedule: str, settings: Settings, sizes: Iterable[Size] | None = None) -> Iterator[Piece]:
+        """The pieces of a method's schedule: all that must run, the ancestor apart."""
+        tuned = self.tuned.get(method, {})
+        chosen = {"eval_every": _eval_every(method, tuned | settings)} | tuned | settings
+        if method not in LEARNGENES:
+            for size in self.plan.sizes if sizes is None else sizes:
+                init = "even" if method == "even_plain" else method
+                words = ("train", "--init", init, *_size_words(size))
+                needs = () if method == "scratch" else ("ancestor",)
+                identifier = f"{method}/{schedule}/{size_name(size)}"
+                yield self._piece(identifier, method, schedule, words, options_of(method, chosen), needs=needs, size=size)
+            return
+        for family, members in self.plan.families.items():
+            learngene = self.learngene(method, schedule, chosen | self.plan.family_settings.get(family, {}), family)
+            yield learngene
+            for size in members:
+                yield self._written(learngene, tuple(size))
+            towers = self.plan.single_towers
+            if method == "mmlg" and towers is not None and towers["family"] == family:
+                for modality in ("image", "text"):
+                    yield self._written(learngene, (towers["image_layers"], towers["text_layers"]), modality)
+
+    def learngene(self, method: str, schedule: str, settings: Settings, family: str | None) -> Piece:
+        """Extraction or pre-training."""
+        command = ("pretrain",) if method == "direct" else ("extract", "--method", method)
+        needs = ("ancestor",) if method in NEEDS_ANCESTOR else ()
+        identifier = f"{method}/{schedule}/{family}/learngene" if family else f"{method}/{schedule}"
+        return self._piece(identifier, method, schedule, command, options_of(method, settings), needs=needs, family=family)
+
+    def _written(self, learngene: Piece, size: Size, modality: str = "both") -> Piece:
+        words = ("train", "--init", learngene.method, "--modality", modality, *_size_words(size, modality))
+        identifier = learngene.id.replace("learngene", size_name(size, modality))
+        needs = ("ancestor", learngene.id) if modality != "both" else (learngene.id,)
+        options = {"adaptation.training.steps": 0}
+        more: Settings = {"family": learngene.family, "size": size, "modality": modality}
+        return self._piece(identifier, learngene.method, learngene.schedule, words, options, needs=needs, **more)
+
+    def all(self) -> list[Piece]:
+        """Every piece, in the order in which they run: short schedules of all methods before long ones."""
+        schedules = list(dict.fromkeys(name for found in self.plan.methods.values() for name in found))
+        found = [self.ancestor]
+        for schedule in sorted(schedules, key=lambda name: name == "converged"):
+            for method, settings in self.plan.methods.items():
+                if schedule in settings:
+                    found += self.of_method(method, schedule, settings[schedule])
+        return found
+
+
+def _size_words(size: Size, modality: str = "both") -> tuple[str, ...]:
+    sizes = recipe_size(size, modality).sizes()
+    return tuple(word for key, value in sizes.items() if value for word in (f"--{key.replace('_', '-')}", str(value)))
+
+
+def _eval_every(method: str, settings: Settings) -> int:
+    """Learngenes are judged at the end of a schedule; all else equally often in samples."""
+    if method in LEARNGENES:
+        return int(settings["steps"])
+    return max(1, SAMPLES_BETWEEN_EVALUATIONS // int(settings.get("batch_size", 128)))
+
+
+class Runner:
+    """Runs pieces in folders below `out`, and knows which of them `kept` already has."""
+
+    def __init__(self, plan: Plan, seed: int, out: Path, pieces: Sequence[Piece]) -> None:
+        self.plan, self.out = plan, out / plan.name
+        self.pieces = {piece.id: piece for piece in pieces}
+        self.folder = self.out / f"seed{seed}"
+
+    @functools.cached_property
+    def data(self) -> Path:
+        """The data set: the recipe's, or scenes below `out`."""
+        settings, _ = _settings(self.plan.recipe, tuple(sorted((key, str(value)) for key, value in self.plan.settings.items())))
+        return Path(settings.data.path) if settings.data.path is not None else self.out / "data"
+
+    @functools.cached_property
+    def data_digest(self) -> str:
+        """What the numbers depend on of the data set."""
+        return open_pairs(str(self.data)).digest()
+
+    @functools.cache  # noqa: B019  # a runner lives as long as its process
+    def digest(self, identifier: str) -> str:
+        """SHA-256 of everything that a piece's numbers depend on."""
+        piece = self.pieces[identifier]
+        settings, _ = _settings(self.plan.recipe, piece.options)
+        role = {"extract": "extraction", "pretrain": "pretraining"}.get(piece.command[0], "descendant")
+        init = piece.command[piece.command.index("--init") + 1] if "--init" in piece.command else None
+        if role == "extraction":
+            init = piece.command[-1]
+        used = settings.used_by("ancestor" if piece.id == "ancestor" else role, init=init)
+        content = [used, piece.command, self.data_digest, [self.digest(needed) for needed in piece.needs]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def path(self, identifier: str) -> Path:
+        """The folder of a piece: other settings, another folder."""
+        return self.folder / f"{identifier.replace('/', '-')}-{self.digest(identifier)[:8]}"
+
+    def run(self, wanted: Iterable[str], console: Terminal) -> None:
+        """Run the pieces that have no result here, and first those that they need."""
+        order: dict[str, Step] = {}
+
+        def add(identifier: str) -> None:
+            if identifier not in order and result_of(self.path(identifier)) is None:
+                for needed in self.pieces[identifier].needs:
+                    add(needed)
+                order[identifier] = self._step(self.pieces[identifier])
+
+        for identifier in wanted:
+            add(identifier)
+        steps = [dataclasses.replace(step, needs=tuple(need for need in step.needs if need in order)) for step in order.values()]
+        _, runtime = load_recipe(self.plan.recipe)
+        run_graph(steps, _launcher(), parallel=num_parallel(runtime), console=console)
+
+    def make_data(self, console: Terminal) -> None:
+        """Write the scenes where the recipe names no data set."""
+        marker = self.data / "dataset.json"
+        if marker.is_file():
+            return
+        settings, _ = _settings(self.plan.recipe, tuple(sorted((key, str(value)) for key, value in self.plan.settings.items())))
+        if settings.data.path is not None:
+            raise UserError(f"{self.data} has no data set. Pack it first: see examples/.")
+        options = [f"--{key}={value}" for key, value in vars(settings.data.scenes).items()]
+        words = ("data", "scenes", "--out", str(self.data), *options)
+        run_graph([Step("data", _argv(*words), Resources(), (), marker)], _launcher(), parallel=1, console=console)
+
+    def _step(self, piece: Piece) -> Step:
+        folder = self.path(piece.id)
+        words = [piece.command[0], self.plan.recipe, "--data.path", str(self.data), "--out", str(folder), *piece.command[1:]]
+        words += [f"--{key}={value}" for key, value in piece.options]
+        for needed in piece.needs:
+            if needed == "ancestor":
+                words += ["--ancestor-model", str(self.path(needed) / "model")]
+            else:
+                words += ["--learngene", str(self.path(needed) / "learngene.safetensors")]
+        return Step(piece.id, _argv(*words), Resources(), piece.needs, folder / RESULT_FILE)
+
+    def figures(self, piece: Piece) -> dict[str, Any] | None:
+        """What is kept of a complete piece."""
+        found = result_of(self.path(piece.id))
+        if found is None:
+            return None
+        metric = self.plan.metric
+        point_keys = ("step", "samples", "flops", "seconds", metric)
+        keys = ("params", "flops", "teacher_flops", "seconds", "bytes", "block_params", "stem_params")
+        return {
+            "digest": self.digest(piece.id),
+            "method": piece.method,
+            "schedule": piece.schedule,
+            **({"family": piece.family} if piece.family else {}),
+            **({"size": list(piece.size), "modality": piece.modality} if piece.size else {}),
+            "options": dict(piece.options),
+            **{key: found[key] for key in keys if found.get(key) is not None},
+            "curve": [{key: point[key] for key in point_keys} for point in found["curve"]],
+            "test": found["metrics"],
+            **({"test_at_0": found["metrics_at_0"]} if found.get("metrics_at_0") else {}),
+        }
+
+
+@functools.cache
+def _settings(name: str, options: tuple[tuple[str, str], ...]) -> tuple[recipe.Recipe, Any]:
+    return load_recipe(name, **dict(options))
+
+
+def _argv(*words: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "mmlg_scale", *words)
+
+
+@functools.cache
+def _launcher() -> LocalLauncher:
+    return LocalLauncher(preload=("mmlg_scale.training.run", "deepspeed"))
+
+
+def run_seed(plan: Plan, seed: int, out: Path, results: Path, only: Sequence[str] = ()) -> Path:
+    """Run what is missing of a seed; returns its JSON file.
+
+    Args:
+        only: methods, or method/schedule; empty: all.
+    """
+    target = results / f"family_cost_{plan.name}_seed{seed}.json"
+    kept = json.loads(target.read_text())["pieces"] if target.is_file() else {}
+    pieces = Pieces(plan, seed, tuned_settings(plan, results)).all()
+    runner, console = Runner(plan, seed, out, pieces), Terminal(stderr=True)
+    runner.make_data(console)
+    missing = [piece for piece in pieces if kept.get(piece.id, {}).get("digest") != runner.digest(piece.id)]
+    console.print(f"seed {seed}: {len(pieces)} pieces, {len(pieces) - len(missing)} in {target.name}", highlight=False)
+    groups: dict[tuple[str, str], list[Piece]] = {}
+    for piece in missing:
+        if not only or piece.method in only or f"{piece.method}/{piece.schedule}" in only:
+            groups.setdefault((piece.method, piece.schedule), []).append(piece)
+    for group in groups.values():
+        runner.run([piece.id for piece in group], console)
+        found = {piece.id: figures for piece in pieces if (figures := runner.figures(piece)) is not None}
+        kept = {piece.id: found.get(piece.id, kept.get(piece.id)) for piece in pieces if piece.id in found or piece.id in kept}
+        content = {"plan": plan.name, "seed": seed, "environment": environment(_settings(plan.recipe, ())[1]), "pieces": kept}
+        write_text_atomic(target, json.dumps(content, indent=1) + "\n")
+    return target
+
+
+def tuned_settings(plan: Plan, results: Path) -> dict[str, Settings]:
+    """What tuning found best, by method: learning rate and batch size; {} where it has not run."""
+    source = results / f"family_cost_{plan.name}_tuning.json"
+    if not source.is_file():
+        return {}
+    return {method: found["best"] for method, found in json.loads(source.read_text())["methods"].items()}
+
+
+def tune(plan: Plan, out: Path, results: Path) -> Path:
+    """Tune every method on seed 0 at pilot length, scratch first (the ancestor takes its rate); returns the JSON file."""
+    target = results / f"family_cost_{plan.name}_tuning.json"
+    content: dict[str, Any] = json.loads(target.read_text()) if target.is_file() else {"plan": plan.name, "methods": {}}
+    starts = {method: plan.tuning[method] for method in SECTIONS if method in plan.tuning}
+    for methods in (["scratch"], [method for method in starts if method != "scratch"]):
+        trials: dict[str, dict[str, Settings]] = {
+            method: {_key(trial["settings"]): trial for trial in content["methods"].get(method, {}).get("trials", [])} for method in methods
+        }
+        while wanted := {method: found for method in methods if (found := next_trials(starts[method], trials[method], plan.tuning))}:
+            _run_trials(plan, out, results, wanted, trials)
+            for method in methods:
+                best = max(trials[method].values(), key=lambda trial: trial["quality"])["settings"]
+                chosen = {key: best[key] for key in ("learning_rate", "batch_size")}
+                content["methods"][method] = {"best": chosen, "trials": list(trials[method].values())}
+            write_text_atomic(target, json.dumps(content, indent=1) + "\n")
+    return target
+
+
+def _key(settings: Settings) -> str:
+    return json.dumps([settings["learning_rate"], settings["batch_size"]])
+
+
+def next_trials(start: Settings, trials: Mapping[str, Settings], tuning: Settings) -> list[Settings]:
+    """Settings to try next, given the trials so far by `_key`; none where tuning is complete.
+
+    First the starting rate, twice and half of it; then beyond the best rate while it is at an edge; then twice and half the batch size at
+    that rate and equal samples, until the number of trials is reached. A best rate at an edge is followed beyond that number.
+    """
+    batch = start["batch_size"]
+
+    def at(rate: float, size: int) -> Settings:
+        return start | {"learning_rate": rate, "batch_size": size, "steps": start["steps"] * batch // size}
+
+    first = [at(start["learning_rate"] * factor, batch) for factor in (1, 0.5, 2)]
+    if missing := [trial for trial in first if _key(trial) not in trials]:
+        return missing
+    rates = sorted(trial["settings"]["learning_rate"] for trial in trials.values() if trial["settings"]["batch_size"] == batch)
+    best = max(rates, key=lambda rate: trials[_key(at(rate, batch))]["quality"])
+    if best in (rates[0], rates[-1]):
+        return [at(best / 2 if best == rates[0] else best * 2, batch)]
+    others = [at(best, batch // 2), at(best, batch * 2), at(best, batch // 4), at(best, batch * 4)]
+    return [trial for trial in others if _key(trial) not in trials][: max(0, tuning["trials"] - len(trials))]
+
+
+def _run_trials(plan: Plan, out: Path, results: Path, wanted: Mapping[str, list[Settings]], trials: dict[str, dict[str, Settings]]) -> None:
+    pieces = Pieces(plan, 0, tuned_settings(plan, results))
+    found: dict[str, tuple[str, Settings]] = {}
+    every = [pieces.ancestor]
+    for method, settings in wanted.items():
+        for each in settings:
+            name = f"tune-{each['learning_rate']:g}-{each['batch_size']}"
+            whole = each | {"eval_every": each["steps"]}
+            if method in LEARNGENES:
+                piece = pieces.learngene(method, name, whole | plan.family_settings.get("five", {}), None)
+            else:
+                (piece,) = pieces.of_method(method, name, whole, [tuple(plan.tuning["size"])])
+            every.append(piece)
+            found[piece.id] = method, each
+    runner, console = Runner(plan, 0, out, every), Terminal(stderr=True)
+    runner.make_data(console)
+    runner.run(found, console)
+    for identifier, (method, each) in found.items():
+        figures = runner.figures(runner.pieces[identifier])
+        assert figures is not None
+        quality = figures["curve"][-1][plan.metric]
+        trials[method][_key(each)] = {"settings": each, "quality": quality, "flops": figures["flops"] + figures["teacher_flops"]}
+        console.print(f"{identifier}: {plan.metric} {quality:.3f}", highlight=False)
+
+
+def main() -> None:
+    """Run a plan."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", help="A file of benchmarks/plans by its name (scenes, icons), or a path.")
+    parser.add_argument("--seeds", type=int, default=1, help="How many seeds: 0, 1, ... Default: 1.")
+    parser.add_argument("--first-seed", type=int, default=0, help="The first of them. Default: 0.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder of the runs.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the JSON and the plots. Default: benchmarks/results.")
+    parser.add_argument("--tune", action="store_true", help="Tune the methods and stop.")
+    parser.add_argument("--only", nargs="+", default=[], metavar="METHOD[/SCHEDULE]", help="Run only these.")
+    arguments = parser.parse_args()
+    try:
+        plan = load_plan(arguments.plan)
+        arguments.results.mkdir(parents=True, exist_ok=True)
+        if arguments.tune:
+            print(tune(plan, arguments.out.absolute(), arguments.results))
+            return
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+            print(run_seed(plan, seed, arguments.out.absolute(), arguments.results, arguments.only))
+    except UserError as error:
+        sys.exit(f"family_cost: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,404 @@
+"""Tables and plots of the family-cost benchmark, out of its JSON files.
+
+    python -m benchmarks.family_frontier scenes    # from results/family_cost_scenes_seed*.json: a summary, and two plots per family
+
+A family at a target q (a quality for each of its sizes) costs, by each way of making it:
+
+    separately trained methods   sum over sizes of the cheapest schedule's cost at the first of two consecutive evaluations at q
+                                 (0 where the untrained model is at q)
+    jointly distilled            the cheapest schedule's students up to q, and one teacher pass per batch until the last size is there
+    learngenes                   the cheapest schedule whose untrained members are all at q: its whole extraction or pre-training
+
+and is not defined where one size never gets there by any schedule. Targets are on the validation split; qualities at the end on the test
+split. Marked targets are what scratch's schedules end with, size by size; the curve takes one q for all sizes. FLOPs include the
+teacher's; the ancestor's are given apart and added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.family_cost import LEARNGENES, NEEDS_ANCESTOR, RESULTS, Plan, Size, load_plan, size_name
+from mmlg_scale.accounting import first_reached
+from mmlg_scale.errors import UserError
+from mmlg_scale.files import write_text_atomic
+
+WAYS = {
+    "mmlg": "learngene",
+    "direct": "learngene, pre-trained directly",
+    "tleg": "TLEG",
+    "scratch": "scratch",
+    "distil": "separate distillation",
+    "distil_joint": "joint distillation",
+    "even": "uniform layer selection, distilled",
+    "even_joint": "uniform layer selection, jointly distilled",
+    "even_plain": "uniform layer selection",
+}
+COLOURS = {
+    "mmlg": "#c2410c",
+    "direct": "#db2777",
+    "tleg": "#9333ea",
+    "scratch": "#475569",
+    "distil": "#2563eb",
+    "distil_joint": "#0891b2",
+    "even": "#16a34a",
+    "even_joint": "#65a30d",
+    "even_plain": "#a3a3a3",
+}
+Piece = Mapping[str, Any]
+Targets = Mapping[Size, float]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a way costs at a target; FLOPs are None where a size never gets there."""
+
+    flops: float | None
+    num_reached: int
+    """Sizes that get there: by their best schedule, or by the schedule that brings most of them there."""
+
+
+class Seed:
+    """The pieces of one seed's JSON."""
+
+    def __init__(self, plan: Plan, pieces: Mapping[str, Piece]) -> None:
+        self.plan, self.pieces = plan, pieces
+
+    @property
+    def ancestor(self) -> Piece:
+        """The ancestor's run."""
+        return self.pieces["ancestor"]
+
+    def schedules(self, method: str) -> list[str]:
+        """Those of which at least one piece is there."""
+        return list(dict.fromkeys(piece["schedule"] for piece in self.pieces.values() if piece["method"] == method))
+
+    def members(self, method: str, schedule: str, family: str) -> dict[Size, Piece]:
+        """The family's models by size, as far as they are there."""
+        prefix = f"{method}/{schedule}/{family}/" if method in LEARNGENES else f"{method}/{schedule}/"
+        sizes = [tuple(size) for size in self.plan.families[family]]
+        return {size: self.pieces[name] for size in sizes if (name := prefix + size_name(size)) in self.pieces}
+
+    def learngene(self, method: str, schedule: str, family: str) -> Piece:
+        """The learngene of a schedule."""
+        return self.pieces[f"{method}/{schedule}/{family}/learngene"]
+
+    def is_complete(self, method: str, schedule: str, family: str) -> bool:
+        """Whether every size of the family is there."""
+        return len(self.members(method, schedule, family)) == len(self.plan.families[family])
+
+    def cost(self, way: str, family: str, targets: Targets) -> Cost | None:
+        """What a way of making the family costs at `targets`; None where no schedule of it has been run for all sizes."""
+        method = way.removesuffix("_joint")
+        complete = [schedule for schedule in self.schedules(method) if self.is_complete(method, schedule, family)]
+        if not complete:
+            return None
+        if method in LEARNGENES:
+            return self._cheapest(complete, lambda schedule: self._of_learngene(method, schedule, family, targets))
+        if way.endswith("_joint"):
+            return self._cheapest(complete, lambda schedule: self._joint(method, schedule, family, targets))
+        return self._separate(method, complete, family, targets)
+
+    @staticmethod
+    def _cheapest(schedules: Iterable[str], cost: Callable[[str], Cost]) -> Cost:
+        found = [cost(schedule) for schedule in schedules]
+        return min(found, key=lambda each: (each.flops is None, each.flops or 0.0, -each.num_reached))
+
+    def _of_learngene(self, method: str, schedule: str, family: str, targets: Targets) -> Cost:
+        members = self.members(method, schedule, family)
+        reached = sum(members[size]["curve"][0][self.plan.metric] >= target for size, target in targets.items())
+        learngene = self.learngene(method, schedule, family)
+        return Cost(learngene["flops"] + learngene["teacher_flops"] if reached == len(targets) else None, reached)
+
+    def _separate(self, method: str, schedules: Sequence[str], family: str, targets: Targets) -> Cost:
+        total, num_reached = 0.0, 0
+        for size, target in targets.items():
+            curves = [self.members(method, schedule, family)[size]["curve"] for schedule in schedules]
+            spent = [point["flops"] for curve in curves if (point := reaching(curve, target, self.plan.metric))]
+            num_reached += bool(spent)
+            total += min(spent, default=0.0)
+        return Cost(total if num_reached == len(targets) else None, num_reached)
+
+    def _joint(self, method: str, schedule: str, family: str, targets: Targets) -> Cost:
+        students, teacher, num_reached = 0.0, 0.0, 0
+        for size, piece in self.members(method, schedule, family).items():
+            point = reaching(piece["curve"], targets[size], self.plan.metric)
+            if point is None:
+                continue
+            num_reached += 1
+            of_teacher = piece["teacher_flops"] * point["samples"] / piece["curve"][-1]["samples"]
+            students += point["flops"] - of_teacher
+            teacher = max(teacher, of_teacher)
+        return Cost(students + teacher if num_reached == len(targets) else None, num_reached)
+
+
+def reaching(curve: Sequence[Mapping[str, Any]], target: float, metric: str) -> Mapping[str, Any] | None:
+    """`accounting.first_reached`, where the end of a schedule counts too: nobody trains a schedule one evaluation longer to be sure."""
+    point = first_reached(curve, target, metric)
+    return curve[-1] if point is None and curve[-1][metric] >= target else point
+
+
+def with_ancestor(way: str, cost: float, ancestor: Piece) -> float:
+    """The ancestor's training added where the way needs one."""
+    return cost + ancestor["flops"] if way.removesuffix("_joint") in NEEDS_ANCESTOR else cost
+
+
+def marked_targets(seed: Seed, family: str, mark: str) -> dict[Size, float] | None:
+    """What a schedule of scratch ends with, size by size; None where it has not been run."""
+    if not seed.is_complete("scratch", mark, family):
+        return None
+    return {size: piece["curve"][-1][seed.plan.metric] for size, piece in seed.members("scratch", mark, family).items()}
+
+
+def marks(seed: Seed, family: str) -> dict[str, Any]:
+    """Costs at the marked targets and their ratios: a way's cost divided by the learngene's, and by direct pre-training's."""
+    found = {}
+    for mark in seed.plan.marks:
+        targets = marked_targets(seed, family, mark)
+        if targets is None:
+            continue
+        costs = {way: cost for way in WAYS if (cost := seed.cost(way, family, targets)) is not None}
+        flops = {way: cost.flops for way, cost in costs.items()}
+        whole = {way: with_ancestor(way, cost, seed.ancestor) if cost is not None else None for way, cost in flops.items()}
+        found[mark] = {
+            "targets": {size_name(size): target for size, target in targets.items()},
+            "num_sizes": len(targets),
+            "num_reached": {way: cost.num_reached for way, cost in costs.items()},
+            "flops": flops,
+            "flops_with_ancestor": whole,
+            "ratio_to_learngene": ratios(flops, "mmlg"),
+            "ratio_to_learngene_with_ancestor": ratios(whole, "mmlg"),
+            "ratio_to_direct_with_ancestor": ratios(whole, "direct"),
+        }
+    return found
+
+
+def ratios(costs: Mapping[str, float | None], ours: str) -> dict[str, float | None]:
+    """Every way's cost divided by that of `ours`; None where one of them is not defined."""
+    mine = costs.get(ours)
+    return {way: cost / mine if cost is not None and mine else None for way, cost in costs.items() if way != ours}
+
+
+def curve(seed: Seed, family: str, steps: int = 60) -> dict[str, list[list[float]]]:
+    """[q, cost] of each way, for one q at all sizes, from a tenth of the best quality to the best."""
+    sizes = [tuple(size) for size in seed.plan.families[family]]
+    metric = seed.plan.metric
+    best = max(point[metric] for piece in seed.pieces.values() for point in piece["curve"])
+    found: dict[str, list[list[float]]] = {}
+    for number in range(steps + 1):
+        q = best * (0.1 + 0.9 * number / steps)
+        for way in WAYS:
+            cost = seed.cost(way, family, dict.fromkeys(sizes, q))
+            if cost is not None and cost.flops is not None:
+                found.setdefault(way, []).append([q, cost.flops])
+    return found
+
+
+def ends(seed: Seed, family: str) -> list[dict[str, Any]]:
+    """What each schedule of each way costs in full, ships, and yields on the test split: the frontier's points."""
+    rows = []
+    for way in WAYS:
+        method = way.removesuffix("_joint")
+        for schedule in seed.schedules(method):
+            if not seed.is_complete(method, schedule, family):
+                continue
+            members = seed.members(method, schedule, family)
+            if method in LEARNGENES:
+                learngene = seed.learngene(method, schedule, family)
+                flops, params = learngene["flops"] + learngene["teacher_flops"], learngene["params"]
+            else:
+                teacher = [piece["teacher_flops"] for piece in members.values()]
+                flops = sum(piece["flops"] for piece in members.values()) + (max(teacher) if way.endswith("_joint") else sum(teacher))
+                params = sum(piece["params"] for piece in members.values())
+            rows.append(
+                {
+                    "way": way,
+                    "schedule": schedule,
+                    "flops": flops,
+                    "flops_with_ancestor": with_ancestor(way, flops, seed.ancestor),
+                    "params_shipped": params,
+                    "share_of_ancestor": params / seed.ancestor["params"],
+                    "validation": mean(piece["curve"][-1][seed.plan.metric] for piece in members.values()),
+                    "test": {key: mean(piece["test"][key] for piece in members.values()) for key in seed.ancestor["test"]},
+                    "test_by_size": {size_name(size): piece["test"][seed.plan.metric] for size, piece in members.items()},
+                }
+            )
+    return rows
+
+
+def notes(seed: Seed, family: str) -> list[str]:
+    """What a reader must know before believing a ratio."""
+    metric, found = seed.plan.metric, []
+    for method in ("scratch", "distil", "even", "even_plain"):
+        for schedule in seed.schedules(method):
+            members = seed.members(method, schedule, family)
+            falling = [size_name(size) for size, piece in members.items() if piece["curve"][-1][metric] < piece["curve"][0][metric]]
+            if falling:
+                found.append(f"{WAYS[method]}, {schedule}: ends below its start at {', '.join(falling)}")
+            if method == "scratch":
+                equal = [(size, piece["curve"][-1][metric]) for size, piece in members.items() if len(set(size)) == 1]
+                found += [
+                    f"scratch, {schedule}: {size_name(deep)} ends below {size_name(shallow)}"
+                    for (shallow, less), (deep, more) in pairwise(equal)
+                    if more < less
+                ]
+    return found
+
+
+def summary(plan: Plan, seeds: Mapping[int, Seed]) -> dict[str, Any]:
+    """Everything that is derived of the seeds, and mean and standard deviation of each ratio over them."""
+    content: dict[str, Any] = {"plan": plan.name, "metric": plan.metric, "families": {}}
+    for family in plan.families:
+        by_seed = {
+            str(number): {
+                "marks": marks(seed, family),
+                "ends": ends(seed, family),
+                "curve": curve(seed, family),
+                "notes": notes(seed, family),
+            }
+            for number, seed in seeds.items()
+        }
+        content["families"][family] = {"over_seeds": _over_seeds(by_seed), "seeds": by_seed}
+    return content
+
+
+def _over_seeds(by_seed: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for seed in by_seed.values():
+        for mark, figures in seed["marks"].items():
+            for kind in ("ratio_to_learngene", "ratio_to_learngene_with_ancestor", "ratio_to_direct_with_ancestor"):
+                for way, value in figures[kind].items():
+                    found.setdefault(mark, {}).setdefault(kind, {}).setdefault(way, []).append(value)
+    return {
+        mark: {kind: {way: _spread(values) for way, values in ways.items()} for kind, ways in kinds.items()}
+        for mark, kinds in found.items()
+    }
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean and standard deviation of a ratio over the seeds where it is defined, and how many those are."""
+    known = [value for value in values if value is not None]
+    return {
+        "num_seeds": len(values),
+        "num_defined": len(known),
+        "mean": mean(known) if known else None,
+        "standard_deviation": stdev(known) if len(known) > 1 else None,
+    }
+
+
+def plot_frontier(content: Mapping[str, Any], family: str, ancestor_flops: float) -> Figure:
+    """Test quality against cost of every schedule of every way, without and with the ancestor; areas are what is shipped."""
+    figure = Figure(figsize=(10.0, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    metric = content["metric"]
+    seeds = content["families"][family]["seeds"].values()
+    for axis, key, title in zip(axes, ("flops", "flops_with_ancestor"), ("ancestor not counted", "ancestor counted"), strict=True):
+        for way, name in WAYS.items():
+            rows = [row for seed in seeds for row in seed["ends"] if row["way"] == way]
+            if rows:
+                x, y = [row[key] / 1e12 for row in rows], [100 * row["test"][metric] for row in rows]
+                areas = [60 * row["share_of_ancestor"] for row in rows]
+                axis.scatter(x, y, s=areas, color=COLOURS[way], alpha=0.75, label=name)
+        axis.axvline(ancestor_flops / 1e12, color="#0f172a", lw=0.8, ls=":", label="the ancestor's own cost")
+        axis.set(xscale="log", xlabel="TFLOP for the whole family", title=title)
+        axis.grid(alpha=0.25, which="both")
+    axes[0].set_ylabel(f"test {metric}, mean of the sizes (%)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False, markerscale=0.8)
+    return figure
+
+
+def plot_cost(content: Mapping[str, Any], family: str) -> Figure:
+    """Cost against the quality that every size must have, one line per way and seed, with the marked targets' means."""
+    figure = Figure(figsize=(8.0, 4.6), layout="constrained")
+    axis = figure.subplots()
+    for seed in content["families"][family]["seeds"].values():
+        for way, points in seed["curve"].items():
+            label = WAYS[way] if WAYS[way] not in axis.get_legend_handles_labels()[1] else None
+            x, y = [100 * q for q, _ in points], [cost / 1e12 or math.nan for _, cost in points]
+            axis.plot(x, y, color=COLOURS[way], lw=1.6, alpha=0.85, label=label)
+        for mark, figures in seed["marks"].items():
+            q = 100 * mean(figures["targets"].values())
+            axis.axvline(q, color="#94a3b8", lw=0.8, ls=":")
+            axis.annotate(mark, (q, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right", fontsize=7)
+    axis.set(
+        yscale="log", xlabel=f"validation {content['metric']} of every size (%)", ylabel="TFLOP for the whole family, ancestor not counted"
+    )
+    axis.grid(alpha=0.25, which="both")
+    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def table(content: Mapping[str, Any], family: str) -> str:
+    """The ratios at the marked targets, mean over seeds, as Markdown."""
+    over = content["families"][family]["over_seeds"]
+    lines = [f"| {family}: cost ÷ learngene's | " + " | ".join(over) + " |", "|---|" + "---|" * len(over)]
+    for kind, title in (
+        ("ratio_to_learngene", "{}"),
+        ("ratio_to_learngene_with_ancestor", "{}, ancestor counted"),
+        ("ratio_to_direct_with_ancestor", "{}, everything counted, ÷ direct pre-training"),
+    ):
+        for way, name in WAYS.items():
+            cells = [_cell(figures[kind].get(way)) for figures in over.values()]
+            if any(cells):
+                lines.append(f"| {title.format(name)} | " + " | ".join(cell or "–" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(spread: Mapping[str, Any] | None) -> str:
+    if spread is None or spread["mean"] is None:
+        return "" if spread is None else "not reached"
+    deviation = f" ± {spread['standard_deviation']:.2f}" if spread["standard_deviation"] is not None else ""
+    few = f" ({spread['num_defined']} of {spread['num_seeds']} seeds)" if spread["num_defined"] < spread["num_seeds"] else ""
+    return f"{spread['mean']:.2f}{deviation}{few}"
+
+
+def read_seeds(plan: Plan, results: Path) -> dict[int, Seed]:
+    """The seeds that have been run. Raises UserError where there is none."""
+    files = sorted(results.glob(f"family_cost_{plan.name}_seed*.json"))
+    if not files:
+        raise UserError(f"{results} has no family_cost_{plan.name}_seed*.json. Run python -m benchmarks.family_cost {plan.name} first.")
+    contents = [json.loads(file.read_text()) for file in files]
+    return {content["seed"]: Seed(plan, content["pieces"]) for content in contents}
+
+
+def write_summary(plan: Plan, results: Path) -> dict[str, Any]:
+    """Write the summary and the plots beside the seeds' JSON; returns the summary."""
+    seeds = read_seeds(plan, results)
+    content = summary(plan, seeds)
+    stem = f"family_cost_{plan.name}"
+    write_text_atomic(results / f"{stem}_summary.json", json.dumps(content, indent=1) + "\n")
+    ancestor = mean(seed.ancestor["flops"] for seed in seeds.values())
+    for family in plan.families:
+        for name, figure in (("frontier", plot_frontier(content, family, ancestor)), ("cost", plot_cost(content, family))):
+            figure.savefig(results / f"{stem}_{family}_{name}.svg", metadata={"Date": None})
+    return content
+
+
+def main() -> None:
+    """Write the summary and print its tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", help="A file of benchmarks/plans by its name (scenes, icons), or a path.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the JSON. Default: benchmarks/results.")
+    arguments = parser.parse_args()
+    try:
+        plan = load_plan(arguments.plan)
+        content = write_summary(plan, arguments.results)
+    except UserError as error:
+        sys.exit(f"family_frontier: error: {error}")
+    for family in plan.families:
+        print(table(content, family), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""The family-cost benchmark: arithmetic on curves made by hand, the committed ratios from the raw curves, a run at the smallest size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks import family_cost, family_frontier
+from benchmarks.family_cost import RESULTS, Pieces, Plan, next_trials, run_seed, tuned_settings
+from benchmarks.family_frontier import Cost, Seed
+
+PLAN = Plan(
+    name="hand",
+    recipe="demo",
+    metric="q",
+    families={"two": [[2, 2], [4, 4]]},
+    methods={},
+    marks=["long"],
+    tuning={},
+)
+
+
+def curve(*points: tuple[float, float], batch: int = 10) -> list[dict[str, float]]:
+    """Points of (FLOPs, quality), ten steps apart."""
+    return [{"step": 10 * i, "samples": 10 * i * batch, "flops": flops, "seconds": 0.0, "q": q} for i, (flops, q) in enumerate(points)]
+
+
+def piece(method: str, schedule: str, points: list[dict[str, float]], teacher: float = 0.0, **more: Any) -> dict[str, Any]:
+    """A trained model's entry; `teacher` is contained in the curve's FLOPs."""
+    figures = {"method": method, "schedule": schedule, "curve": points, "test": {"q": points[-1]["q"]}, "params": 100}
+    return {**figures, "teacher_flops": teacher, "flops": points[-1]["flops"] - teacher, **more}
+
+
+def seed_of(**pieces: dict[str, Any]) -> Seed:
+    ancestor = piece("ancestor", "whole", curve((0, 0.0), (1000, 0.9)), params=400)
+    return Seed(PLAN, {"ancestor": ancestor} | {name.replace("_", "/"): found for name, found in pieces.items()})
+
+
+def both(target: float) -> dict[tuple[int, ...], float]:
+    return {(2, 2): target, (4, 4): target}
+
+
+def test_separate_methods_take_the_cheapest_schedule_of_each_size() -> None:
+    seed = seed_of(
+        **{
+            "scratch_long_i2-t2": piece("scratch", "long", curve((10, 0.1), (20, 0.5), (30, 0.6))),
+            "scratch_long_i4-t4": piece("scratch", "long", curve((20, 0.2), (40, 0.6), (60, 0.7))),
+            "scratch_short_i2-t2": piece("scratch", "short", curve((5, 0.2), (15, 0.55))),
+            "scratch_short_i4-t4": piece("scratch", "short", curve((10, 0.2), (30, 0.4))),
+        }
+    )
+    assert seed.cost("scratch", "two", both(0.5)) == Cost(15 + 40, 2)  # short's end for the small one, long's middle for the large one
+    assert seed.cost("scratch", "two", both(0.65)) == Cost(None, 1)
+    assert seed.cost("distil", "two", both(0.5)) is None
+    assert seed.cost("scratch", "two", {(2, 2): 0.5, (4, 4): 0.4}) == Cost(15 + 30, 2)
+
+
+def test_one_lucky_evaluation_on_the_way_is_not_a_target_reached() -> None:
+    points = curve((10, 0.1), (20, 0.9), (30, 0.3), (40, 0.8), (50, 0.85))
+    assert family_frontier.reaching(points, 0.8, "q") == points[3]
+    assert family_frontier.reaching(points, 0.9, "q") is None
+    assert family_frontier.reaching(points[:4], 0.8, "q") == points[3]  # the end of the schedule
+
+
+def test_joint_distillation_charges_one_teacher_until_the_last_size_is_there() -> None:
+    # The teacher is 5 of each 10 (small) or 20 (large) FLOPs a point.
+    seed = seed_of(
+        **{
+            "distil_long_i2-t2": piece("distil", "long", curve((0, 0.0), (10, 0.5), (20, 0.6)), teacher=10.0),
+            "distil_long_i4-t4": piece("distil", "long", curve((0, 0.0), (20, 0.3), (40, 0.7)), teacher=10.0),
+        }
+    )
+    assert seed.cost("distil", "two", both(0.5)) == Cost(10 + 40, 2)
+    assert seed.cost("distil_joint", "two", both(0.5)) == Cost((10 - 5) + (40 - 10) + 10, 2)
+    rows = {row["way"]: row["flops"] for row in family_frontier.ends(seed, "two")}
+    assert rows == {"distil": 60.0, "distil_joint": 60.0 - 10.0}
+
+
+def test_an_untrained_model_at_the_target_costs_nothing_and_a_learngene_is_charged_once() -> None:
+    seed = seed_of(
+        **{
+            "even_long_i2-t2": piece("even", "long", curve((0, 0.1), (10, 0.5), (20, 0.6)), teacher=4.0),
+            "even_long_i4-t4": piece("even", "long", curve((0, 0.9), (20, 0.3), (40, 0.7)), teacher=4.0),
+            "mmlg_long_two_learngene": piece("mmlg", "long", curve((70, 0.0)), teacher=30.0, params=90),
+            "mmlg_long_two_i2-t2": piece("mmlg", "long", curve((0, 0.6))),
+            "mmlg_long_two_i4-t4": piece("mmlg", "long", curve((0, 0.8))),
+        }
+    )
+    assert seed.cost("even", "two", both(0.5)) == Cost(10 + 0, 2)
+    assert seed.cost("mmlg", "two", both(0.6)) == Cost(70.0, 2)
+    assert seed.cost("mmlg", "two", both(0.7)) == Cost(None, 1)
+    assert family_frontier.with_ancestor("mmlg", 70.0, seed.ancestor) == 1070.0
+    assert family_frontier.with_ancestor("scratch", 70.0, seed.ancestor) == 70.0
+    assert family_frontier.notes(seed, "two") == ["uniform layer selection, distilled, long: ends below its start at i4-t4"]
+
+
+def test_ratios_are_undefined_where_one_side_never_gets_there() -> None:
+    assert family_frontier.ratios({"mmlg": 2.0, "scratch": 7.0, "distil": None}, "mmlg") == {"scratch": 3.5, "distil": None}
+    assert family_frontier.ratios({"mmlg": None, "scratch": 7.0}, "mmlg") == {"scratch": None}
+
+
+def test_tuning_leaves_no_best_rate_at_an_edge_and_gives_every_method_as_many_trials() -> None:
+    def tune(quality: Any, trials: int = 6) -> dict[str, Any]:
+        start, found = {"steps": 80, "batch_size": 32, "learning_rate": 1.0}, {}
+        while wanted := next_trials(start, found, {"trials": trials}):
+            for settings in wanted:
+                assert settings["steps"] * settings["batch_size"] == 80 * 32
+                found[family_cost._key(settings)] = {"settings": settings, "quality": quality(**settings)}
+        return found
+
+    def peak_at(rate: float) -> Any:
+        return lambda learning_rate, batch_size, steps: -abs(learning_rate - rate) - abs(batch_size - 16) / 1000
+
+    near = tune(peak_at(1.0))
+    assert [trial["settings"]["learning_rate"] for trial in near.values()][:3] == [1.0, 0.5, 2.0]
+    assert len(near) == 6
+    assert max(near.values(), key=lambda trial: trial["quality"])["settings"]["batch_size"] == 16
+    far = tune(peak_at(16.0))
+    rates = sorted(trial["settings"]["learning_rate"] for trial in far.values() if trial["settings"]["batch_size"] == 32)
+    assert rates == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+
+
+def _independent(pieces: dict[str, Any], sizes: list[str], metric: str, way: str, family: str, mark: str) -> float | None:
+    """A way's cost at a marked target, written again without the benchmark's code."""
+    targets = {size: pieces[f"scratch/{mark}/{size}"]["curve"][-1][metric] for size in sizes}
+    method, _, joint = way.partition("_joint")
+    joint = way.endswith("_joint")
+    options = []
+    for schedule in {found["schedule"] for found in pieces.values() if found["method"] == method}:
+        if method in ("mmlg", "tleg", "direct"):
+            names = [f"{method}/{schedule}/{family}/{size}" for size in sizes]
+            if all(name in pieces for name in names):
+                gene = pieces[f"{method}/{schedule}/{family}/learngene"]
+                there = all(pieces[name]["curve"][0][metric] >= targets[size] for name, size in zip(names, sizes, strict=True))
+                options.append([gene["flops"] + gene["teacher_flops"] if there else None])
+            continue
+        row: list[Any] = []
+        for size in sizes:
+            found = pieces.get(f"{method}/{schedule}/{size}")
+            if found is None:
+                break
+            points = found["curve"]
+            good = [point[metric] >= targets[size] for point in points]
+            at = 0 if points[0]["step"] == 0 and good[0] else next((i for i in range(len(good)) if good[i] and all(good[i : i + 2])), None)
+            if at is None:
+                row.append(None)
+            else:
+                teacher = found["teacher_flops"] * points[at]["samples"] / points[-1]["samples"]
+                row.append((points[at]["flops"], teacher))
+        else:
+            options.append(row)
+    if method in ("mmlg", "tleg", "direct"):
+        return min((cost for (cost,) in options if cost is not None), default=None)
+    if joint:
+        whole = [row for row in options if None not in row]
+        return min((sum(f - t for f, t in row) + max(t for _, t in row) for row in whole), default=None)
+    best = [min((found[0] for found in column if found is not None), default=None) for column in zip(*options, strict=True)]
+    return None if None in best else sum(best)
+
+
+SUMMARIES = sorted(RESULTS.glob("family_cost_*_summary.json"))
+
+
+@pytest.mark.parametrize("source", SUMMARIES, ids=lambda path: path.stem)
+def test_every_committed_ratio_follows_from_the_raw_curves(source: Path) -> None:
+    content = json.loads(source.read_text())
+    plan = family_cost.load_plan(content["plan"])
+    num_checked = 0
+    for family, derived in content["families"].items():
+        sizes = [family_cost.size_name(tuple(size)) for size in plan.families[family]]
+        for number, figures in derived["seeds"].items():
+            pieces = json.loads((RESULTS / f"family_cost_{plan.name}_seed{number}.json").read_text())["pieces"]
+            for mark, found in figures["marks"].items():
+                costs = {way: _independent(pieces, sizes, plan.metric, way, family, mark) for way in found["flops"]}
+                assert costs == pytest.approx(found["flops"])
+                needs = {way: 0.0 if way in ("scratch", "direct") else pieces["ancestor"]["flops"] for way in costs}
+                whole = {way: cost + needs[way] if cost is not None else None for way, cost in costs.items()}
+                for key, table, ours in (
+                    ("ratio_to_learngene", costs, "mmlg"),
+                    ("ratio_to_learngene_with_ancestor", whole, "mmlg"),
+                    ("ratio_to_direct_with_ancestor", whole, "direct"),
+                ):
+                    for way, value in found[key].items():
+                        expected = table[way] / table[ours] if table[way] is not None and table.get(ours) else None
+                        assert value == pytest.approx(expected), (family, number, mark, key, way)
+                        num_checked += 1
+    assert num_checked
+
+
+def test_committed_settings_are_those_that_tuning_found_best() -> None:
+    for source in RESULTS.glob("family_cost_*_tuning.json"):
+        content = json.loads(source.read_text())
+        for method, found in content["methods"].items():
+            best = max(found["trials"], key=lambda trial: trial["quality"])["settings"]
+            assert {key: best[key] for key in found["best"]} == found["best"]
+            rates = [trial["settings"]["learning_rate"] for trial in found["trials"]]
+            assert min(rates) < found["best"]["learning_rate"] < max(rates), (source.name, method)
+
+
+TINY = {
+    "recipe": "recipe.yaml",
+    "metric": "mean_recall@1",
+    "families": {"five": [[1, 1], [2, 2]]},
+    "methods": {"scratch": {"short": {"steps": 4}}, "mmlg": {"short": {"steps": 4}}},
+    "marks": ["short"],
+    "tuning": {},
+}
+RECIPE = {
+    "data": {"scenes": {"num_train": 32, "num_val": 8, "num_test": 8}},
+    "model": {
+        "config": {
+            "embed_dim": 16,
+            "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 16, "head_width": 8, "layers": 2},
+            "text_cfg": {"context_length": 16, "width": 16, "heads": 2, "layers": 2},
+        }
+    },
+    "ancestor": {"steps": 4, "batch_size": 8},
+    "extraction": {"min_layers": 1, "num_knots": 3, "training": {"batch_size": 8}},
+    "baselines": {"scratch": {"batch_size": 8}},
+}
+
+
+def test_a_plan_runs_once_and_its_result_is_enough_to_go_on_from(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"recipe": str(tmp_path / "recipe.yaml")}))
+    plan = family_cost.load_plan(str(tmp_path / "tiny.yaml"))
+    target = run_seed(plan, 0, tmp_path / "runs", tmp_path)
+    content = json.loads(target.read_text())
+    assert list(content["pieces"]) == [piece.id for piece in Pieces(plan, 0, tuned_settings(plan, tmp_path)).all()]
+    ours = content["pieces"]["mmlg/short/five/i1-t1"]
+    assert ours["curve"][0]["step"] == 0
+    assert ours["test"] == ours["test_at_0"]
+    assert ours["flops"] == 0
+    assert content["pieces"]["scratch/short/i2-t2"]["flops"] == content["pieces"]["ancestor"]["flops"]
+
+    summary = family_frontier.write_summary(plan, tmp_path)
+    flops = summary["families"]["five"]["seeds"]["0"]["marks"]["short"]["flops"]
+    assert flops["scratch"] == sum(content["pieces"][f"scratch/short/{size}"]["flops"] for size in ("i1-t1", "i2-t2"))
+    assert (tmp_path / "family_cost_tiny_five_frontier.svg").stat().st_size
+
+    # The folders are gone: what the JSON has is not run again.
+    (tmp_path / "runs" / "tiny" / "seed0").rename(tmp_path / "elsewhere")
+    capfd.readouterr()
+    run_seed(plan, 0, tmp_path / "runs", tmp_path)
+    assert "6 pieces, 6 in family_cost_tiny_seed0.json" in capfd.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "runs" / "tiny" / "seed0").exists()
+    assert json.loads(target.read_text()) == content
