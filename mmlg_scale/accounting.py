@@ -20,7 +20,7 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any
 
-from mmlg_scale.results import AncestorEntry, Charge, DescendantEntry, FamilyResult, LearngeneEntry, Summary, Totals
+from mmlg_scale.results import AncestorEntry, Charge, DescendantEntry, FamilyResult, LearngeneEntry, SplitSize, Summary, Totals
 
 Curve = Sequence[Mapping[str, Any]]
 Size = tuple[Any, ...]
@@ -199,6 +199,7 @@ def summarise(family: FamilyResult) -> FamilyResult:
         )
     notes.extend(_missed_notes(entries, sizes))
     notes.extend(_grid_notes(entries, sizes))
+    notes.extend(_quality_notes(family, entries, sizes))
     summary = Summary(
         num_sizes_in_sum=len(sizes),
         totals_by_init=totals,
@@ -359,6 +360,72 @@ def _storage_ratios(family: FamilyResult, entries: Sequence[DescendantEntry]) ->
         "storage_share_stems": learngene.stem_params / ancestor,
         "storage_ratio_blocks": _divide(learngene.block_params, ancestor - learngene.stem_params),
     }
+
+
+def chance(metric: str, split: SplitSize) -> float | None:
+    """What random scores give on a split: the probability that a right answer is among k candidates drawn without replacement.
+
+    None for a metric that is not recall or accuracy.
+    """
+    kind, _, number = metric.rpartition("@") if "@" in metric else (metric[:3], "", metric[3:])
+    if kind == "acc":
+        return min(1.0, int(number) / split.classes) if split.classes else None
+    if not kind.endswith("recall"):
+        return None
+    k, per_image = int(number), max(1, round(split.captions / split.images))
+    of_image = min(1.0, k / split.images)
+    of_text = 1 - math.comb(max(0, split.captions - per_image), k) / math.comb(max(k, split.captions), k)
+    return {"image_retrieval_recall": of_image, "text_retrieval_recall": of_text}.get(kind, (of_image + of_text) / 2)
+
+
+def standard_error(metric: str, value: float, split: SplitSize) -> float | None:
+    """Of a fraction over the split's queries: sqrt(p (1 - p) / n); the mean of both directions takes them as independent.
+
+    None where the number of queries is not known.
+    """
+    spread = math.sqrt(max(0.0, value * (1 - value)))
+    if metric.startswith("image_retrieval"):
+        return spread / math.sqrt(split.captions)
+    if metric.startswith(("text_retrieval", "acc")):
+        return spread / math.sqrt(split.images)
+    return spread * math.sqrt(1 / split.captions + 1 / split.images) / 2 if metric.startswith("mean_recall") else None
+
+
+def _quality_notes(family: FamilyResult, entries: Sequence[DescendantEntry], sizes: Sequence[Size]) -> list[str]:
+    """Where a quality is not what a reader takes it for: targets near chance, training that hurts, depth that hurts."""
+    notes, counted = [], [entry for entry in entries if size_of(entry) in sizes]
+    split = (family.splits or {}).get("val")
+    if split is not None:
+        near = []
+        for entry in counted:
+            level, target = chance(entry.metric or family.metric, split), _charge(entry).target
+            error = standard_error(entry.metric or family.metric, level, split) if level is not None else None
+            if entry.init == "scratch" and level is not None and error is not None and target is not None and target < level + 3 * error:
+                near.append(entry.name)
+        if near:
+            notes.append(f"targets within three standard errors of chance, so that their charges say nothing: {', '.join(near)}")
+    for init in ("mmlg", *BASELINES):
+        worse = [e.name for e in counted if e.init == init and e.curve[0]["step"] == 0 and _last(e, family) < _first(e, family)]
+        if worse:
+            notes.append(f"training leaves these worse than they were untrained: {', '.join(worse)}")
+    scratch = sorted((entry for entry in counted if entry.init == "scratch"), key=lambda entry: entry.params)
+    equal = [entry for entry in scratch if entry.image_width == scratch[-1].image_width and entry.text_width == scratch[-1].text_width]
+    fallen = [
+        f"{more.name} below {less.name}"
+        for less, more in pairwise(equal)
+        if less.seed == more.seed and _last(more, family) < _last(less, family)
+    ]
+    if fallen:
+        notes.append(f"scratch does not gain by depth, so its larger targets are weak: {', '.join(fallen)}")
+    return notes
+
+
+def _first(entry: DescendantEntry, family: FamilyResult) -> float:
+    return entry.curve[0][entry.metric or family.metric]
+
+
+def _last(entry: DescendantEntry, family: FamilyResult) -> float:
+    return entry.curve[-1][entry.metric or family.metric]
 
 
 def _divide(numerator: float, denominator: float) -> float | None:

@@ -25,6 +25,7 @@ from rich.console import Console
 from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import BYTES_PER_PARAMETER, WITHOUT_ANCESTOR, checkpoint_bytes, summarise
 from mmlg_scale.data.corpus import PairSet, open_pairs
+from mmlg_scale.data.summary import num_pairs
 from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
 from mmlg_scale.evaluation.evaluate import folder_features
@@ -393,6 +394,7 @@ def assemble(plan: Plan) -> FamilyResult:
             "num_bytes": 4 * ancestor["params"],
         },
         "kept_features": learngene["kept_features"],
+        "splits": _split_sizes(plan.data),
         "learngene": {key: learngene[key] for key in LEARNGENE_KEYS},
         "rival_learngenes": {method: {key: _result(plan.learngene(method))[key] for key in LEARNGENE_KEYS} for method in plan.rivals()},
         "descendants": [_entry(member.step.folder, member.role) for member in plan.members if isinstance(member.role, DescendantRole)],
@@ -405,6 +407,16 @@ def assemble(plan: Plan) -> FamilyResult:
 def _result(folder: Path) -> dict[str, Any]:
     found = result_of(folder)
     assert found is not None, folder
+    return found
+
+
+def _split_sizes(data: Path) -> dict[str, dict[str, int | None]]:
+    """What recall and accuracy were measured among."""
+    classes = open_pairs(data).classes
+    found = {}
+    for split in ("val", "test"):
+        images, captions = num_pairs(data / split)
+        found[split] = {"images": images, "captions": captions, "classes": len(classes["classnames"]) if classes else None}
     return found
 
 
@@ -453,5 +465,5 @@ def _draw_samples(plan: Plan) -> None:
         return
     folder = plan.descendant(sizes[len(sizes) // 2], "mmlg") / "model"
     image_ND, text_MD, split = folder_features(folder, plan.data, "test")
-    samples = retrieval_samples(image_ND, text_MD, split.text_to_image_M, split.captions, split.image_png)
+    samples = retrieval_samples(image_ND, text_MD, split.text_to_image_M, split.captions, split.image_png, num_image_queries=4)
     write_record(plan.out / "retrieval_samples.json", {"samples": samples})

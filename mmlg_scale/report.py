@@ -17,14 +17,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from rich.table import Table
 from torch import Tensor
 
-from mmlg_scale.accounting import BYTES_PER_PARAMETER, Size, size_of, summarise
+from mmlg_scale.accounting import BYTES_PER_PARAMETER, Size, chance, size_of, standard_error, summarise
 from mmlg_scale.bounds import MAX_JSON_BYTES, MAX_MANIFEST_BYTES
 from mmlg_scale.errors import UserError
+from mmlg_scale.evaluation.retrieval import retrieval_ranks
 from mmlg_scale.files import write_text_atomic
+from mmlg_scale.metric_names import KS
 from mmlg_scale.reading import decoded, parse_json, read_bytes
 from mmlg_scale.records import parse_record, read_record
 from mmlg_scale.results import Charge, DescendantEntry, FamilyResult, Init, Summary
@@ -44,6 +46,7 @@ SINGLE_METRICS = {
     "acc1": "zero-shot accuracy",
     "mean_per_class_recall": "mean per class",
 }
+RECALLS = tuple(f"{kind}_retrieval_recall@{k}" for kind in ("image", "text") for k in KS)
 COLOURS = {
     "mmlg": "#c2410c",
     "direct": "#db2777",
@@ -95,6 +98,8 @@ def _is_sample(value: Any) -> bool:
     query, found = ("caption", "png_base64") if isinstance(value, dict) and "caption" in value else ("png_base64", "caption")
     if not isinstance(value, dict) or not isinstance(value.get(query), str) or not isinstance(value.get("results"), list):
         return False
+    if not isinstance(value.setdefault("rank", None), int | None):  # lists of an earlier version have none
+        return False
     return all(
         isinstance(result, dict)
         and isinstance(result.get(found), str)
@@ -112,7 +117,7 @@ def render(family: FamilyResult, samples: Sequence[dict[str, Any]]) -> str:
         samples: what `retrieval_samples` returned; may be empty.
     """
     environment = Environment(loader=PackageLoader("mmlg_scale"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"percent": percent, "ratio": ratio, "si": si, "seconds": seconds}
+    environment.filters |= {"percent": percent, "points": points, "ratio": ratio, "dearer": dearer, "si": si, "seconds": seconds}
     singles = [entry for entry in family.descendants if entry.modality != "both"]
     return environment.get_template("report.html.j2").render(
         family=family,
@@ -122,6 +127,10 @@ def render(family: FamilyResult, samples: Sequence[dict[str, Any]]) -> str:
         totals=totals_rows(family),
         singles=singles,
         single_metrics={key: name for key, name in SINGLE_METRICS.items() if any(key in entry.metrics_final for entry in singles)},
+        recalls=recall_rows(family),
+        ks=KS,
+        candidates=candidates(family),
+        frontier=_svg(plot_frontier(family)) if totals_rows(family) else "",
         curves=_svg(plot_curves(family)),
         quality=_svg(plot_quality(family)),
         caption_queries=[sample for sample in samples if "caption" in sample],
@@ -139,6 +148,16 @@ def percent(value: float | None) -> str:
 def ratio(value: float | None) -> str:
     """4.8123 -> 4.81 x."""
     return "–" if value is None else f"{value:.2f} ×"
+
+
+def dearer(value: float | None) -> bool:
+    """Whether a ratio to the learngene's cost says that the learngene is the dearer way."""
+    return value is not None and value < 1
+
+
+def points(value: float | None) -> str:
+    """A standard error: 0.0123 -> ± 1.2."""
+    return "" if value is None else f" ± {100 * value:.1f}"
 
 
 def si(value: float | None) -> str:
@@ -202,6 +221,34 @@ def totals_rows(family: FamilyResult) -> list[dict[str, Any]]:
     ]
 
 
+def recall_rows(family: FamilyResult) -> list[dict[str, Any]]:
+    """All recalls on the test split at the end, with their standard errors, of each way and size of both towers; the ancestor's first."""
+    split = (family.splits or {}).get("test")
+
+    def row(label: str, name: str, init: str, metrics: dict[str, float]) -> dict[str, Any]:
+        values = [(metrics[key], standard_error(key, metrics[key], split) if split else None) for key in RECALLS]
+        return {"label": label, "name": name, "init": init, "values": values}
+
+    if not all(key in family.ancestor.metrics for key in RECALLS):
+        return []
+    rows = [row("ancestor", "", "", family.ancestor.metrics)]
+    for group in rows_by_size(family.descendants):
+        complete = [entry for entry in group.entries if all(key in entry.metrics_final for key in RECALLS)]
+        rows += [row(group.label, NAMES[entry.init], entry.init, entry.metrics_final) for entry in complete]
+    return rows
+
+
+def candidates(family: FamilyResult) -> str:
+    """The test split in words: its candidates, and what guessing gives."""
+    split = (family.splits or {}).get("test")
+    if split is None:
+        return ""
+    level = chance(family.metric, split)
+    guessing = f"; guessing gives {percent(level)} {family.metric}" if level is not None else ""
+    classes = f", {split.classes} classes" if split.classes else ""
+    return f"The test split has {split.images:,} images and {split.captions:,} captions{classes}{guessing}."
+
+
 def _summary(family: FamilyResult) -> Summary:
     assert family.summary is not None, "summarised first"
     return family.summary
@@ -215,6 +262,29 @@ def _charge(entry: DescendantEntry) -> Charge:
 def _label(entry: DescendantEntry, *, with_widths: bool) -> str:
     label = f"{entry.image_layers} + {entry.text_layers}"
     return f"{label} (width {entry.image_width} + {entry.text_width})" if with_widths else label
+
+
+def plot_frontier(family: FamilyResult) -> Figure:
+    """Mean test quality at the end against the whole family's cost, one mark per way; areas are what is shipped."""
+    figure = Figure(figsize=(9.0, 3.9), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    rows = totals_rows(family)
+    for axis, key, title in zip(axes, ("flops", "flops_with_ancestor"), ("ancestor not counted", "ancestor counted"), strict=True):
+        for row in rows:
+            if row[key]:
+                area = 25 + 90 * row["params_shipped"] / family.ancestor.params
+                place, colour = (row[key], 100 * row["mean_metric_final"]), COLOURS[row["init"]]
+                axis.scatter(*place, s=area, color=colour, alpha=0.75, label=NAMES[row["init"]])
+        axis.axhline(100 * family.ancestor.metrics[family.metric], color="#0f172a", lw=0.8, ls=":", label="the ancestor's quality")
+        axis.set(xlabel="FLOPs charged", title=title)
+        axis.set_xscale("log")
+        axis.margins(x=0.15, y=0.2)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.25, which="both")
+    axes[0].set_ylabel(f"test {family.metric}, mean of the sizes (%)")
+    _legend(figure, axes)
+    return figure
 
 
 def plot_curves(family: FamilyResult) -> Figure:
@@ -311,20 +381,21 @@ def retrieval_samples(
 
     Returns:
         A list that JSON takes; best result first, scores are cosines:
-        {"caption", "results": [{"png_base64", "correct", "score"}]} for a caption,
-        {"png_base64", "results": [{"caption", "correct", "score"}]} for an image.
+        {"caption", "rank", "results": [{"png_base64", "correct", "score"}]} for a caption,
+        {"png_base64", "rank", "results": [{"caption", "correct", "score"}]} for an image; rank is that of the (best) right answer, from 1.
     """
     image_ND, text_MD = F.normalize(image_ND.float(), dim=-1), F.normalize(text_MD.float(), dim=-1)
     owner_M = text_to_image_M.tolist()
+    image_ranks_M, text_ranks_N = retrieval_ranks(image_ND, text_MD, text_to_image_M)
     samples: list[dict[str, Any]] = []
     for query in _spread(len(captions), num_queries):
         found = [(index, index == owner_M[query], score) for index, score in _best(image_ND @ text_MD[query], num_results)]
         results = [{"png_base64": _base64(image_png(index)), "correct": right, "score": score} for index, right, score in found]
-        samples.append({"caption": captions[query], "results": results})
+        samples.append({"caption": captions[query], "rank": int(image_ranks_M[query]), "results": results})
     for query in _spread(len(image_ND), num_image_queries):
         found = [(index, owner_M[index] == query, score) for index, score in _best(text_MD @ image_ND[query], num_results)]
         texts = [{"caption": captions[index], "correct": right, "score": score} for index, right, score in found]
-        samples.append({"png_base64": _base64(image_png(query)), "results": texts})
+        samples.append({"png_base64": _base64(image_png(query)), "rank": int(text_ranks_N[query]), "results": texts})
     return samples
 
 

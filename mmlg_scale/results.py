@@ -176,6 +176,15 @@ class RunResult:
 
 
 @dataclass(frozen=True)
+class SplitSize:
+    """The candidates of an evaluation split."""
+
+    images: int
+    captions: int
+    classes: int | None = field(default=None, metadata=OMIT_NONE)
+
+
+@dataclass(frozen=True)
 class AncestorEntry:
     """The ancestor of a family; flops and seconds are None where its training is not known (weights from elsewhere)."""
 
@@ -339,6 +348,8 @@ class FamilyResult:
     metric: str
     ancestor: AncestorEntry
     kept_features: Cost | None = field(default=None, kw_only=True)
+    splits: dict[str, SplitSize] | None = field(default=None, kw_only=True, metadata=OMIT_NONE)
+    """val and test."""
     learngene: LearngeneEntry
     rival_learngenes: dict[str, LearngeneEntry] = field(default_factory=dict, kw_only=True)
     descendants: list[DescendantEntry]

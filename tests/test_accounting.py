@@ -15,16 +15,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmlg_scale import towers
 from mmlg_scale.accounting import (
     Paid,
+    chance,
     charge,
     first_reached,
     forward_flops,
     parameter_counts,
     size_of,
+    standard_error,
     targets,
 )
 from mmlg_scale.accounting import summarise as summarise_typed
 from mmlg_scale.errors import UserError
-from mmlg_scale.results import INITS, DescendantEntry, FamilyResult, RunResult
+from mmlg_scale.evaluation.retrieval import recall_at_k
+from mmlg_scale.results import INITS, DescendantEntry, FamilyResult, RunResult, SplitSize
 
 # Unequal widths, depths and MLP ratios, and a second image side: a formula that mixes two of them up cannot pass.
 ODD = {
@@ -293,6 +296,58 @@ def test_unequal_grids_are_noted() -> None:
     assert summarise(_family(*entries))["notes"] == [
         "evaluations are not equally far apart (samples between two of them: mmlg 40, scratch 10); a charge is exact to that distance"
     ]
+
+
+@pytest.mark.parametrize("metric", ["image_retrieval_recall@5", "text_retrieval_recall@5", "mean_recall@1", "acc1", "acc5"])
+def test_chance_and_standard_errors_agree_with_random_scores(metric: str) -> None:
+    images, per_image, classes, repeats = 30, 4, 12, 400
+    split = SplitSize(images, images * per_image, classes)
+    generator = torch.Generator().manual_seed(0)
+    owner_M = torch.arange(images).repeat_interleave(per_image)
+    found = []
+    for _ in range(repeats):
+        if metric.startswith("acc"):
+            scores_NC = torch.rand(images, classes, generator=generator)
+            labels_N = torch.randint(classes, (images, 1), generator=generator)
+            found.append((scores_NC.topk(int(metric[3:])).indices == labels_N).any(dim=1).double().mean().item())
+        else:
+            image_ND, text_MD = (torch.randn(n, 64, generator=generator) for n in (images, images * per_image))
+            found.append(recall_at_k(image_ND, text_MD, owner_M)[metric])
+    values = torch.tensor(found, dtype=torch.float64)
+    level = chance(metric, split)
+    assert level is not None
+    assert level == pytest.approx(values.mean().item(), abs=4 * values.std().item() / repeats**0.5)
+    # Queries of one image share their candidates, so the formula is near, not exact.
+    assert standard_error(metric, level, split) == pytest.approx(values.std().item(), rel=0.3)
+
+
+def test_metrics_without_a_chance_level_have_none() -> None:
+    split = SplitSize(10, 20)
+    assert (chance("acc1", split), chance("mean_per_class_recall", split), standard_error("mean_per_class_recall", 0.5, split)) == (
+        None,
+    ) * 3
+    assert chance("text_retrieval_recall@10", SplitSize(3, 6)) == 1.0
+
+
+def test_weak_targets_and_training_that_hurts_are_noted() -> None:
+    entries = _two_sizes()
+    entries[1]["curve"] = _curve(0.2, 0.3, 0.39, start=1, flops=300, seconds=6.0)  # four layers below two layers' 0.4
+    entries[2]["curve"] = _curve(0.5, 0.45, start=0, flops=20, seconds=1.0)
+    assert summarise(_family(*entries))["notes"] == [
+        "training leaves these worse than they were untrained: i2-mmlg",
+        "scratch does not gain by depth, so its larger targets are weak: i4-scratch below i2-scratch",
+    ]
+    near = []
+    for entry in _two_sizes():
+        curve = [{**{k: v for k, v in point.items() if k != "q"}, "mean_recall@1": point["q"]} for point in entry["curve"]]
+        final = {"mean_recall@1": 0.5}
+        near.append({**entry, "metric": "mean_recall@1", "curve": curve, "metrics_at_0": final, "metrics_final": final})
+    family = _family(*near) | {"metric": "mean_recall@1", "splits": {"val": {"images": 5, "captions": 5}}}
+    family["ancestor"]["metrics"] = {"mean_recall@1": 0.7}
+    # Chance is 0.2, its standard error sqrt(0.2 * 0.8 * 2 / 5) / 2 = 0.126: 0.5 is below 0.2 + 3 * 0.126 and 0.4 too.
+    assert "three standard errors of chance, so that their charges say nothing: i2-scratch, i4-scratch" in summarise(family)["notes"][0]
+    family["splits"]["val"] = {"images": 50, "captions": 50}
+    assert summarise(family)["notes"] == []
 
 
 def test_seeds_of_a_size_are_averaged() -> None:

@@ -21,6 +21,7 @@ from mmlg_scale.report import (
     console_table,
     percent,
     plot_curves,
+    plot_frontier,
     plot_quality,
     ratio,
     retrieval_samples,
@@ -171,7 +172,7 @@ def test_the_page_needs_nothing_else_and_says_what_is_not_claimed(tmp_path: Path
     assert [reference for reference in page.references if not reference.startswith(("#", "data:image/png;base64,"))] == []
     assert "script" not in page.tags
     assert "link" not in page.tags
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("svg") == 3
     assert "What is not claimed" in page.text
     assert "2506.16673" in page.text
 
@@ -227,6 +228,36 @@ def test_plots_draw_the_entries_values() -> None:
     assert lines["ancestor"] == [[1_000_000, 50.0]]
 
 
+def test_the_frontier_draws_totals_and_a_dearer_learngene_is_not_praised(tmp_path: Path) -> None:
+    family = _summarised()
+    left, right = plot_frontier(family).axes
+    marks = {marks.get_label(): (marks.get_offsets()[0].tolist(), marks.get_sizes()[0]) for marks in left.collections}
+    assert marks["learngene"] == ([3.3e12, pytest.approx(42)], pytest.approx(25 + 90 * 0.2))
+    assert marks["scratch"] == ([18e12, pytest.approx(39)], pytest.approx(25 + 90 * 1.4))
+    assert [marks.get_offsets()[0].tolist()[0] for marks in right.collections] == [9.3e12, 18e12, 15e12, 12e12]
+    # Extraction at ten times the cost: 30 + 0.3 against scratch's 18.
+    gene = {**raw_family()["learngene"], "flops": 20e12, "teacher_flops": 10e12}
+    (tmp_path / "family.json").write_text(json.dumps(raw_family(learngene=gene)))
+    html = write_report(tmp_path).read_text()
+    assert '<div class="card dear"><b>0.59 ×</b>' in html
+    assert '<td class="no">0.59 ×</td>' in html
+    assert html.count("the learngene costs more") == 4  # against each of the three, and against scratch with the ancestor
+
+
+def test_recalls_have_their_candidates_and_standard_errors(tmp_path: Path) -> None:
+    recalls = {f"{kind}_retrieval_recall@{k}": 0.1 * k**0.5 for kind in ("image", "text") for k in (1, 5, 10)}
+    entry = _entry("mmlg", 2)
+    entry["metrics_final"] |= recalls
+    ancestor = {**raw_family()["ancestor"], "metrics": {METRIC: 0.5, **recalls}}
+    splits = {"val": {"images": 100, "captions": 200}, "test": {"images": 100, "captions": 400}}
+    page = _write(tmp_path, raw_family(descendants=[entry], ancestor=ancestor, splits=splits))
+    # sqrt(0.1 * 0.9 / 400) = 1.5 points for captions as queries, 3.0 for images.
+    figures = ["10.0 % ± 1.5", "22.4 % ± 2.1", "31.6 % ± 2.3", "10.0 % ± 3.0", "22.4 % ± 4.2", "31.6 % ± 4.7"]
+    assert ["ancestor", "", *figures] in page.rows
+    assert ["2 + 2", "learngene", *figures] in page.rows
+    assert "100 images and 400 captions; guessing gives 1.0 % mean_recall@1" in " ".join(page.text.split())
+
+
 def _png(index: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (2, 2), (index, 0, 0)).save(buffer, "PNG")
@@ -252,6 +283,7 @@ def test_retrieval_samples_by_hand(tmp_path: Path) -> None:
     ]
     assert samples[0]["results"][0]["score"] == round(1 / math.hypot(1, 0.1), 4)
     texts = [(_red(s["png_base64"]), [(r["caption"], r["correct"]) for r in s["results"]]) for s in samples[4:]]
+    assert [sample["rank"] for sample in samples] == [1, 1, 2, 1, 1, 1]
     assert texts == [(0, [("zero", True), ("two again", False)]), (2, [("two again", True), ("one", False)])]
 
     page = _write(tmp_path, raw_family(), samples)
