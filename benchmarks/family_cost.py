@@ -46,11 +46,12 @@ SECTIONS = {
     "even_plain": "baselines.even",
     "mmlg": "extraction",
     "tleg": "baselines.tleg",
+    "sws": "baselines.sws",
     "direct": "pretraining",
 }
 """Where the recipe has the settings of a method."""
-LEARNGENES = ("mmlg", "tleg", "direct")
-NEEDS_ANCESTOR = ("distil", "even", "even_plain", "mmlg", "tleg")
+LEARNGENES = ("mmlg", "tleg", "sws", "direct")
+NEEDS_ANCESTOR = ("distil", "even", "even_plain", "mmlg", "tleg", "sws")
 SAMPLES_BETWEEN_EVALUATIONS = 3_200
 Size = tuple[int, ...]
 """Layers of the image and the text tower, then their width where it is not the ancestor's."""

@@ -131,7 +131,7 @@ def _independent(pieces: dict[str, Any], sizes: list[str], metric: str, way: str
     joint = way.endswith("_joint")
     options = []
     for schedule in {found["schedule"] for found in pieces.values() if found["method"] == method}:
-        if method in ("mmlg", "tleg", "direct"):
+        if method in ("mmlg", "tleg", "sws", "direct"):
             names = [f"{method}/{schedule}/{family}/{size}" for size in sizes]
             if all(name in pieces for name in names):
                 gene = pieces[f"{method}/{schedule}/{family}/learngene"]
@@ -153,7 +153,7 @@ def _independent(pieces: dict[str, Any], sizes: list[str], metric: str, way: str
                 row.append((points[at]["flops"], teacher))
         else:
             options.append(row)
-    if method in ("mmlg", "tleg", "direct"):
+    if method in ("mmlg", "tleg", "sws", "direct"):
         return min((cost for (cost,) in options if cost is not None), default=None)
     if joint:
         whole = [row for row in options if None not in row]
