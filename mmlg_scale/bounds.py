@@ -34,7 +34,7 @@ MAX_JSON_BYTES = 16 * 2**20
 MAX_JSON_DEPTH = 100
 """Objects and lists inside each other."""
 MAX_MANIFEST_BYTES = 4 * 2**30
-"""Of a split's manifest and of what is kept beside it: about 100 bytes a sample."""
+"""Of a split's manifest and of what is kept beside it: about 200 bytes a sample, so 20 million samples."""
 MAX_TOKENIZER_BYTES = 50 * 2**20
 MAX_TABLE_BYTES = 4 * 2**30
 """Of a table or a JSON file that is packed."""

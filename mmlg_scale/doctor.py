@@ -213,5 +213,5 @@ def report(findings: list[Finding], *, as_json: bool) -> int:
         if not console.is_terminal:
             console = Console(width=120)
         console.print(table)
-        print(f"Training needs: {', '.join(missing)}. See what to do." if missing else "Training works on this machine.")
+        print(f"Missing: {', '.join(missing)}. See the table above." if missing else "Training works on this machine.")
     return int(bool(missing))

@@ -20,7 +20,7 @@ class FollowingError(RuntimeError):
 
 _AGAIN = "Free some space, then start the same command again."
 _OTHER = "Give another path, or make this one accessible."
-_MEMORY_REMEDY = "Use a smaller batch_size, training.accumulation, runtime.activation_checkpointing or fewer workers."
+_MEMORY_REMEDY = "Use a smaller model or batch; in training also accumulation, runtime.activation_checkpointing or fewer workers."
 _WORDS = {
     errno.ENOSPC: ("the disk is full", _AGAIN),
     errno.EDQUOT: ("your quota on this disk is used up", _AGAIN),

@@ -148,7 +148,10 @@ class Plan:
         training = settings.adaptation.training if from_learngene else getattr(settings.baselines, init)
         if training is None or (init != "mmlg" and not counted):
             return
-        has_target = init != "scratch" and counted and settings.baselines.scratch is not None and settings.family.stop_at_target
+        is_trained = training.steps > 0 and init != "direct"
+        has_target = (
+            is_trained and init != "scratch" and counted and settings.baselines.scratch is not None and settings.family.stop_at_target
+        )
         role = DescendantRole(
             settings,
             init,
@@ -338,22 +341,27 @@ class _Evaluations:
 
     def __init__(self, metric: str) -> None:
         self.metric = metric
-        self._sizes: dict[str, int] = {}
+        self._read: dict[str, int] = {}
         self._last: dict[str, int] = {}
 
     def __call__(self, step: Step) -> list[str]:
         path = step.folder / "metrics.jsonl"
         size = path.stat().st_size if path.is_file() else 0
-        if step.total is None or size == self._sizes.get(step.id, 0):
+        start = self._read.get(step.id, 0)
+        if step.total is None or size == start:
             return []
-        self._sizes[step.id] = size
+        with open(path, "rb") as file:
+            file.seek(start if size > start else 0)  # a resumed run cuts its file back to its checkpoint
+            content = file.read()
+        whole = content.rfind(b"\n") + 1  # the last line may still be being written
+        self._read[step.id] = (start if size > start else 0) + whole
         told = []
-        for line in path.read_bytes().splitlines():
+        for line in content[:whole].splitlines():
             try:
-                content = json.loads(line)
-                number, value = content["step"], content["evaluation"][self.metric]
+                figures = json.loads(line)
+                number, value = figures["step"], figures["evaluation"][self.metric]
             except (ValueError, KeyError, TypeError, RecursionError):
-                continue  # figures of training, or a line still being written
+                continue  # figures of training
             if number > self._last.get(step.id, -1):
                 self._last[step.id] = number
                 told.append(f"{number}/{step.total}  {self.metric} {value:.3f}")

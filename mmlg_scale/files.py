@@ -72,7 +72,7 @@ def make_folder(folder: Path) -> None:
 def write_bytes_atomic(path: Path, payload: bytes) -> None:
     """Write `payload` to a temporary file beside `path`, flush it to disk, then rename it over `path`. Mode as the umask says."""
     make_folder(path.parent)
-    _sweep(path.parent.absolute())
+    remove_leftovers(path.parent.absolute())
     temporary = temporary_name(path)
     try:
         with writing(path):
@@ -109,7 +109,7 @@ def folder_atomic(out: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
     """
     make_folder(out.parent)
     out = out.resolve()  # a link to a folder stays a link
-    _sweep(out.parent)
+    remove_leftovers(out.parent)
     temporary = temporary_name(out)
     try:
         with writing(out):
@@ -189,7 +189,7 @@ def _host() -> str:
 
 
 @functools.cache
-def _sweep(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes of this host left in `folder`; once a folder and process, since listing a folder takes time."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():

@@ -290,7 +290,7 @@ class _Costs:
             f"{name}'s blocks: {blocks}",
             steps=training.steps,
             batch_size=training.batch_size,
-            flops=training.batch_size * sum(draw.flops(step) for step in range(training.steps)),
+            flops=training.batch_size * draw.total_flops(training.steps),
             teacher_flops=training.batch_size * training.steps * self._teacher_flops if loss is not None else 0,
             memory=memory,
             checkpoint_bytes=self._checkpoints(trained),

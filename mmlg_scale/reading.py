@@ -62,7 +62,7 @@ def require_file(path: Path, what: str, hint: str) -> int:
             raise
         raise UserError(f"{what} {str(path)!r} cannot be read ({one_line(error)}). {hint}") from error
     if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise UserError(f"{path} is {kind}, not a {what}. {hint}")
     return status.st_size
 
@@ -103,16 +103,19 @@ def read_text(path: Path, what: str, hint: str, limit: int) -> str:
     return decoded(read_bytes(path, what, hint, limit), path, hint)
 
 
-def parse_json(text: str, where: str, hint: str) -> Any:
+def parse_json(text: str, where: str, hint: str, *, any_depth: bool = False) -> Any:
     """The JSON value in `text`.
+
+    Args:
+        any_depth: for manifests, which can be huge and are taken apart where they are read.
 
     Raises:
         UserError: not JSON, or nested too deeply; the message starts with `where`.
     """
     try:
         value = json.loads(text)
-        # Whatever is done with a deeper value would fail somewhere. Manifests, which can be huge, are taken apart where they are read.
-        if len(text) <= MAX_JSON_BYTES and not _is_shallow(value):
+        # Whatever is done with a deeper value would fail somewhere.
+        if not any_depth and not _is_shallow(value):
             raise RecursionError
     except RecursionError as error:
         raise UserError(f"{where} is JSON nested too deeply. {hint}") from error
@@ -130,9 +133,9 @@ def _is_shallow(value: Any) -> bool:
     return False
 
 
-def parse_object(text: str, where: str, hint: str) -> dict[str, Any]:
+def parse_object(text: str, where: str, hint: str, *, any_depth: bool = False) -> dict[str, Any]:
     """The JSON object in `text`. Raises as `parse_json`, and for another kind of value."""
-    value = parse_json(text, where, hint)
+    value = parse_json(text, where, hint, any_depth=any_depth)
     if not isinstance(value, dict):
         raise UserError(f"{where} is a JSON {type(value).__name__}, not an object. {hint}")
     return value

@@ -324,8 +324,8 @@ class Recipe:
     extraction: Extraction = field(default_factory=Extraction)
     """Distilling the learngene."""
     pretraining: Pretraining | None = None
-    """A learngene trained directly on the pairs, without the ancestor (mmlg pretrain), whose untrained descendants stand beside the others
-    under the name direct; null: left out."""
+    """A learngene trained directly on the pairs (mmlg pretrain), without the ancestor; its untrained descendants are listed as direct.
+    Null leaves it out."""
     adaptation: Adaptation = field(default_factory=Adaptation)
     """Training of descendants after they are written."""
     baselines: Baselines = field(default_factory=Baselines)

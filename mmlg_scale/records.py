@@ -40,7 +40,7 @@ def parse_record(raw: bytes, path: Path, hint: str) -> dict[str, Any]:
     Raises:
         UserError: not a JSON object, or not the bytes that the SHA-256 is of.
     """
-    content = parse_object(decoded(raw, path, hint), str(path), hint)
+    content = parse_object(decoded(raw, path, hint), str(path), hint, any_depth=len(raw) > MAX_JSON_BYTES)
     if content.pop(KEY, None) is None:
         return content
     body, _, end = raw.rpartition(_MARK.encode())

@@ -89,7 +89,7 @@ def _read_samples(path: Path) -> list[dict[str, Any]]:
     else:
         samples = parse_record(raw, path, hint).get("samples")
     if not isinstance(samples, list) or not all(map(_is_sample, samples)):
-        raise UserError(f"{path} is damaged: it is no list of queries with results. {hint}")
+        raise UserError(f"{path} is damaged: it is not a list of queries with results. {hint}")
     return samples
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mmlg_scale import towers
 from mmlg_scale.cli import main
@@ -108,6 +109,11 @@ def test_print_config_gives_a_recipe_back(tmp_path: Path, capsys: pytest.Capture
     assert (settings.extraction.training.steps, runtime.num_workers) == (17, 3)
     assert main(["extract", str(file), "--print-config"]) == 0
     assert capsys.readouterr().out == printed
+
+
+def test_print_config_has_the_ancestor_that_an_option_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["family", "demo", "--ancestor", str(tmp_path / "run"), "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["weights"] == str(tmp_path / "run")
 
 
 def test_a_recipe_builds_no_class_that_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

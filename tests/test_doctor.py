@@ -45,7 +45,7 @@ def test_too_little_disk_and_shared_memory(monkeypatch: pytest.MonkeyPatch, caps
     assert "--shm-size" in finding("shared memory").remedy
     assert "runtime.num_workers" in finding("shared memory").remedy
     assert main(["doctor"]) == 1
-    assert capsys.readouterr().out.endswith("\nTraining needs: disk. See what to do.\n")
+    assert capsys.readouterr().out.endswith("\nMissing: disk. See the table above.\n")
 
 
 def test_a_cgroup_limits_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

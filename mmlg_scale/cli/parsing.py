@@ -97,11 +97,16 @@ def required(args: Any, *names: str) -> None:
             raise UserError(f"--{name} is missing. See --help.")
 
 
-def parse_recipe(parser: ArgumentParser, arguments: list[str]) -> tuple[Any, Recipe, Runtime] | None:
+def parse_recipe(
+    parser: ArgumentParser, arguments: list[str], adjust: Callable[[Any, Recipe], None] = lambda args, recipe: None
+) -> tuple[Any, Recipe, Runtime] | None:
     """Parse a command whose first argument is a recipe; every field of recipe and runtime is an option of the command.
 
     With --print-config, prints the resolved recipe, a valid recipe file, and returns None. --help leaves the fields out: there are hundreds
     of them, and `mmlg recipe --help` lists them.
+
+    Args:
+        adjust: what the command's other options change in the recipe.
     """
     import yaml
 
@@ -123,6 +128,7 @@ def parse_recipe(parser: ArgumentParser, arguments: list[str]) -> tuple[Any, Rec
             check_keys(Path(word.partition("=")[2] or "".join(arguments[index + 1 : index + 2])))
     args = parse(parser, arguments)
     recipe, runtime = recipe_of(args)
+    adjust(args, recipe)
     if args.print_config:
         yaml.safe_dump(to_content(recipe, runtime), sys.stdout, sort_keys=False)
         return None

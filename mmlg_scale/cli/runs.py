@@ -208,7 +208,7 @@ def plan(arguments: list[str]) -> int:
         "plan",
         "RECIPE [--data.path DIR] [--out DIR] [options]",
         "Show the steps of mmlg family before anything runs: parameters, FLOPs, memory, disk, and an estimate of the time. Where --out "
-        "holds a family already, what is complete there is shown as kept. Nothing is written.",
+        "already contains a family, its complete steps are shown as kept. Nothing is written.",
         (
             "plan demo",
             "plan vit-l-14 --data.path data --flops-per-second 989e12 --runtime.num_processes 8",
@@ -251,9 +251,11 @@ def parse_family(parser: ArgumentParser, arguments: list[str]) -> tuple[Any, Rec
     for index, word in enumerate(arguments):
         if word == "--ancestor" or word.startswith("--ancestor="):
             arguments = [*arguments[:index], word.replace("--ancestor", "--ancestor-model", 1), *arguments[index + 1 :]]
-    parsed = parse_recipe(parser, arguments)
-    if parsed is not None and parsed[0].ancestor_model is not None:
-        run = Path(parsed[0].ancestor_model)
+    return parse_recipe(parser, arguments, _take_ancestor)
+
+
+def _take_ancestor(args: Any, recipe: Recipe) -> None:
+    if args.ancestor_model is not None:
+        run = Path(args.ancestor_model)
         weights = run / "model" if (run / "model").is_dir() else run
-        parsed[1].model = dataclasses.replace(parsed[1].model, weights=str(weights.absolute()))
-    return parsed
+        recipe.model = dataclasses.replace(recipe.model, weights=str(weights.absolute()))

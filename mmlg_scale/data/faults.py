@@ -208,7 +208,7 @@ def _load_cache(folder: Path, identity: str) -> dict[str, ShardState]:
         content = read_record(folder / CACHE_FILE, "record of checks", "", MAX_MANIFEST_BYTES)
         if content["format_version"] == CACHE_VERSION and content["manifest_sha256"] == identity:
             return {name: _checked_state(state) for name, state in content["shards"].items()}
-    except (UserError, ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return {}
 

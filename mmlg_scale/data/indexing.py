@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mmlg_scale.bounds import MAX_SAMPLE_TEXT_BYTES
 from mmlg_scale.data import SPLITS
-from mmlg_scale.data.manifest import BLOCK, FORMAT_VERSION, Progress, tokenizer_digests
+from mmlg_scale.data.manifest import BLOCK, FORMAT_VERSION, Progress, tokenizer_digests, write_manifest
 from mmlg_scale.data.reader import DamagedSample, ShardReader, header_checksum
 from mmlg_scale.data.tokens import BPE, NONE, read_offer, recorded_offer, remove_tokenizer
 from mmlg_scale.errors import UserError
@@ -31,7 +32,7 @@ DAMAGED_HEADER, CUT_SHARD, NO_IMAGE, NO_CAPTION, TWICE, DOTTED, OTHER = (
     "cut shards",
     "samples without an image",
     "samples without a caption",
-    "members that are there twice",
+    "duplicate members",
     "members with a dot in their name before the extension, where webdataset ends the key (rename KEY.v2.jpg to KEY_v2.jpg)",
     "members of other kinds",
 )
@@ -82,7 +83,7 @@ def index_dataset(
             )
         manifests[split] = {"format_version": FORMAT_VERSION, "split": split, "num_samples": total, "shards": shards}
     for split, manifest in manifests.items():
-        write_record(root / split / "manifest.json", manifest)
+        write_manifest(root / split, manifest)
     remove_tokenizer(root)
     offer.write(root, lambda: _captions(root / "train"))
     counts = {split: manifest["num_samples"] for split, manifest in manifests.items()}
@@ -99,15 +100,15 @@ def _told(problems: Mapping[str, int]) -> str:
 def _groups(root: Path, val_shards: int, test_shards: int) -> dict[str, list[Path]]:
     """The shards of each split."""
     if not root.is_dir():
-        raise UserError(f"no folder {root}. Give the one that holds the shards, or train/, val/ and test/ with shards.")
+        raise UserError(f"no folder {root}. Give the one with the shards, or train/, val/ and test/ with shards.")
     inside = {split: sorted((root / split).glob("*.tar")) for split in SPLITS}
     if any(inside.values()):
         if not inside["train"]:
-            raise UserError(f"{root} holds shards in {', '.join(split for split in SPLITS if inside[split])} but none in train. Add train.")
+            raise UserError(f"{root} has shards in {', '.join(split for split in SPLITS if inside[split])} but none in train. Add train.")
         return {split: paths for split, paths in inside.items() if paths}
     shards = sorted(root.glob("*.tar"))
     if not shards:
-        raise UserError(f"{root} contains no .tar shards, nor does {root}/train. Give the folder that holds them.")
+        raise UserError(f"{root} contains no .tar shards, nor does {root}/train. Give the folder with the shards.")
     if min(val_shards, test_shards) < 0 or val_shards + test_shards >= len(shards):
         raise UserError(
             f"{root} has {len(shards)} shards; {val_shards} for val and {test_shards} for test leave none for train. "
@@ -122,10 +123,7 @@ def _groups(root: Path, val_shards: int, test_shards: int) -> dict[str, list[Pat
 def _refuse_foreign(root: Path) -> None:
     file = root / "dataset.json"
     if file.is_file():
-        try:
-            kind = read_record(file, "description of a data set", "Index it again.").get("kind")
-        except UserError:
-            kind = None
+        kind = read_record(file, "description of a data set", "Remove it and index the shards again.").get("kind")
         if kind != "indexed":
             raise UserError(f"{root} was packed by another command ({kind}), with its manifests. Check it with mmlg data check.")
 
@@ -194,6 +192,8 @@ def _open_shard(path: Path) -> BinaryIO:
 def _json_counts(file: Any, entry: Mapping[str, Any]) -> bool:
     """Whether captions come from the sample's JSON: always where it has a list of them, else only for want of a text."""
     offset, size = entry["json"]
+    if size > MAX_SAMPLE_TEXT_BYTES:
+        return "text" not in entry  # the reader refuses it
     file.seek(offset)
     try:
         content = json.loads(file.read(size))

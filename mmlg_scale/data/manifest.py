@@ -15,15 +15,13 @@ sample has a text, or a JSON, or both.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import io
 import json
 import os
-import platform
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -35,9 +33,9 @@ import webdataset as wds
 from mmlg_scale.bounds import MAX_MANIFEST_BYTES
 from mmlg_scale.data import SPLITS
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import make_folder, writing
+from mmlg_scale.files import make_folder, remove_leftovers, temporary_name, write_text_atomic, writing
 from mmlg_scale.reading import one_line, open_regular, shown
-from mmlg_scale.records import read_record, write_record
+from mmlg_scale.records import read_record, record_text, write_record
 
 FORMAT_VERSION = 1
 BLOCK = 512
@@ -84,7 +82,7 @@ def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | 
     Yields None, and says so, where `root` already is the data set that these arguments make.
 
     Raises:
-        UserError: `root` holds something else, or is a file.
+        UserError: `root` contains something else, or is a file.
         OSError: it cannot be written, with the path; nothing is left of the set.
     """
     identity = {"format_version": FORMAT_VERSION, "kind": kind, "args": args}
@@ -101,9 +99,8 @@ def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | 
             what = "a data set made with other arguments" if found is not None else "files that are not a data set"
             raise UserError(f"{root} contains {what}. Give another --out, or remove it.")
     make_folder(root.parent)
-    remove_stale(root)
-    temporary = root.with_name(f".{root.name}.{_host()}-{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove_leftovers(root.parent.absolute())
+    temporary = temporary_name(root)
     try:
         temporary.mkdir()
         yield temporary
@@ -127,28 +124,6 @@ def tokenizer_digests(root: Path) -> dict[str, Any]:
         with open_regular(file) as opened:
             digests[file.name] = hashlib.sha256(opened.read()).hexdigest()
     return {"tokenizer": digests} if digests else {}
-
-
-def _host() -> str:
-    return platform.node().replace(".", "_") or "localhost"
-
-
-def remove_stale(root: Path) -> None:
-    """Remove the temporary folders that killed processes of this host left beside `root`; those of other hosts may be in use."""
-    for left in root.parent.glob(f".{glob.escape(root.name)}.{glob.escape(_host())}-*.tmp"):
-        pid = left.name.removesuffix(".tmp").rpartition("-")[2]
-        if pid.isdigit() and not _is_running(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _read_object(path: Path, what: str) -> dict[str, Any]:
@@ -182,7 +157,18 @@ def write_split(root: Path, split: str, samples: Iterable[Sample], *, samples_pe
         raise UserError(f"split {split} has no samples. Give more data, or other fractions.")
     total = sum(len(shard["samples"]) for shard in shards)
     manifest = {"format_version": FORMAT_VERSION, "split": split, "num_samples": total, "shards": shards}
-    write_record(folder / "manifest.json", manifest)
+    write_manifest(folder, manifest)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write FOLDER/manifest.json. Raises UserError where it is too large to be read again."""
+    text = record_text(manifest)
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise UserError(
+            f"{folder}: a manifest of {manifest['num_samples']:,} samples would take {len(text) / 2**30:.1f} GiB, "
+            f"{MAX_MANIFEST_BYTES / 2**30:.0f} are supported. Pack or index fewer shards in one data set."
+        )
+    write_text_atomic(folder / "manifest.json", text)
 
 
 def _index(path: Path) -> dict[str, Any]:
@@ -217,7 +203,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"no data in {folder}: the folder is missing. mmlg data scenes or mmlg data pack writes a data set.")
     if not path.is_file():
         shards = len(list(folder.glob("*.tar")))
-        raise UserError(f"{folder} holds {shards} shards and no manifest.json. mmlg data index writes one for shards made elsewhere.")
+        raise UserError(f"{folder} has {shards} shards and no manifest.json. mmlg data index writes one for shards made elsewhere.")
     manifest = _read_object(path, "manifest")
     if manifest.get("format_version") != FORMAT_VERSION or not manifest.get("num_samples"):
         raise UserError(f"{path} is empty or of another version. Pack the data set again.")

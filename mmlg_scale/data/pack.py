@@ -113,7 +113,7 @@ def pack_table(
             rows, a missing or undecodable image, an image in two splits. Each with its row, and before anything is written.
     """
     if not table.is_file():
-        raise UserError(f"no table {table}. Give a CSV or TSV file, or a folder that holds one folder per class.")
+        raise UserError(f"no table {table}. Give a CSV or TSV file, or a folder with one folder of images per class.")
     captions: dict[str, list[str]] = defaultdict(list)
     split_of: dict[str, str] = {}
     check, good = ImageCheck(settings.skip_bad), dict[str, bool]()
@@ -166,7 +166,7 @@ def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, 
             if len(fields) > len(names):
                 raise UserError(
                     f"{table} row {last}: {len(fields)} fields, the header has {len(names)}. "
-                    f"Put a caption that holds {'tabs' if delimiter != ',' else 'commas'} in quotes."
+                    f"Put a caption with {'tabs' if delimiter != ',' else 'commas'} in quotes."
                 )
             swallowed = _swallowed(fields, delimiter, len(names), names.index(columns[0]))
             if swallowed is not None:
@@ -211,7 +211,7 @@ def pack_folders(
             an undecodable image; before anything is written.
     """
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}. Give one that holds one folder of images per class.")
+        raise UserError(f"no folder {folder}. Give one with a folder of images per class.")
     if not templates:
         raise UserError("no caption templates. Give at least one, such as 'a photo of {}.'.")
     for template in templates:
@@ -220,7 +220,7 @@ def pack_folders(
     # A folder of images that is called train is a class (the vehicle); one of folders is a split.
     missing = [split for split in SPLITS if not any(path.is_dir() for path in (folder / split).glob("*"))]
     if 0 < len(missing) < len(SPLITS):
-        raise UserError(f"{folder} holds folders of some splits, but none named {' or '.join(missing)}. Add it, or take the others apart.")
+        raise UserError(f"{folder} has folders of some splits, but none named {' or '.join(missing)}. Add it, or take the others apart.")
     own_splits = not missing
     roots = {split: folder / split for split in SPLITS} if own_splits else {"": folder}
     names = sorted({path.name for root in roots.values() for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")})

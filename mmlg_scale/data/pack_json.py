@@ -132,7 +132,7 @@ def _checked(source: Path, entries: list[_Entry]) -> list[_Entry]:
             raise UserError(f"{entry.where}a caption of {longest} characters; at most {MAX_CAPTION} are supported. Shorten it.")
     twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
     if twice:
-        raise UserError(f"{source}: {twice[0]} is there twice. Keep one entry per image.")
+        raise UserError(f"{source}: {twice[0]} appears twice. Keep one entry per image.")
     return entries
 
 

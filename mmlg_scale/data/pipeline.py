@@ -58,6 +58,8 @@ ATTEMPTS = 100
 """Substitutes that are tried for a sample before reading is given up."""
 CACHE_BYTES = 512 * 2**20
 """A split whose decoded images fit into this is decoded once and kept."""
+TOKEN_CACHE_BYTES = 64 * 2**20
+"""Of token ids, in each loader process; when they are more, they are forgotten and made again."""
 
 
 @dataclass(frozen=True)
@@ -162,15 +164,20 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
         self._cached: np.ndarray | None = None
         self._known = np.zeros(len(reader), bool)
         self._captions: dict[int, list[str]] = {}
-        self._tokens: list[Tensor | None] = [None] * len(reader)
+        self._tokens: dict[int, Tensor] = {}
+        self._token_bytes = 0
         # (sample, caption) of the captions that are cut.
         self._cut: set[tuple[int, int]] = set()
 
     def __getitem__(self, places: Sequence[tuple[int, int]]) -> tuple[Batch, _News]:
+        if self._token_bytes > TOKEN_CACHE_BYTES:  # starts again: what is kept does not grow with the data set
+            self._tokens.clear()
+            self._cut.clear()
+            self._token_bytes = 0
         met: list[tuple[int, Fault]] = []
         epochs = [epoch for epoch, _ in places]
         indices = [index for _, index in places]
-        if self._cached is not None and self._known[indices].all():
+        if self._cached is not None and self._known[indices].all() and all(index in self._tokens for index in indices):
             images = self._cached[indices]
         else:
             read = [self._readable(epoch, index, met) for epoch, index in places]
@@ -190,7 +197,7 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
         index = wanted
         for attempt in range(ATTEMPTS):
             try:
-                if self._tokens[index] is None and index not in self._captions:
+                if index not in self._tokens and index not in self._captions:
                     self._captions[index] = self.reader.about(index)["captions"]
                 return index, self._image(epoch, index)
             except DamagedSample as damage:
@@ -220,7 +227,7 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
     def _tokenize(self, indices: Sequence[int]) -> None:
         """Tokenise the captions of samples that are met for the first time, all in one call: a call each costs five times as much."""
         captions, self._captions = self._captions, {}
-        new = [index for index in dict.fromkeys(indices) if self._tokens[index] is None]
+        new = [index for index in dict.fromkeys(indices) if index not in self._tokens]
         if not new:
             return
         texts = [text for index in new for text in captions[index]]
@@ -231,11 +238,11 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
             self._cut.update(places[row] for row in cut)
         for index, part in zip(new, tokens.split([len(captions[index]) for index in new]), strict=True):
             self._tokens[index] = part
+        self._token_bytes += tokens.nbytes
 
     def _text(self, epoch: int, index: int) -> tuple[Tensor, int]:
         """The tokens of one of the sample's captions, and which."""
         tokens = self._tokens[index]
-        assert tokens is not None
         if len(tokens) == 1:
             return tokens[0], 0
         # A hash of (seed, epoch, index) instead of a generator: this runs for every sample of every batch.
@@ -303,7 +310,7 @@ class TrainStream:
         order = _Order(intact_samples(reader, known), settings.seed)
         self.num_intact = len(order.intact)
         if self.num_intact < batch_size:
-            raise UserError(f"{folder} holds {self.num_intact} samples, batch_size is {batch_size}. Use a smaller batch, or more data.")
+            raise UserError(f"{folder} has {self.num_intact} samples, batch_size is {batch_size}. Use a smaller batch, or more data.")
         self._start, self._batch_size = start_step, batch_size
         self._log = FaultLog(
             known,

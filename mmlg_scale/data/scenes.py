@@ -45,9 +45,9 @@ TEMPLATES = ("a {a} {r} a {b}", "{a} {r} {b}", "there is a {a} {r} a {b}", "the 
 CLASS_TEMPLATES = ("a {}", "there is a {}")
 """Of words that captions have, so that the vocabulary knows them."""
 MAX_WORDS = 14
+"""With start and end token a caption fits a context of 16."""
 TRAIN_CAPTIONS = 3
 """Of each training image."""
-"""With start and end token a caption fits a context of 16."""
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,7 @@ def _check_seal(folder: Path, weights: Path) -> None:
     content = read_record(path, "list of an export's files", remedy)
     digests, stated = content.get("files"), content.get("weights")
     if not isinstance(digests, dict) or not isinstance(stated, dict):
-        raise UserError(f"{path} is no list of an export's files. {remedy}")
+        raise UserError(f"{path} is not a list of an export's files. {remedy}")
     for name, wanted in digests.items():
         if name not in (CONFIG_FILE, TOWER_FILE, *TOKENIZER_FILES):
             raise UserError(f"{path} names {shown(name)!r}, which no export has. {remedy}")
@@ -267,7 +267,7 @@ def _replaced(out: Path, written: set[str], overwrite: bool) -> set[str]:
     if not os.path.lexists(out):
         return set()
     if not out.is_dir():
-        raise UserError(f"{out} is there and is no folder. Give another --out.")
+        raise UserError(f"{out} exists and is not a folder. Give another --out.")
     present = {path.name for path in out.iterdir()}
     is_export = bool(present & {CONFIG_FILE, TOWER_FILE})
     if present and not (is_export and overwrite):

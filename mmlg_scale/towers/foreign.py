@@ -132,7 +132,10 @@ def _stated_digest(path: Path, head: bytes, size: int) -> str | None:
         raise UserError(f"{path} is cut off: {size} of at least {8 + length} bytes are there. Fetch it again.")
     tensors = parse_object(header.decode("utf-8", "replace"), f"the header of {path}", "Fetch it again.")
     metadata = tensors.pop("__metadata__", None)
-    ends = [entry["data_offsets"][1] for entry in tensors.values()]
+    try:
+        ends = [int(entry["data_offsets"][1]) for entry in tensors.values()]
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path} is damaged: its header does not say where each tensor is. Fetch it again.") from error
     if ends and size < 8 + length + max(ends):
         raise UserError(f"{path} is cut off: {size} of {8 + length + max(ends)} bytes are there. Fetch it again.")
     return metadata.get(DIGEST) if isinstance(metadata, dict) else None
@@ -169,9 +172,10 @@ def _content(path: Path) -> bytes:
 def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+            members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise UserError(f"{path} is cut off or damaged ({one_line(error)}). Fetch it again.") from error
+    names = [member.filename for member in members]
     if any(name.partition("/")[2] == "constants.pkl" for name in names):
         raise UserError(
             f"{path} is a TorchScript archive, which is a program and is not loaded. Save its state_dict() by itself, preferably as "
@@ -179,6 +183,9 @@ def _check_archive(path: Path) -> None:
         )
     if not any(name.partition("/")[2] == "data.pkl" for name in names):
         raise UserError(f"{path} is a ZIP archive, but not one that torch.save wrote. Give the file with the weights.")
+    # torch.save compresses nothing; a few compressed kilobytes could fill the memory.
+    if any(member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size for member in members):
+        raise UserError(f"{path} is a compressed ZIP archive, which torch.save does not write. Save the state_dict() again.")
 
 
 def _state_dict(content: Any, path: Path) -> tuple[dict[str, Any], str]:
@@ -196,7 +203,7 @@ def _state_dict(content: Any, path: Path) -> tuple[dict[str, Any], str]:
     if not _is_state_dict(content):
         keys = ", ".join(shown(key) for key in list(content)[:6]) or "nothing"
         raise UserError(f"{path} has no state dict: its keys are {keys}. Save the model's state_dict() as safetensors.")
-    told = f"{path} also holds weights under {', '.join(left_out)}, which are not read." if left_out else ""
+    told = f"{path} also contains weights under {', '.join(left_out)}, which are not read." if left_out else ""
     return {str(name): value for name, value in content.items()}, told
 
 

@@ -66,7 +66,7 @@ def load_weights(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     quick_gelu = bool(config.get("quick_gelu", False))
     if is_openai and not quick_gelu:
         raise UserError(
-            f"{path} holds OpenAI's weights, which use QuickGELU; recipe key model does not. Use a configuration that does, such as "
+            f"{path} contains OpenAI's weights, which use QuickGELU; recipe key model does not. Use a configuration that does, such as "
             "ViT-B-32-quickgelu."
         )
     stated = _activation_beside(path)
@@ -128,7 +128,7 @@ def finite(name: str, tensor: Tensor, path: Path) -> Tensor:
     tensor = tensor.detach().to(torch.float32, copy=True).contiguous()
     if not torch.isfinite(tensor).all():
         num = int((~torch.isfinite(tensor)).sum())
-        raise UserError(f"{path}: {name} holds {num} of {tensor.numel()} numbers that are NaN or infinite. Use an earlier checkpoint.")
+        raise UserError(f"{path}: {name} has {num} of {tensor.numel()} numbers that are NaN or infinite. Use an earlier checkpoint.")
     return tensor
 
 
@@ -165,7 +165,7 @@ def check_kind(name: str, value: Any, path: Path) -> None:
     if not isinstance(value, Tensor):
         raise UserError(f"{path}: {shown(name)} is a {type(value).__name__}, not a tensor. Save the model's state_dict() by itself.")
     if value.is_quantized or not value.is_floating_point():
-        raise UserError(f"{path}: {shown(name)} holds {str(value.dtype).removeprefix('torch.')} numbers. Give weights in floating point.")
+        raise UserError(f"{path}: {shown(name)} has {str(value.dtype).removeprefix('torch.')} numbers. Give weights in floating point.")
     if value.layout != torch.strided or value.device.type != "cpu":
         raise UserError(f"{path}: {shown(name)} is a sparse tensor, or one without numbers. Save the model's state_dict() again.")
 

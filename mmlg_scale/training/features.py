@@ -34,7 +34,7 @@ from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import require_space, write_bytes_atomic, writing
 from mmlg_scale.ranks import on_first_rank
-from mmlg_scale.reading import one_line
+from mmlg_scale.reading import one_line, require_file
 from mmlg_scale.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -156,11 +156,22 @@ def open_features(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Raises:
         UserError: a file is missing, is no array, or is of another shape than the others.
     """
+    for name in FILES:
+        require_file(folder / name, "features", REMEDY)
     try:
         image, text = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in FILES[:2])
         starts = np.load(folder / FILES[2], allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{folder} has no readable features ({one_line(error)}). {REMEDY}") from error
-    if image.ndim != 2 or text.ndim != 2 or starts.shape != (len(image) + 1,) or starts[-1] != len(text):
+    agree = (
+        all(array.ndim == 2 and array.dtype == np.float32 for array in (image, text))
+        and image.shape[1] == text.shape[1]
+        and starts.shape == (len(image) + 1,)
+        and np.issubdtype(starts.dtype, np.integer)
+        and starts[0] == 0
+        and starts[-1] == len(text)
+        and bool((np.diff(starts) >= 0).all())
+    )
+    if not agree:
         raise UserError(f"{folder}: {', '.join(FILES)} do not go together. {REMEDY}")
     return image, text, starts

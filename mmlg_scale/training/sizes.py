@@ -12,6 +12,8 @@ from mmlg_scale.errors import UserError
 from mmlg_scale.streams import Stream, generator
 
 TOWERS = ("image", "text")
+COUNTED_STEPS = 20_000
+"""Steps whose sizes a forecast draws; each takes a third of a millisecond."""
 
 
 class SizeDraw:
@@ -55,6 +57,12 @@ class SizeDraw:
     def flops(self, step: int) -> int:
         """FLOPs per sample of the students' forward and backward passes at `step`."""
         return sum(self._flops(*size.items()) for size in self.sizes(step))
+
+    def total_flops(self, steps: int) -> int:
+        """FLOPs per sample of `steps` steps, all together: exact up to COUNTED_STEPS, from as many steps evenly apart beyond."""
+        if steps <= COUNTED_STEPS:
+            return sum(self.flops(step) for step in range(steps))
+        return sum(self.flops(position * steps // COUNTED_STEPS) for position in range(COUNTED_STEPS)) * steps // COUNTED_STEPS
 
     def evaluated(self) -> dict[str, dict[str, int]]:
         """The sizes to evaluate, by name: the least, middle and greatest depth, and the least width where several are drawn."""

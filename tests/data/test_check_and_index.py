@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,11 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mmlg_scale import files
 from mmlg_scale.cli import main
+from mmlg_scale.data import indexing, manifest
 from mmlg_scale.data.check import check_dataset
 from mmlg_scale.data.faults import scan
 from mmlg_scale.data.indexing import index_dataset, index_shard
-from mmlg_scale.data.manifest import load_manifest, new_dataset
+from mmlg_scale.data.manifest import Sample, load_manifest, new_dataset, write_split
 from mmlg_scale.data.reader import HASH, HEADER, IMAGE, ShardReader, header_problem
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.data.tokens import offered_tokenizer
@@ -180,7 +183,7 @@ def test_many_ways_to_name_and_caption(tmp_path: Path) -> None:
         assert ShardReader(root / "train").image_bytes(6) == members["six.jpg"]
         found = {cause: count for cause, count in problems.items() if count}
         assert {cause.split(" (")[0]: count for cause, count in found.items()} == {
-            "members that are there twice": 3,
+            "duplicate members": 3,
             "samples without an image": 3,
             "samples without a caption": 6,
             "members with a dot in their name before the extension, where webdataset ends the key": 3,
@@ -256,6 +259,26 @@ def test_what_cannot_be_indexed(packed: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             index_dataset(root)
+    write_tar(tmp_path / "torn" / "train" / "0.tar", {"a.jpg": b"x", "a.txt": b"x"})
+    (tmp_path / "torn" / "dataset.json").write_text("{")
+    with pytest.raises(UserError, match=r"dataset\.json is damaged"):
+        index_dataset(tmp_path / "torn")
+
+
+def test_a_huge_json_is_not_read_by_indexing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexing, "MAX_SAMPLE_TEXT_BYTES", 100)
+    about = json.dumps({"captions": ["long " * 50]}).encode()
+    write_tar(tmp_path / "train" / "0.tar", {"a.jpg": b"x", "a.txt": b"short", "a.json": about, "b.jpg": b"x", "b.json": about})
+    with mock.patch.object(indexing.json, "loads", side_effect=AssertionError):
+        (entry,) = [entry for entry in indexing.index_shard(tmp_path / "train" / "0.tar").entry["samples"] if entry["key"] == "a"]
+    assert "json" not in entry
+
+
+def test_a_manifest_too_large_to_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "MAX_MANIFEST_BYTES", 1000)
+    samples = [Sample(f"{index:08d}", b"x", "png", ["x"]) for index in range(20)]
+    with pytest.raises(UserError, match=r"a manifest of 20 samples would take .* Pack or index fewer shards"):
+        write_split(tmp_path, "train", samples, samples_per_shard=5)
 
 
 @settings(max_examples=300, deadline=None)
@@ -276,6 +299,7 @@ def test_any_changed_byte_of_a_header_is_noticed(position: int, value: int) -> N
 def is_there_during_a_start(out: Path, folder: Path) -> bool:
     """Whether `folder` is there while a data set is written to `out`, which then fails."""
     found = None
+    files.remove_leftovers.cache_clear()
     with contextlib.suppress(ZeroDivisionError), new_dataset(out, "x", {}):
         found = folder.is_dir()
         raise ZeroDivisionError
@@ -295,8 +319,11 @@ def test_a_killed_command_leaves_a_folder_that_the_next_start_removes(tmp_path: 
         finally:
             process.kill()
     assert left.is_dir()
-    elsewhere = left.with_name(left.name.replace(".set.", ".set.other-"))
+    assert is_there_during_a_start(out, left)  # process ids of another container can look dead
+    elsewhere = left.with_name(".set.00000000." + left.name.split(".", 3)[3])
     elsewhere.mkdir()
+    for folder in (left, elsewhere):
+        os.utime(folder, (0, 0))
     assert not is_there_during_a_start(out, left)
     assert [path.name for path in tmp_path.iterdir()] == [elsewhere.name]  # another host's process may still run
 

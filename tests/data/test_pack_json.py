@@ -73,7 +73,7 @@ def test_coco_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (lambda c: c["annotations"].clear(), r"images\[0\]: 000.jpg has no captions"),
         (lambda c: c["annotations"][3].update(caption=" "), r"annotations\[3\]: empty caption"),
         (lambda c: [note.pop("caption") for note in c["annotations"]], "Give captions_"),
-        (lambda c: c["images"][2].update(file_name="000.jpg"), "000.jpg is there twice"),
+        (lambda c: c["images"][2].update(file_name="000.jpg"), "000.jpg appears twice"),
         (lambda c: c["images"][2].update(file_name="x.jpg"), r"images\[2\]: no image .*x.jpg"),
         (lambda c: c.pop("images"), "has no list of images"),
     ):

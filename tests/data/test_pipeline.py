@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmlg_scale.data import pipeline
 from mmlg_scale.data.images import decode
 from mmlg_scale.data.pipeline import Batch, StreamSettings, TrainStream, epoch_order, load_eval_split
 from mmlg_scale.data.reader import ShardReader
@@ -34,6 +35,13 @@ def test_resumes_at_the_exact_sample(scenes: Path) -> None:
     for start in (1, 7, 13):
         for left, right in zip(whole[start:], batches(scenes, 15 - start, start_step=start, cache_decoded=False), strict=True):
             assert_same(left, right)
+
+
+def test_a_bound_on_kept_tokens_changes_nothing(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = batches(scenes, 15)
+    monkeypatch.setattr(pipeline, "TOKEN_CACHE_BYTES", 5_000)  # 13 of 150 samples with three captions of 16 tokens
+    for left, right in zip(whole, batches(scenes, 15), strict=True):
+        assert_same(left, right)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -97,7 +105,7 @@ def test_crop_is_bounded_and_random(scenes: Path) -> None:
 
 
 def test_too_small_or_uneven_is_refused(scenes: Path) -> None:
-    with pytest.raises(UserError, match="holds 150 samples, batch_size is 151"):
+    with pytest.raises(UserError, match="has 150 samples, batch_size is 151"):
         batches(scenes, 1, global_batch_size=151)
     with pytest.raises(UserError, match="not a multiple of the 5 ranks"):
         batches(scenes, 1, world_size=5)

@@ -94,7 +94,7 @@ def test_a_state_dict_of_averages_beside_it_is_told(tmp_path: Path, capsys: pyte
     other = {name: torch.zeros_like(tensor) for name, tensor in STATE.items()}
     path = write({"state_dict_ema": other, "state_dict": STATE}, tmp_path / "ema.pt")
     assert torch.equal(towers.load_weights(path, CONFIG)["visual.proj"], STATE["visual.proj"])
-    assert "ema.pt also holds weights under state_dict_ema, which are not read" in capsys.readouterr().err
+    assert "ema.pt also contains weights under state_dict_ema, which are not read" in capsys.readouterr().err
 
 
 def test_openai_weights(tmp_path: Path) -> None:
@@ -197,6 +197,16 @@ def other_archive(path: Path) -> None:
         archive.writestr("keras/metadata.json", "{}")
 
 
+def compressed(path: Path) -> None:
+    """An archive as torch.save writes it, but compressed: a few bytes that fill the memory."""
+    torch.save(STATE, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
 def fifo(path: Path) -> None:
     os.mkfifo(path)
 
@@ -221,7 +231,7 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("folder.pt", lambda path: path.mkdir(), "is a folder"),
     ("link.pt", lambda path: path.symlink_to(path.parent / "gone"), "is a broken link to"),
     ("loop.pt", lambda path: path.symlink_to(path), "is a broken link to"),
-    ("pipe.pt", fifo, "is no regular file"),
+    ("pipe.pt", fifo, "is a pipe or a device"),
     ("empty.pt", written(b""), "is empty (0 bytes)"),
     ("empty.safetensors", written(b""), "is empty (0 bytes)"),
     ("pointer.safetensors", written(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 6\n"), "run git lfs pull"),
@@ -235,8 +245,11 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("byte.safetensors", written(b"\x08"), "not a safetensors file"),
     ("huge header.safetensors", written(struct.pack("<Q", 2**62) + b"{}"), "not a safetensors file"),
     ("bad header.safetensors", written(struct.pack("<Q", 4) + b"{abc" + bytes(8)), "is not JSON"),
-    ("odd header.safetensors", written(header({"visual.proj": {"shape": 3}})), "is damaged or not a file of weights"),
+    ("odd header.safetensors", written(header({"visual.proj": {"shape": 3}})), "does not say where each tensor is"),
     ("deep header.safetensors", written(struct.pack("<Q", 200_000) + b'{"a":' + b"[" * 199_995), "nested too deeply"),
+    ("no offsets.safetensors", written(header({"visual.proj": {"dtype": "F32", "shape": [0]}})), "does not say where each tensor is"),
+    ("odd offsets.safetensors", written(header({"visual.proj": {"data_offsets": [0, "x"]}})), "does not say where each tensor is"),
+    ("bomb.pt", compressed, "is a compressed ZIP archive"),
     ("cut.safetensors", cut(STATE, 0.5), "is cut off"),
     ("cut header.safetensors", cut(STATE, 0.01), "is cut off"),
     ("cut.pt", cut(STATE, 0.5), "is cut off or damaged"),
@@ -252,14 +265,14 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("keys.pt", saved({"epoch": 3, "network": STATE}), "its keys are epoch, network"),
     ("line.pt", saved({"a\nb\x1b[31m": 1}), "its keys are a?b?[31m"),
     ("string.pt", saved({**STATE, "visual.proj": "gone"}), "visual.proj is a str, not a tensor"),
-    ("int8.pt", saved({**STATE, "visual.proj": torch.zeros(16, 16, dtype=torch.int8)}), "visual.proj holds int8 numbers"),
-    ("complex.pt", saved({**STATE, "visual.proj": torch.zeros(16, 16, dtype=torch.complex64)}), "visual.proj holds complex64 numbers"),
+    ("int8.pt", saved({**STATE, "visual.proj": torch.zeros(16, 16, dtype=torch.int8)}), "visual.proj has int8 numbers"),
+    ("complex.pt", saved({**STATE, "visual.proj": torch.zeros(16, 16, dtype=torch.complex64)}), "visual.proj has complex64 numbers"),
     ("sparse.pt", saved({**STATE, "visual.proj": STATE["visual.proj"].to_sparse()}), "visual.proj is a sparse tensor"),
     ("meta.pt", saved({**STATE, "visual.proj": torch.empty(16, 16, device="meta")}), "or one without numbers"),
     ("twice.pt", saved({**STATE, "module.visual.proj": STATE["visual.proj"]}), "has visual.proj twice"),
-    ("nan.pt", saved({**STATE, "visual.proj": NAN}), "visual.proj holds 256 of 256 numbers that are NaN"),
-    ("infinite.safetensors", saved({**STATE, "visual.proj": INFINITE}), "visual.proj holds 1 of 256 numbers"),
-    ("too large.pt", saved({**STATE, "visual.proj": STATE["visual.proj"].double() * 1e300}), "visual.proj holds 256 of 256"),
+    ("nan.pt", saved({**STATE, "visual.proj": NAN}), "visual.proj has 256 of 256 numbers that are NaN"),
+    ("infinite.safetensors", saved({**STATE, "visual.proj": INFINITE}), "visual.proj has 1 of 256 numbers"),
+    ("too large.pt", saved({**STATE, "visual.proj": STATE["visual.proj"].double() * 1e300}), "visual.proj has 256 of 256"),
     ("no scale.pt", saved({name: tensor for name, tensor in STATE.items() if name != "logit_scale"}), "has no logit_scale"),
     ("scales.pt", saved({**STATE, "logit_scale": torch.zeros(3)}), "logit_scale has shape (3,), the recipe asks for (1,)"),
     ("less.pt", saved({name: tensor for name, tensor in STATE.items() if name != "visual.proj"}), "has no visual.proj of shape (16, 16)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -28,7 +29,7 @@ from mmlg_scale.files import write_json_atomic
 from mmlg_scale.records import read_record
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training import features
-from mmlg_scale.training.features import compute_features
+from mmlg_scale.training.features import compute_features, open_features
 from mmlg_scale.training.folder import claim
 from mmlg_scale.training.inputs import Inputs
 from mmlg_scale.training.roles import Context, teacher_of
@@ -168,6 +169,31 @@ def test_a_sample_that_could_not_be_read_is_named(data: Path, folder: Path) -> N
     assert looked_up(Inputs(blank, blank, samples=torch.tensor([[10, 0], [12, 2]])), nullcontext, ())["image_features"].isfinite().all()
     with pytest.raises(UserError, match="no features of sample 11"):
         looked_up(Inputs(blank, blank, samples=torch.tensor([[10, 0], [11, 2]])), nullcontext, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("image.npy", lambda array: array.astype(np.float64)),
+        ("text.npy", lambda array: array[:, :-1]),
+        ("captions.npy", lambda array: array[::-1].copy()),
+        ("captions.npy", lambda array: array.astype(np.float32)),
+        ("captions.npy", lambda array: np.concatenate([array[:1], array[:0:-1]])),
+    ],
+)
+def test_arrays_that_do_not_go_together_are_refused(name: str, change: Any, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "other")
+    np.save(tmp_path / "other" / name, change(np.load(folder / name)))
+    with pytest.raises(UserError, match="do not go together"):
+        open_features(tmp_path / "other")
+
+
+def test_a_pipe_in_place_of_features_is_not_waited_for(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other" / "image.npy").unlink()
+    os.mkfifo(tmp_path / "other" / "image.npy")
+    with pytest.raises(UserError, match=r"image\.npy is a pipe or a device"):
+        open_features(tmp_path / "other")
 
 
 def test_damaged_samples_are_left_out(data: Path, tmp_path: Path) -> None:
