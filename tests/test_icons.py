@@ -223,3 +223,18 @@ def test_a_package_that_is_cut_is_one_line(icons: ModuleType, tmp_path: Path) ->
     path.write_bytes(path.read_bytes()[:150])
     with pytest.raises(UserError, match=r"p\.tgz is not a whole npm package .*Remove it and run make icons again"):
         list(icons.read_sets(path))
+
+
+@pytest.mark.parametrize("content", [{"prefix": "a"}, {"prefix": "a", "icons": {}, "info": {"author": "A"}}])
+def test_a_file_that_is_no_set_is_one_line(icons: ModuleType, tmp_path: Path, content: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"package/json/a\.json is no set of icons with author and licence"):
+        list(icons.read_sets(package(tmp_path / "p.tgz", content)))
+
+
+def test_a_package_that_is_not_there_is_one_line(
+    icons: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["make_images.py", "--package", str(tmp_path / "none.tgz"), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        icons.main()
+    assert "none.tgz: no such file or folder. Check the path." in capsys.readouterr().err.splitlines()[-1]

@@ -32,7 +32,7 @@ from resvg_py import svg_to_bytes
 from mmlg_scale.cli.parsing import progress
 from mmlg_scale.data import SPLITS
 from mmlg_scale.data.manifest import Progress
-from mmlg_scale.errors import UserError
+from mmlg_scale.errors import UserError, in_words
 from mmlg_scale.files import write_text_atomic
 from mmlg_scale.reading import one_line, shown
 
@@ -113,9 +113,18 @@ def read_sets(package: Path, progress: Progress = lambda items: items) -> Iterat
                         raise UserError(f"{package}: {member.name} has {member.size} bytes; at most {MAX_MEMBER} are read. {hint}")
                     content = archive.extractfile(member)
                     assert content is not None
-                    yield json.load(content)
+                    yield _checked(json.load(content), f"{package}: {member.name}")
     except (tarfile.TarError, EOFError, zlib.error, ValueError) as error:
         raise UserError(f"{package} is not a whole npm package ({one_line(error)}). {hint}") from error
+
+
+def _checked(content: Any, where: str) -> dict[str, Any]:
+    """A set's JSON that says who drew it under which licence. Raises UserError where it is something else."""
+    info = content.get("info") if isinstance(content, dict) else None
+    known = isinstance(info, dict) and all(isinstance(info.get(key), dict) for key in ("author", "license"))
+    if not (known and isinstance(content.get("prefix"), str) and isinstance(content.get("icons"), dict)):
+        raise UserError(f"{where} is no set of icons with author and licence. Give the package @iconify/json as npm pack writes it.")
+    return content
 
 
 def refusal(content: Mapping[str, Any]) -> str | None:
@@ -295,8 +304,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         make(args.package, args.out, args.sources or args.out / "SOURCES.md", args.seed)
-    except UserError as error:
-        parser.error(str(error))
+    except (UserError, OSError) as error:
+        parser.error(in_words(error) or str(error))
 
 
 def make(package: Path, out: Path, sources_file: Path, seed: int) -> None:
