@@ -32,6 +32,7 @@ from mmlg_scale.data.corpus import open_pairs
 from mmlg_scale.data.scenes import TRAIN_CAPTIONS, scenes_tokenizer
 from mmlg_scale.data.summary import num_pairs
 from mmlg_scale.family import Member, Plan, check, check_folder, num_parallel, standing
+from mmlg_scale.learngene.file import tensor_bytes
 from mmlg_scale.learngene.structure import TOWERS, Structure
 from mmlg_scale.report import NAMES, seconds, si
 from mmlg_scale.runtime import Runtime
@@ -286,6 +287,8 @@ class _Costs:
         layers = dict.fromkeys(TOWERS, 1) if one_layer else draw.max_layers
         memory["composed layers"] = (2 if self.bf16 else 4) * sum(layers[tower] * matrices[tower] for tower in TOWERS)
         blocks = f"{settings.num_multimodal} shared, {settings.num_unimodal} a tower"
+        if settings.embedding_rank is not None:
+            blocks += f"; embedding of rank {settings.embedding_rank}"
         return StepCost(
             f"{name}'s blocks: {blocks}",
             steps=training.steps,
@@ -294,7 +297,8 @@ class _Costs:
             teacher_flops=training.batch_size * training.steps * self._teacher_flops if loss is not None else 0,
             memory=memory,
             checkpoint_bytes=self._checkpoints(trained),
-            **self._export(params),
+            params=params,
+            export_bytes=tensor_bytes(structure, settings.file_dtype),
         )
 
     def _features(self) -> StepCost:

@@ -22,6 +22,7 @@ _BOUNDED = {
     "Width": (1, MAX_WIDTH),
     "Blocks": (0, MAX_BLOCKS),
     "Knots": (2, MAX_KNOTS),
+    "Rank": (1, MAX_WIDTH),
     "Students": (1, MAX_STUDENTS),
     "Steps": (0, MAX_STEPS),
     "BatchSize": (2, MAX_BATCH),
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     Width: TypeAlias = int
     Blocks: TypeAlias = int
     Knots: TypeAlias = int
+    Rank: TypeAlias = int
     Students: TypeAlias = int
     Steps: TypeAlias = int
     BatchSize: TypeAlias = int
@@ -74,6 +76,7 @@ else:
     Width = _bounded("Width")
     Blocks = _bounded("Blocks")
     Knots = _bounded("Knots")
+    Rank = _bounded("Rank")
     Students = _bounded("Students")
     Steps = _bounded("Steps")
     BatchSize = _bounded("BatchSize")
@@ -116,6 +119,7 @@ __all__ = [
     "PositiveFloat",
     "PositiveInt",
     "Processes",
+    "Rank",
     "SceneCount",
     "Steps",
     "Students",

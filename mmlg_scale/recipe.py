@@ -24,6 +24,7 @@ from mmlg_scale.ranges import (
     Parts,
     PositiveFloat,
     PositiveInt,
+    Rank,
     SceneCount,
     Steps,
     Students,
@@ -172,6 +173,10 @@ class Elastic:
     """Knots over relative depth between which coefficients and vectors are interpolated (R)."""
     width_map: Literal["slice", "learned"] = "slice"
     """How the multimodal blocks, as wide as the wider tower, reach the other: leading heads and channels, or learned maps."""
+    embedding_rank: Rank | None = None
+    """Rank of the token embedding, stored as two factors and multiplied out in descendants; null: stored whole."""
+    file_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Numbers in the learngene file; training is the same. bf16 halves the file: blocks and matrices are rounded, all else stays fp32."""
     width_shares: list[Fraction] = field(default_factory=lambda: [1.0])
     """Fractions of a tower's heads, one drawn for each tower every step; [1, 1, 0.5] takes half the width every third time."""
     min_layers: Layers = 2

@@ -167,6 +167,10 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "patches": (in_tower("vision_cfg", image_size=8192, patch_size=1, width=4096), "Use larger patches"),
     "blocks": (lambda header: header["structure"].update(num_unimodal=10**9), "not a whole number from 0 to 256"),
     "knots": (lambda header: header["structure"].update(num_knots=10**9), "not a whole number from 2 to 1000"),
+    "rank": (lambda header: header["structure"].update(embedding_rank=10**9), "not a whole number from 1 to"),
+    "a rank that is no number": (lambda header: header["structure"].update(embedding_rank=True), "not a whole number from 1 to"),
+    "numbers of another type": (lambda header: header.update(dtype="bf16"), "holds float32 numbers, not bfloat16"),
+    "numbers of an unknown type": (lambda header: header.update(dtype=["fp64"]), "its header is damaged"),
     "a setting that there is not": (lambda header: header["structure"].update(config={}), "its header is damaged"),
     "deep": (lambda header: header.update(extraction=json.loads("[" * 300 + "]" * 300)), "nested too deeply"),
 }

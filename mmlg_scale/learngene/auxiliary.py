@@ -13,6 +13,7 @@ from torch.func import functional_call
 from mmlg_scale import towers
 from mmlg_scale.learngene.blocks import BlockLayout
 from mmlg_scale.learngene.compose import Sizes, compose_layers, compose_lazily, narrow_state
+from mmlg_scale.learngene.embedding import FactorisedEmbedding, factorise_stem, factorised_shapes
 from mmlg_scale.learngene.inherit import inherit
 from mmlg_scale.learngene.mixing import legendre
 from mmlg_scale.learngene.structure import STEM, TOWERS, Structure, stem_shapes
@@ -34,7 +35,7 @@ class AuxiliaryCLIP(nn.Module):
         coefficients_image, coefficients_text: [R, G, K_M + K_U] for the G matrices of a block, multimodal blocks first; basis `knots` only.
         vectors_image, vectors_text: LayerNorms and biases, [R, V] at each knot or [K, V] for each block.
         residual_map_*, head_map_*: [d, d_wide], with learned maps only.
-        stem/...: an open_clip CLIP's tensors outside its blocks.
+        stem/...: an open_clip CLIP's tensors outside its blocks; with a factorised embedding, its factors in its place.
     """
 
     attn_mask: Tensor
@@ -54,15 +55,16 @@ class AuxiliaryCLIP(nn.Module):
     def from_ancestor(cls, ancestor_state: Mapping[str, Tensor], structure: Structure, *, seed: int, fitted: bool = False) -> AuxiliaryCLIP:
         """Stems copied from the ancestor; blocks random like a fresh block, or `fitted` to its layers (`inherit`); coefficients centred.
 
-        A multimodal block's coefficient starts at 1 at every depth, the j-th unimodal block's at the Legendre polynomial of degree j in
-        2t - 1 (the first: 2t - 1 itself), each with noise of 0.05, so that no two blocks start alike; fitted coefficients get
-        the same noise. Learned maps start as slices.
+        A factorised embedding starts as the nearest one of its rank. A multimodal block's coefficient starts at 1 at every depth, the j-th
+        unimodal block's at the Legendre polynomial of degree j in 2t - 1 (the first: 2t - 1 itself), each with noise of 0.05, so that no
+        two blocks start alike; fitted coefficients get the same noise. Learned maps start as slices.
         """
         model = cls(structure)
         generator = torch.Generator().manual_seed(seed)
         depth = max(towers.num_layers(structure.config, tower) for tower in TOWERS)
         with torch.no_grad():
-            for name, tensor in towers.split_state(ancestor_state)[0].items():
+            stem = factorise_stem(towers.split_state(ancestor_state)[0], structure.embedding_rank)
+            for name, tensor in stem.items():
                 model._get(STEM + name).copy_(tensor)
             for name, tower in (("multimodal", structure.wide), ("unimodal_image", "image"), ("unimodal_text", "text")):
                 for block_P in model._get(name):
@@ -122,9 +124,12 @@ class AuxiliaryCLIP(nn.Module):
     def _runner(self, image_width: int | None, text_width: int | None) -> tuple[_StemRunner, dict[str, tuple[int, ...]]]:
         key = (image_width, text_width)
         if key not in self._runners[0]:
-            config = self.structure.sized(image_width=image_width, text_width=text_width)
+            config, rank = self.structure.sized(image_width=image_width, text_width=text_width), self.structure.embedding_rank
             with torch.device("meta"):
-                self._runners[0][key] = _StemRunner(towers.empty_stem(config)), stem_shapes(config)
+                clip = towers.empty_stem(config)
+                if rank is not None:
+                    clip.token_embedding = FactorisedEmbedding(towers.vocab_size(config), rank, towers.width(config, "text"))
+                self._runners[0][key] = _StemRunner(clip), factorised_shapes(stem_shapes(config), rank)
         runner, shapes = self._runners[0][key]
         return runner.train(self.training), shapes
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmlg_scale import towers
 from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.compose import compose_layers, narrow_state
+from mmlg_scale.learngene.embedding import multiplied_out
 from mmlg_scale.learngene.structure import STEM, TOWERS, Structure, stem_shapes
 
 MODALITIES = ("both", "image", "text")
@@ -69,10 +70,11 @@ def compose_descendant(
     depths_and_widths = {tower: (towers.num_layers(config, tower), towers.width(config, tower)) for tower in wanted}
     blocks: dict[str, list[dict[str, Tensor]]] = {"image": [], "text": []}
     blocks |= compose_layers(structure, tensors.__getitem__, depths_and_widths)
-    stem = narrow_state(stem_shapes(config), lambda name: tensors[STEM + name])
+    shapes = stem_shapes(config)
     if modality != "both":
-        stem = {name: tensor for name, tensor in stem.items() if name.startswith("visual.") == (modality == "image")}
-        stem = {name: tensor for name, tensor in stem.items() if not name.startswith("logit_")}
+        shapes = {name: shape for name, shape in shapes.items() if name.startswith("visual.") == (modality == "image")}
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("logit_")}
+    stem = narrow_state(shapes, multiplied_out(lambda name: tensors[STEM + name], structure.embedding_rank))
     # Layers are fresh tensors; stems are copied, so that whoever changes a descendant in place does not change the learngene.
     stem = {name: tensor.clone() for name, tensor in stem.items()}
     return Descendant(towers.join_state(stem, blocks), spec, modality)

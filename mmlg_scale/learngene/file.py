@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from mmlg_scale.reading import one_line, parse_object, require_file, shown
 FORMAT, VERSION = "mmlg-learngene", 4
 READABLE = (3, VERSION)
 """Version 3 has no SHA-256 of the tensors."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHANGED = "The file was changed; extract it again."
 Trained = Mapping[str, Mapping[str, Sequence[int]]]
 """Per tower the least and most `layers` and `width` that extraction trained."""
@@ -46,6 +48,7 @@ class Learngene:
         spec: the ancestor's configuration, preprocessing and tokenizer, which its descendants have too.
         extraction: the recipe section that made it, for the record.
         trained: the depths and widths that it was trained for.
+        dtype: of the file's numbers, see `stored_dtype`. In memory all are fp32; those of a bf16 file are rounded.
     """
 
     tensors: dict[str, Tensor]
@@ -53,6 +56,7 @@ class Learngene:
     spec: towers.ModelSpec
     extraction: dict[str, Any]
     trained: Trained
+    dtype: str = "fp32"
 
     @classmethod
     def from_auxiliary(
@@ -63,9 +67,15 @@ class Learngene:
         spec: towers.ModelSpec,
         extraction: Mapping[str, Any],
         trained: Trained,
+        dtype: str = "fp32",
     ) -> Learngene:
-        """From the state dict of a trained AuxiliaryCLIP."""
-        return cls(learngene_tensors(state), structure, spec, dict(extraction), trained)
+        """From the state dict of a trained AuxiliaryCLIP; `dtype` as in `rounded`."""
+        return cls(learngene_tensors(state), structure, spec, dict(extraction), trained).rounded(dtype)
+
+    def rounded(self, dtype: str) -> Learngene:
+        """The same learngene for a file of `dtype`, fp32 or bf16, its tensors rounded as the file will hold them."""
+        tensors = {name: tensor.to(stored_dtype(name, tensor.shape, dtype)).float() for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, dtype=dtype)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -137,8 +147,10 @@ class Learngene:
             "structure": self.structure.to_header(),
             "extraction": self.extraction,
             "trained": self.trained,
+            "dtype": self.dtype,
         }
         tensors = {name: self.tensors[name].detach().cpu().contiguous() for name in sorted(self.tensors)}
+        tensors = {name: tensor.to(stored_dtype(name, tensor.shape, self.dtype)) for name, tensor in tensors.items()}
         header["tensors_sha256"] = tensors_digest(tensors)
         # Only one entry: safetensors writes several in an order of its own.
         return save(tensors, metadata={"mmlg": json.dumps({**header, "sha256": _digest(header)}, sort_keys=True)})
@@ -146,6 +158,20 @@ class Learngene:
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
         write_bytes_atomic(path, self.to_bytes())
+
+
+def stored_dtype(name: str, shape: Sequence[int], dtype: str) -> torch.dtype:
+    """What a tensor's numbers are in a file of `dtype`.
+
+    bf16 is for blocks, maps, embeddings and other matrices. Coefficients and vectors are few, and an error in one shifts a whole layer;
+    an error of bf16 in the logit scale is up to 2 % of the temperature. They stay fp32.
+    """
+    return DTYPES[dtype] if len(shape) >= 2 and not name.startswith(("coefficients", "vectors")) else torch.float32
+
+
+def tensor_bytes(structure: Structure, dtype: str) -> int:
+    """Bytes of a file's tensors, without its header."""
+    return sum(math.prod(shape) * stored_dtype(name, shape, dtype).itemsize for name, shape in structure.shapes().items())
 
 
 def load_learngene(path: str | Path) -> Learngene:
@@ -167,15 +193,17 @@ def load_learngene(path: str | Path) -> Learngene:
         spec = towers.ModelSpec.from_header(header, str(path))
         structure = Structure(spec.config, **header["structure"])
         trained = {tower: {kind: _pair(header["trained"][tower][kind]) for kind in ("layers", "width")} for tower in TOWERS}
-        extraction = dict(header["extraction"])
+        extraction, dtype = dict(header["extraction"]), str(header.get("dtype", "fp32"))
+        DTYPES[dtype]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its header is damaged ({one_line(error)}). {CHANGED}") from error
-    _check(structure, tensors, path)
+    _check(structure, tensors, dtype, path)
     if header["version"] == VERSION and header.get("tensors_sha256") != tensors_digest(tensors):
         raise UserError(f"{path} is damaged: its tensors do not match the SHA-256 in its header. Copy or extract it again.")
     if header["version"] != VERSION:
         towers.say(f"{path} is of version {header['version']} and has no SHA-256 of its tensors: damage would not be noticed.")
-    return Learngene(tensors, structure, spec, extraction, trained)
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    return Learngene(tensors, structure, spec, extraction, trained, dtype)
 
 
 def _pair(value: Any) -> list[int]:
@@ -208,7 +236,7 @@ def _header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     return header
 
 
-def _check(structure: Structure, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _check(structure: Structure, tensors: Mapping[str, Tensor], dtype: str, path: Path) -> None:
     """Compare every tensor's shape and type with what the header asks for; its numbers are finite."""
     expected = structure.shapes()
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -217,9 +245,10 @@ def _check(structure: Structure, tensors: Mapping[str, Tensor], path: Path) -> N
             raise UserError(f"{path} has no tensor {name}. {CHANGED}")
         if expected.get(name) != found[name]:
             raise UserError(f"{path}: tensor {shown(name)} has shape {found[name]}, its header asks for {expected.get(name)}. {CHANGED}")
-        if tensors[name].dtype != torch.float32:
-            kind = str(tensors[name].dtype).removeprefix("torch.")
-            raise UserError(f"{path}: tensor {name} holds {kind} numbers, not float32. {CHANGED}")
+        wanted = stored_dtype(name, found[name], dtype)
+        if tensors[name].dtype != wanted:
+            kinds = [str(kind).removeprefix("torch.") for kind in (tensors[name].dtype, wanted)]
+            raise UserError(f"{path}: tensor {name} holds {kinds[0]} numbers, not {kinds[1]}. {CHANGED}")
         # The sum is finite only where all are; where it overflows, each is looked at.
         if not tensors[name].sum().isfinite() and not tensors[name].isfinite().all():
             raise UserError(f"{path}: tensor {name} holds numbers that are NaN or infinite. {CHANGED}")

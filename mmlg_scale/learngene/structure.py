@@ -11,6 +11,7 @@ from mmlg_scale import towers
 from mmlg_scale.bounds import MAX_BLOCKS, MAX_KNOTS
 from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.blocks import BlockLayout
+from mmlg_scale.learngene.embedding import factorised_shapes
 from mmlg_scale.learngene.mixing import BASES, CONVENTIONS
 
 TOWERS = ("image", "text")
@@ -31,12 +32,21 @@ class Structure:
         basis: how coefficients depend on depth, see `mixing`.
         convention: of the linear basis, see `mixing`.
         width_map: how multimodal blocks reach the narrower tower.
+        embedding_rank: of the token embedding's two factors (`embedding`); None: it is stored whole.
 
     Raises:
         UserError: settings that do not go together; names the recipe key.
     """
 
-    SETTINGS: ClassVar[tuple[str, ...]] = ("num_multimodal", "num_unimodal", "num_knots", "basis", "convention", "width_map")
+    SETTINGS: ClassVar[tuple[str, ...]] = (
+        "num_multimodal",
+        "num_unimodal",
+        "num_knots",
+        "basis",
+        "convention",
+        "width_map",
+        "embedding_rank",
+    )
     """The fields that a recipe's extraction section has too."""
 
     config: dict[str, Any]
@@ -46,6 +56,7 @@ class Structure:
     basis: str = "knots"
     convention: str = "inclusive"
     width_map: str = "slice"
+    embedding_rank: int | None = None
 
     def __post_init__(self) -> None:
         for key, value, valid in (
@@ -70,8 +81,18 @@ class Structure:
                     "recipe key extraction.width_map: slice needs one head dimension, "
                     f"the image tower has {heads[0]}, the text tower {heads[1]}. Use learned."
                 )
+        if self.embedding_rank is not None:
+            self._check_rank()
         if self.num_multimodal:
             self._check_fit()
+
+    def _check_rank(self) -> None:
+        most = min(towers.vocab_size(self.config), towers.width(self.config, "text"))
+        if type(self.embedding_rank) is not int or not 1 <= self.embedding_rank <= most:
+            raise UserError(
+                f"recipe key extraction.embedding_rank: {self.embedding_rank!r} is not a whole number from 1 to {most}, "
+                "the lesser of the vocabulary and the text tower's width. Use null to store the embedding whole."
+            )
 
     def _check_fit(self) -> None:
         for tower in TOWERS:
@@ -129,16 +150,16 @@ class Structure:
 
     @functools.cached_property
     def stem_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The stems' tensors by open_clip's names."""
-        return stem_shapes(self.config)
+        """The stems' tensors by open_clip's names, with the embedding's factors in its place."""
+        return factorised_shapes(stem_shapes(self.config), self.embedding_rank)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of a learngene: `block_shapes`, and the stems under `stem.`."""
         return self.block_shapes() | {STEM + name: shape for name, shape in self.stem_shapes.items()}
 
     def to_header(self) -> dict[str, Any]:
-        """The settings as JSON, without the configuration."""
-        return {key: value for key, value in asdict(self).items() if key != "config"}
+        """The settings as JSON, without the configuration; a rank of None is left out, as in files from before there was one."""
+        return {key: value for key, value in asdict(self).items() if key != "config" and value is not None}
 
 
 def stem_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from typing import Any
 from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import training_flops
 from mmlg_scale.errors import UserError
+from mmlg_scale.learngene.embedding import product_flops
 from mmlg_scale.streams import Stream, generator
 
 TOWERS = ("image", "text")
@@ -29,7 +30,7 @@ class SizeDraw:
     def __init__(self, settings: recipe.Elastic, config: Mapping[str, Any], seed: int) -> None:
         self.settings, self.config, self.seed = settings, config, seed
         self.max_layers = most_layers(settings, config)
-        self._flops = functools.cache(lambda *sizes: training_flops(towers.with_sizes(config, **dict(sizes))))
+        self._flops = functools.cache(lambda *sizes: self._student_flops(towers.with_sizes(config, **dict(sizes))))
 
     def sizes(self, step: int) -> list[dict[str, int]]:
         """The sizes of the students at `step`: the same on every rank, and after every resume."""
@@ -63,6 +64,10 @@ class SizeDraw:
         if steps <= COUNTED_STEPS:
             return sum(self.flops(step) for step in range(steps))
         return sum(self.flops(position * steps // COUNTED_STEPS) for position in range(COUNTED_STEPS)) * steps // COUNTED_STEPS
+
+    def _student_flops(self, config: Mapping[str, Any]) -> int:
+        length, width = towers.context_length(config), towers.width(config, "text")
+        return training_flops(config) + 3 * product_flops(length, self.settings.embedding_rank, width)
 
     def evaluated(self) -> dict[str, dict[str, int]]:
         """The sizes to evaluate, by name: the least, middle and greatest depth, and the least width where several are drawn."""

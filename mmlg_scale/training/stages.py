@@ -351,6 +351,7 @@ class ElasticStage:
             spec=self.spec,
             extraction=asdict(self.settings),
             trained=self.draw.trained_range(),
+            dtype=self.settings.file_dtype,
         )
         file = out / "learngene.safetensors"
         learngene.save(file)

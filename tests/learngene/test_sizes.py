@@ -132,6 +132,7 @@ STRUCTURES = st.one_of(
         num_knots=st.integers(2, 5),
         basis=st.sampled_from(["knots", "step"]),
         width_map=st.sampled_from(["slice", "learned"]),
+        embedding_rank=st.sampled_from([None, 1, 5, 16]),
     ),
     st.builds(
         Structure,
@@ -247,6 +248,7 @@ def test_even_picking_at_a_smaller_width() -> None:
     [
         (OTHER_HEADS, {}, "width_map: slice needs one head dimension, the image tower has 8, the text tower 4"),
         (UNEQUAL, {"basis": "linear", "num_unimodal": 2}, "linear mixes two blocks per tower, the recipe has 3"),
+        (UNEQUAL, {"embedding_rank": 17}, "embedding_rank: 17 is not a whole number from 1 to 16, the lesser of the vocabulary and"),
         (UNEQUAL, {"basis": "cubic"}, "'cubic' is unknown. Use one of: knots, linear, step"),
         (UNEQUAL, {"num_multimodal": 0, "num_unimodal": 0}, "has no blocks"),
         (

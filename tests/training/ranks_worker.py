@@ -60,7 +60,7 @@ EXACT = [
     *(Case(kind, zero, parts) for zero, parts in ((1, 1), (3, 2)) for kind in ("affinity", "students")),
     *(Case("siglip", zero, parts) for zero, parts in ((0, 1), (2, 4))),
     Case("siglip_extraction", 3),
-    *(Case("pretraining", zero, parts) for zero, parts in ((0, 1), (3, 2))),
+    *(Case(kind, zero, parts) for zero, parts in ((0, 1), (3, 2)) for kind in ("pretraining", "factorised")),
     *(Case("extraction", zero, parts, dropout, shard=True) for zero, parts, dropout in ((0, 1, 0.0), (3, 4, 0.5))),
     Case("ancestor", 0, change="own_gather"),
 ]
@@ -70,7 +70,7 @@ WRONG = [
     Case("ancestor", 2, change="detached_gather"),
 ]
 BF16 = [Case(kind, zero, precision="bf16") for zero in (0, 1, 2, 3) for kind in KINDS]
-MUON = [("ancestor", 0), ("extraction", 1), ("ancestor", 2)]
+MUON = [("ancestor", 0), ("extraction", 1), ("ancestor", 2), ("factorised", 2)]
 RESUMED = [(kind, zero, "adamw") for zero in (0, 1, 2, 3) for kind in KINDS] + [("extraction", 2, "muon")]
 
 

@@ -41,7 +41,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 def build_stage(kind: str, device: torch.device, *, accumulation: int = 1, patch_dropout: float = 0.0, shard: bool = False) -> Stage:
     """`ancestor` (only contrastive) or `extraction` (auxiliary model, hidden states, all terms), with `affinity`, or 3 `students`.
 
-    `pretraining` is the auxiliary model without an ancestor.
+    `pretraining` is the auxiliary model without an ancestor; `factorised` is `extraction` with a token embedding of rank 5.
     `siglip` and `siglip_extraction` are the same two with SigLIP's loss. `shard`: the teacher.
     """
     training = recipe.Training(steps=STEPS, batch_size=BATCH, optimizer=OPTIMIZER, accumulation=accumulation)
@@ -54,9 +54,11 @@ def build_stage(kind: str, device: torch.device, *, accumulation: int = 1, patch
     if kind == "pretraining":
         elastic = recipe.Pretraining(training=training, min_layers=2)
         return ElasticStage(elastic, AuxiliaryCLIP.fresh(Structure(config, num_knots=4), seed=2), model.spec, device, seed=3)
-    auxiliary = AuxiliaryCLIP.from_ancestor(model.state, Structure(config, num_knots=4), seed=2)
+    rank = 5 if kind == "factorised" else None
+    auxiliary = AuxiliaryCLIP.from_ancestor(model.state, Structure(config, num_knots=4, embedding_rank=rank), seed=2)
     loss = recipe.DistillationLoss(affinity=2.0 if kind == "affinity" else 0.0)
-    settings = recipe.Extraction(training=training, min_layers=2, loss=loss, students_per_step=3 if kind == "students" else 1)
+    more = {"students_per_step": 3 if kind == "students" else 1, "embedding_rank": rank}
+    settings = recipe.Extraction(training=training, min_layers=2, loss=loss, **more)
     return ExtractionStage(settings, auxiliary, LiveTeacher(model, device, shard=shard), device, seed=3)
 
 
