@@ -155,9 +155,9 @@ class Learngene:
         # Only one entry: safetensors writes several in an order of its own.
         return save(tensors, metadata={"mmlg": json.dumps({**header, "sha256": _digest(header)}, sort_keys=True)})
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all."""
-        write_bytes_atomic(path, self.to_bytes())
+        write_bytes_atomic(Path(path), self.to_bytes())
 
 
 def stored_dtype(name: str, shape: Sequence[int], dtype: str) -> torch.dtype:
