@@ -120,6 +120,17 @@ def test_the_demo_costs_what_its_stages_charge(tmp_path: Path) -> None:
     assert cost.memory["ancestor"] == 4 * found["ancestor"].cost.params
 
 
+def test_a_smaller_learngene_file_is_planned_as_such() -> None:
+    """The demo's tokenizer has 33 tokens of width 64: factors of rank 8 in place of 33 x 64 numbers; most of the rest in 2 bytes."""
+    plain = steps_of("demo")["learngene"].cost
+    cost = steps_of("demo", **{"extraction.embedding_rank": 8, "extraction.file_dtype": "bf16"})["learngene"].cost
+    assert plain.params - cost.params == 33 * 64 - 8 * (33 + 64)
+    assert plain.export_bytes == 4 * plain.params
+    assert 2 * cost.params < cost.export_bytes < 2.2 * cost.params
+    assert cost.trains.endswith("1 shared, 1 a tower; embedding of rank 8")
+    assert cost.flops > plain.flops
+
+
 def test_runtime_changes_memory_and_time_alone() -> None:
     one, four = (
         planned("demo", **{"runtime.num_processes": ranks, "runtime.zero_stage": stage, "runtime.parallel": 1})
