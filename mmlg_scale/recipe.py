@@ -40,6 +40,11 @@ Method = Literal["mmlg", "tleg", "sws"]
 MODALITIES, INITS, METHODS = (typing.get_args(choices) for choices in (Modality, Init, Method))
 
 
+LATER = {"later": True}
+"""Metadata of a field that came later: at its default, which changes nothing, it is no part of a run's identity, so that runs from before
+it are recognised."""
+
+
 def _require(condition: bool, key: str, problem: str, remedy: str) -> None:
     if not condition:
         raise UserError(f"recipe key {key}: {problem}. {remedy}")
@@ -173,9 +178,9 @@ class Elastic:
     """Knots over relative depth between which coefficients and vectors are interpolated (R)."""
     width_map: Literal["slice", "learned"] = "slice"
     """How the multimodal blocks, as wide as the wider tower, reach the other: leading heads and channels, or learned maps."""
-    embedding_rank: Rank | None = None
+    embedding_rank: Rank | None = field(default=None, metadata=LATER)
     """Rank of the token embedding, stored as two factors and multiplied out in descendants; null: stored whole."""
-    file_dtype: Literal["fp32", "bf16"] = "fp32"
+    file_dtype: Literal["fp32", "bf16"] = field(default="fp32", metadata=LATER)
     """Numbers in the learngene file; training is the same. bf16 halves the file: blocks and matrices are rounded, all else stays fp32."""
     width_shares: list[Fraction] = field(default_factory=lambda: [1.0])
     """Fractions of a tower's heads, one drawn for each tower every step; [1, 1, 0.5] takes half the width every third time."""
@@ -399,7 +404,7 @@ class Recipe:
             init: the extraction's method or the descendant's initialisation.
             has_target: whether the run may stop at another run's quality.
         """
-        whole = self.to_dict()
+        whole = _identity(self)
         if role == "features":
             return {"engine": {"precision": self.engine.precision}}
         found = {key: whole[key] for key in ("seed", "engine", "model")}
@@ -427,3 +432,13 @@ class Recipe:
             found["family"] = {"stop_at_target": self.family.stop_at_target}
             found["evaluation"] = whole["evaluation"]
         return found
+
+
+def _identity(value: Any) -> Any:
+    """A part of the recipe as nested dictionaries, without LATER fields at their defaults."""
+    if isinstance(value, list):
+        return [_identity(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    found = {item: getattr(value, item.name) for item in dataclasses.fields(value)}
+    return {item.name: _identity(given) for item, given in found.items() if not (item.metadata.get("later") and given == item.default)}

@@ -191,6 +191,20 @@ def test_a_run_writes_what_its_recipe_asks_for(tmp_path: Path) -> None:
     assert result["bytes"] == (tmp_path / "learngene.safetensors").stat().st_size
 
 
+def test_runs_without_the_settings_keep_their_identity() -> None:
+    """A run from before there were such settings is still the same run; one that uses them is another."""
+    plain = recipe.Recipe(pretraining=recipe.Pretraining())
+    settings: tuple[dict[str, Any], ...] = ({"embedding_rank": RANK}, {"file_dtype": "bf16"})
+    for role, section in (("extraction", "extraction"), ("pretraining", "pretraining")):
+        init = "mmlg" if role == "extraction" else None
+        before = plain.used_by(role, init=init)
+        assert {"num_knots", "max_layers"} <= set(before[section])
+        assert not {"embedding_rank", "file_dtype"} & set(before[section])
+        for given in settings:
+            changed = recipe.Recipe(extraction=recipe.Extraction(**given), pretraining=recipe.Pretraining(**given))
+            assert changed.used_by(role, init=init)[section] == {**before[section], **given}
+
+
 # Sizes of real models
 
 
