@@ -36,8 +36,8 @@ class FactorisedEmbedding(nn.Module):
 def factorise(weight_Vd: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The nearest product ([V, r], [r, d]) to an embedding, by its singular value decomposition in fp64.
 
-    The singular values go to `tokens`. The rows of `channels` are orthonormal, so a step on `tokens` changes the embedding as much as an
-    equal step on the whole embedding would, and one learning rate fits both.
+    The singular values go to `tokens`, whose numbers so have the size of the embedding's. The rows of `channels` are orthonormal: a change
+    of a row of `tokens` moves that token's embedding by the same length.
     """
     left, values, right = torch.linalg.svd(weight_Vd.detach().double(), full_matrices=False)
     return (left * values)[:, :rank].to(weight_Vd.dtype), right[:rank].to(weight_Vd.dtype)
