@@ -236,10 +236,8 @@ def check(settings: recipe.Recipe, runtime: Runtime, out: Path) -> dict[str, Any
         except UserError as error:
             raise UserError(f"recipe key family.sizes[{index}]: {error}") from error
     for section, elastic in settings.learngenes().items():
-        try:
+        with recipe.in_section(section):
             Structure(config, **{key: getattr(elastic, key) for key in Structure.SETTINGS})
-        except UserError as error:
-            raise UserError(str(error).replace("recipe key extraction", f"recipe key {section}")) from error
     _check_batches(settings, runtime)
     if pairs is not None:
         for member in Plan(settings, runtime, out, image_size=towers.image_size(config)).members:

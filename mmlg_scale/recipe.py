@@ -5,8 +5,10 @@ This module imports neither torch nor anything heavy, because the command line a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,6 +45,15 @@ MODALITIES, INITS, METHODS = (typing.get_args(choices) for choices in (Modality,
 LATER = {"later": True}
 """Metadata of a field that came later: at its default, which changes nothing, it is no part of a run's identity, so that runs from before
 it are recognised."""
+
+
+@contextlib.contextmanager
+def in_section(key: str) -> Iterator[None]:
+    """Around checks of an `Elastic` that name the recipe's keys as those of extraction: their errors name those below `key`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("recipe key extraction", f"recipe key {key}")) from error
 
 
 def _require(condition: bool, key: str, problem: str, remedy: str) -> None:

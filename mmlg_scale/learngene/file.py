@@ -191,7 +191,7 @@ def load_learngene(path: str | Path) -> Learngene:
         raise UserError(f"{path} is not a safetensors file: {one_line(error)}. Give the file that mmlg extract wrote.") from error
     try:
         spec = towers.ModelSpec.from_header(header, str(path))
-        structure = Structure(spec.config, **header["structure"])
+        structure = _structure(spec.config, header["structure"], path)
         trained = {tower: {kind: _pair(header["trained"][tower][kind]) for kind in ("layers", "width")} for tower in TOWERS}
         extraction, dtype = dict(header["extraction"]), str(header.get("dtype", "fp32"))
         DTYPES[dtype]
@@ -204,6 +204,15 @@ def load_learngene(path: str | Path) -> Learngene:
         towers.say(f"{path} is of version {header['version']} and has no SHA-256 of its tensors: damage would not be noticed.")
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     return Learngene(tensors, structure, spec, extraction, trained, dtype)
+
+
+def _structure(config: dict[str, Any], settings: Any, path: Path) -> Structure:
+    """The structure that a header describes. What a recipe's author would be told of keys is the file's damage here."""
+    try:
+        return Structure(config, **settings)
+    except UserError as error:
+        what = str(error).removeprefix("recipe key extraction").lstrip(".: ")
+        raise UserError(f"{path}: its header is damaged ({what.rstrip('.')}). {CHANGED}") from error
 
 
 def _pair(value: Any) -> list[int]:
