@@ -140,13 +140,11 @@ def _align_heads(layer: Layer, reference: Layer, num_heads: int) -> None:
 
 def _cosines(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     """Cosines [H, H] between the products a_i^T b_i and c_j^T d_j, [d, d] each, without forming them: their inner product is that
-    of (a_i c_j^T) and (b_i d_j^T), matrices of a head's size."""
-
-    def inner(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        return (torch.einsum("ixd,jyd->ijxy", a, c) * torch.einsum("ixd,jyd->ijxy", b, d)).sum((-2, -1))
-
-    norms = [inner(x, y, x, y).diagonal().clamp_min(1e-30).sqrt() for x, y in ((a, b), (c, d))]
-    return inner(a, b, c, d) / (norms[0][:, None] * norms[1])
+    of (a_i c_j^T) and (b_i d_j^T), matrices of a head's size. In fp32, since they only order heads."""
+    a, b, c, d = (x.float() for x in (a, b, c, d))
+    products = (torch.einsum("ixd,jyd->ijxy", a, c) * torch.einsum("ixd,jyd->ijxy", b, d)).sum((-2, -1))
+    norms = [((x @ x.mT) * (y @ y.mT)).sum((-2, -1)).clamp_min(1e-30).sqrt() for x, y in ((a, b), (c, d))]
+    return products / (norms[0][:, None] * norms[1])
 
 
 def _rotation(given: Tensor, wanted: Tensor) -> Tensor:
