@@ -19,20 +19,22 @@ if TYPE_CHECKING:
 
 _FEW_BYTES = 2**20
 """Below this, threads take longer to start than to hash."""
+SEAL_FILE = "mmlg.json"
+"""SHA-256 of an export's other files. open_clip does not look at it, and a folder without it is read all the same."""
 _OF_A_MODEL = (".json", ".safetensors", ".bin", ".pt", ".pth", ".txt")
 
 
 def file_digest(path: Path, what: str) -> str:
     """SHA-256 of a file, or over the names and contents of the model files in a folder; `what` names it where it is not there.
 
-    Unchanged files are read once per process.
+    An export's list of digests is no part of its model. Unchanged files are read once per process.
 
     Raises:
         UserError: nothing is there, or it cannot be read.
     """
     try:
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix in _OF_A_MODEL and file.is_file())
+            files = sorted(file for file in path.iterdir() if file.suffix in _OF_A_MODEL and file.name != SEAL_FILE and file.is_file())
             lines = "".join(f"{file.name} {_digest(file, *_stamp(file))}\n" for file in files)
             return hashlib.sha256(lines.encode()).hexdigest()
         return _digest(path, *_stamp(path))

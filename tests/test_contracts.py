@@ -19,13 +19,14 @@ from PIL import Image
 
 from mmlg_scale import load_learngene, recipe, towers
 from mmlg_scale.cli import main
+from mmlg_scale.data.corpus import open_pairs
 from mmlg_scale.data.pack import PackSettings, pack_table
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.data.tokens import word_tokenizer_files
 from mmlg_scale.errors import UserError
 from mmlg_scale.evaluation.evaluate import evaluate_folder, folder_features
 from mmlg_scale.runtime import Runtime
-from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole
+from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole, features_identity
 from mmlg_scale.training.run import run_role
 
 CAPTIONS = [
@@ -203,6 +204,35 @@ def test_a_learngene_and_an_ancestor_that_want_other_inputs_do_not_mix(data: Pat
     )
     with pytest.raises(UserError, match="another preprocessing than the ancestor"):
         run_role(role, tmp_path / "run", Runtime())
+
+
+def test_an_edited_configuration_is_another_model(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An export whose mean and std were edited by hand: open_clip's features, one line, and another input to whatever reads it."""
+    folder, settings = tmp_path / "m", settings_for(data / "none")
+    towers.export(model_of(KINDS["own words"]), folder)
+    pairs = open_pairs(data / "none")
+
+    def identities() -> list[Any]:
+        size = recipe.Size(1, 2)
+        ancestor = replace(settings, model=replace(settings.model, weights=str(folder)))
+        roles = (AncestorRole(ancestor), ExtractionRole(settings, folder), DescendantRole(settings, "even", size, ancestor=folder))
+        return [*(role.identity(pairs)["inputs"] for role in roles), features_identity(settings, pairs, folder)["inputs"]]
+
+    before, unedited = identities(), folder_features(folder, data / "none", "test")[0]
+    config = folder / "open_clip_config.json"
+    content = json.loads(config.read_text())
+    content["preprocess_cfg"] |= {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.5]}
+    config.write_text(json.dumps(content))
+    capsys.readouterr()
+    check_features(folder, data / "none")
+    assert capsys.readouterr().err.count(f"mmlg: {config} has changed since it was exported") == 1
+    assert (folder_features(folder, data / "none", "test")[0] - unedited).abs().max() > 0.01
+    after = identities()
+    assert all(one != other for one, other in zip(before, after, strict=True))
+    run_role(ExtractionRole(settings, folder), tmp_path / "gene", Runtime())
+    assert load_learngene(tmp_path / "gene" / "learngene.safetensors").spec.preprocess.std == (0.2, 0.3, 0.5)
+    (folder / "mmlg.json").unlink()  # silences the line, and changes nothing that is used
+    assert identities() == after
 
 
 def test_cut_captions_are_counted(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

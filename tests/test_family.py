@@ -34,14 +34,14 @@ RECIPE = {
             "text_cfg": {"context_length": 16, "width": 16, "heads": 2, "layers": 3},
         }
     },
-    "ancestor": {"steps": 60, "batch_size": 32, "eval_every": 4},
-    "extraction": {"min_layers": 1, "num_knots": 3, "training": {"steps": 60, "batch_size": 32, "eval_every": 4}},
+    "ancestor": {"steps": 60, "batch_size": 32, "eval_every": 12},
+    "extraction": {"min_layers": 1, "num_knots": 3, "training": {"steps": 60, "batch_size": 32, "eval_every": 12}},
     "pretraining": {"min_layers": 1, "num_knots": 3, "training": {"steps": 8, "batch_size": 32, "eval_every": 4}},
     "adaptation": {"training": {"steps": 4, "batch_size": 32, "eval_every": 2}},
     "baselines": {
         "scratch": {"steps": 8, "batch_size": 32, "eval_every": 4},
         "even": {"steps": 8, "batch_size": 32, "eval_every": 4},
-        "distil": {"steps": 60, "batch_size": 32, "eval_every": 4},
+        "distil": {"steps": 60, "batch_size": 32, "eval_every": 12},
     },
     "family": {"sizes": [{"image_layers": 2, "text_layers": 2}, {"image_layers": 2, "modality": "image"}], "stop_at_target": False},
 }
@@ -115,7 +115,7 @@ def undisturbed(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_log_file_has_a_line_for_each_start_evaluation_and_end(undisturbed: Path) -> None:
     said = (undisturbed.parent / "said.txt").read_text()
     assert f"ancestor: started, log in {undisturbed / 'ancestor.launch' / 'log.txt'}\n" in said
-    for step, total, every in (("ancestor", 60, 4), ("i2-t2-scratch", 8, 4), ("i2-t2-mmlg", 4, 2)):
+    for step, total, every in (("ancestor", 60, 12), ("i2-t2-scratch", 8, 4), ("i2-t2-mmlg", 4, 2)):
         folder = undisturbed / ("" if step == "ancestor" else "descendants") / step
         curve = {point["step"]: point["mean_recall@1"] for point in json.loads((folder / "result.json").read_text())["curve"]}
         told = re.findall(rf"^{step}: (\d+)/{total}  mean_recall@1 ([0-9.]+)  \d+ s$", said, re.MULTILINE)

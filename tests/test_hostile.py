@@ -235,32 +235,6 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_an_edited_export_says_what_to_do(model: Path) -> None:
-    """A changed configuration is refused; without the list of digests it is the user's."""
-    config = model / towers.bundle.CONFIG_FILE
-    config.write_text(config.read_text().replace('"bicubic"', '"bilinear"'))
-    said = assert_one_line(lambda: towers.load_clip(model), "open_clip_config.json", "(SHA-256)")
-    assert said.endswith(f"if you changed it on purpose, remove {model / 'mmlg.json'}.")
-    (model / "mmlg.json").unlink()
-    assert towers.load_clip(model).spec.preprocess.interpolation == "bilinear"
-
-
-def test_weights_of_another_model_of_the_same_size_are_noticed(model: Path, tmp_path: Path) -> None:
-    bundle = towers.load_clip(model)
-    other = {name: tensor + 0.01 for name, tensor in bundle.state.items()}
-    towers.export(towers.Bundle(bundle.spec, other), tmp_path / "other")
-    (tmp_path / "other" / "open_clip_model.safetensors").replace(model / "open_clip_model.safetensors")
-    assert_one_line(lambda: towers.load_clip(model), "open_clip_model.safetensors", "is not the file that was exported with")
-
-
-def test_a_list_of_digests_can_name_no_other_file(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "canary").write_text("secret")
-    content = json.loads((model / "mmlg.json").read_text())
-    del content[KEY]
-    write_record(model / "mmlg.json", {**content, "files": {"../canary": "0" * 64}})
-    assert_one_line(lambda: towers.load_clip(model), "mmlg.json", "names '../canary', which no export has")
-
-
 # Anything that is no regular file
 
 

@@ -14,7 +14,6 @@ from mmlg_scale import towers
 from mmlg_scale.learngene.blocks import BlockLayout
 from mmlg_scale.learngene.compose import Sizes, compose_layers, compose_lazily, narrow_state
 from mmlg_scale.learngene.embedding import FactorisedEmbedding, factorise_stem, factorised_shapes
-from mmlg_scale.learngene.inherit import inherit
 from mmlg_scale.learngene.mixing import legendre
 from mmlg_scale.learngene.structure import STEM, TOWERS, Structure, stem_shapes
 
@@ -52,7 +51,9 @@ class AuxiliaryCLIP(nn.Module):
         self._templates: list[dict[tuple[str, int | None], nn.Module]] = [{}]
 
     @classmethod
-    def from_ancestor(cls, ancestor_state: Mapping[str, Tensor], structure: Structure, *, seed: int, fitted: bool = False) -> AuxiliaryCLIP:
+    def from_ancestor(
+        cls, ancestor_state: Mapping[str, Tensor], structure: Structure, *, seed: int, fitted: Mapping[str, Tensor] | None = None
+    ) -> AuxiliaryCLIP:
         """Stems copied from the ancestor; blocks random like a fresh block, or `fitted` to its layers (`inherit`); coefficients centred.
 
         A factorised embedding starts as the nearest one of its rank. A multimodal block's coefficient starts at 1 at every depth, the j-th
@@ -76,7 +77,7 @@ class AuxiliaryCLIP(nn.Module):
                 if structure.mapped(tower):
                     for kind in ("residual_map", "head_map"):
                         nn.init.eye_(model._get(f"{kind}_{tower}"))
-            for name, tensor in inherit(structure, ancestor_state).items() if fitted else ():
+            for name, tensor in fitted.items() if fitted is not None else ():
                 noise = COEFFICIENT_NOISE * torch.randn(tensor.shape, generator=generator) if name.startswith("coefficients") else 0.0
                 model._get(name).copy_(tensor + noise)
         return model

@@ -8,7 +8,12 @@ and coefficients then follow by alternating least squares. The residual stream i
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,21 +28,34 @@ from mmlg_scale.learngene.structure import TOWERS, Structure
 
 Layer = dict[str, Tensor]
 NUM_ROUNDS, NUM_ITERATIONS = 4, 30
+MAX_THREADS = 8
+"""Layers aligned at the same time; each takes the memory of a few square matrices as wide as the MLP."""
+PATIENCE = 5.0
+"""Seconds after which the user is told."""
 
 
 def inherit(structure: Structure, ancestor_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The learngene's tensors outside its stems, fitted to the ancestor's layers, by the learngene's names. Deterministic.
 
     Where the towers' widths differ, each is aligned for itself, and the narrower one is fitted by the leading part of the multimodal blocks
-    (learned maps start as that slice).
+    (learned maps start as that slice). What takes longer than some seconds says on stderr how far it is.
     """
+    started = time.monotonic()
     layers = {tower: [_copy(layer) for layer in blocks] for tower, blocks in towers.split_state(ancestor_state)[1].items()}
     heads = {tower: towers.width(structure.config, tower) // towers.head_dim(structure.config, tower) for tower in TOWERS}
     for tower in TOWERS:
-        align(layers[tower], heads[tower])
+        align(layers[tower], heads[tower], f"the {tower} tower's layers", started)
     if structure.num_multimodal and structure.layout("image") == structure.layout("text") and heads["image"] == heads["text"]:
-        align([*layers["image"], *layers["text"]], heads["image"])
-    return {name: tensor.float() for name, tensor in fit(structure, layers).items()}
+        align([*layers["image"], *layers["text"]], heads["image"], "the layers of both towers", started)
+    found = {name: tensor.float() for name, tensor in fit(structure, layers).items()}
+    _tell("fitted the blocks to the ancestor's layers", started)
+    return found
+
+
+def _tell(what: str, started: float) -> None:
+    seconds = time.monotonic() - started
+    if seconds > PATIENCE:
+        print(f"{what}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 def fit(structure: Structure, layers: Mapping[str, Sequence[Layer]]) -> dict[str, Tensor]:
@@ -49,14 +67,25 @@ def _copy(layer: Mapping[str, Tensor]) -> Layer:
     return {name: tensor.detach().cpu().double() for name, tensor in layer.items()}
 
 
-def align(layers: Sequence[Layer], num_heads: int) -> None:
-    """Relabel each layer in place to be nearest to the mean of all: first to the middle one, then to the mean, four times."""
-    reference = layers[len(layers) // 2]
-    for _ in range(NUM_ROUNDS):
-        for layer in layers:
-            _align_mlp(layer, reference)
-            _align_heads(layer, reference, num_heads)
-        reference = {name: torch.stack([layer[name] for layer in layers]).mean(0) for name in layers[0]}
+def align(layers: Sequence[Layer], num_heads: int, what: str = "the layers", started: float | None = None) -> None:
+    """Relabel each layer in place to be nearest to the mean of all: first to the middle one, then to the mean, four times in all.
+
+    Once no MLP unit has changed its place, the mean of the MLPs does not change either, and they are left as they are.
+    """
+    started = time.monotonic() if started is None else started
+    middle = len(layers) // 2
+    reference, settled = layers[middle], False
+    with ThreadPoolExecutor(min(MAX_THREADS, len(layers), os.cpu_count() or 1)) as pool:  # torch and scipy let other threads run
+        for index in range(NUM_ROUNDS):
+            if not settled:
+                unmoved = list(pool.map(functools.partial(_align_mlp, reference=reference), layers))
+                settled = all(unmoved) and index > 0  # the first reference is no mean
+            turn = functools.partial(_align_heads, reference=reference, num_heads=num_heads)
+            # Turning the middle layer to itself rounds it: others must not read it at the same time.
+            for part in (layers[:middle], layers[middle : middle + 1], layers[middle + 1 :]) if index == 0 else (layers,):
+                list(pool.map(turn, part))
+            reference = {name: torch.stack([layer[name] for layer in layers]).mean(0) for name in layers[0]}
+            _tell(f"aligning {what} of the ancestor, round {index + 1} of {NUM_ROUNDS}", started)
 
 
 def _matched(similarity: Tensor) -> Tensor:
@@ -64,10 +93,14 @@ def _matched(similarity: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(linear_sum_assignment(similarity.numpy(), maximize=True)[1]))
 
 
-def _align_mlp(layer: Layer, reference: Layer) -> None:
+def _align_mlp(layer: Layer, reference: Layer) -> bool:
+    """Whether every unit already had its place."""
     into, out = "mlp.c_fc.weight", "mlp.c_proj.weight"
-    order = _matched(reference[into] @ layer[into].T + reference[out].T @ layer[out])
+    # fp32 is enough to find the order, in half the time.
+    similarity = reference[into].float() @ layer[into].float().T + reference[out].float().T @ layer[out].float()
+    order = _matched(similarity)
     layer[into], layer["mlp.c_fc.bias"], layer[out] = layer[into][order], layer["mlp.c_fc.bias"][order], layer[out][:, order]
+    return bool(torch.equal(order, torch.arange(len(order))))
 
 
 @dataclass
@@ -107,13 +140,11 @@ def _align_heads(layer: Layer, reference: Layer, num_heads: int) -> None:
 
 def _cosines(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     """Cosines [H, H] between the products a_i^T b_i and c_j^T d_j, [d, d] each, without forming them: their inner product is that
-    of (a_i c_j^T) and (b_i d_j^T), matrices of a head's size."""
-
-    def inner(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        return (torch.einsum("ixd,jyd->ijxy", a, c) * torch.einsum("ixd,jyd->ijxy", b, d)).sum((-2, -1))
-
-    norms = [inner(x, y, x, y).diagonal().clamp_min(1e-30).sqrt() for x, y in ((a, b), (c, d))]
-    return inner(a, b, c, d) / (norms[0][:, None] * norms[1])
+    of (a_i c_j^T) and (b_i d_j^T), matrices of a head's size. In fp32, since they only order heads."""
+    a, b, c, d = (x.float() for x in (a, b, c, d))
+    products = (torch.einsum("ixd,jyd->ijxy", a, c) * torch.einsum("ixd,jyd->ijxy", b, d)).sum((-2, -1))
+    norms = [((x @ x.mT) * (y @ y.mT)).sum((-2, -1)).clamp_min(1e-30).sqrt() for x, y in ((a, b), (c, d))]
+    return products / (norms[0][:, None] * norms[1])
 
 
 def _rotation(given: Tensor, wanted: Tensor) -> Tensor:

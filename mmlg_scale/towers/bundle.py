@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmlg_scale.bounds import MAX_TOKENIZER_BYTES
+from mmlg_scale.digests import SEAL_FILE
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import folder_atomic, require_space
 from mmlg_scale.reading import read_bytes, read_json, read_text, shown
@@ -33,12 +34,10 @@ from mmlg_scale.towers.tokenizer import (
     tokenizer_from_files,
     told,
 )
-from mmlg_scale.towers.weights import OPEN_CLIP_CONFIG, check_kind, finite, fit_state, load_weights, read_state, warn_of_activation
+from mmlg_scale.towers.weights import OPEN_CLIP_CONFIG, check_kind, finite, fit_state, load_weights, read_state, say, warn_of_activation
 
 CONFIG_FILE, WEIGHTS_FILE = OPEN_CLIP_CONFIG, "open_clip_model.safetensors"
 TOWER_FILE, TOWER_WEIGHTS_FILE = "tower.json", "open_clip_tower.safetensors"
-SEAL_FILE = "mmlg.json"
-"""SHA-256 of an export's other files. open_clip does not look at it, and a folder without it is read all the same."""
 MODALITIES = ("image", "text")
 # open_clip's own order.
 OPEN_CLIP_WEIGHTS = (
@@ -240,7 +239,14 @@ def _seal(files: Mapping[str, str], metadata: Mapping[str, str]) -> str:
 
 
 def _check_seal(folder: Path, weights: Path) -> None:
-    """Raise UserError where a file of an export is not the one that was written with the others. Other folders pass."""
+    """Compare an export's files with their digests. Other folders pass.
+
+    People edit configurations, and a person can read what one says: a changed one is used, and said to be changed. Of weights and
+    tokenizer files nobody can tell an edit from damage.
+
+    Raises:
+        UserError: weights or tokenizer are not those that were written with the others; or the list of digests is damaged.
+    """
     path = folder / SEAL_FILE
     if not os.path.lexists(path):
         return
@@ -249,13 +255,19 @@ def _check_seal(folder: Path, weights: Path) -> None:
     digests, stated = content.get("files"), content.get("weights")
     if not isinstance(digests, dict) or not isinstance(stated, dict):
         raise UserError(f"{path} is not a list of an export's files. {remedy}")
+    edited = []
     for name, wanted in digests.items():
         if name not in (CONFIG_FILE, TOWER_FILE, *TOKENIZER_FILES):
             raise UserError(f"{path} names {shown(name)!r}, which no export has. {remedy}")
-        if hashlib.sha256(read_bytes(folder / name, "file of the export", remedy, MAX_TOKENIZER_BYTES)).hexdigest() != wanted:
+        found = hashlib.sha256(read_bytes(folder / name, "file of the export", remedy, MAX_TOKENIZER_BYTES)).hexdigest()
+        if found != wanted and name in TOKENIZER_FILES:
             raise UserError(f"{folder / name} is not the file that was exported with the weights (SHA-256). {remedy}")
+        if found != wanted:
+            edited.append(f"{folder / name} has changed since it was exported (SHA-256 now {found[:8]})")
     if stated_digest(weights) != stated.get(DIGEST):
         raise UserError(f"{weights} is not the file that was exported with {', '.join(digests)} (SHA-256). {remedy}")
+    for what in edited:
+        say(f"{what}. What it says now is used. If you did not change it, export or copy it again; else remove {path} to silence this.")
 
 
 def _replaced(out: Path, written: set[str], overwrite: bool) -> set[str]:

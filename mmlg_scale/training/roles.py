@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,8 +18,9 @@ from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
 from mmlg_scale.learngene.baselines import FROM_ANCESTOR, FROM_LEARNGENE, initialise
 from mmlg_scale.learngene.file import Learngene, load_learngene
+from mmlg_scale.learngene.inherit import inherit
 from mmlg_scale.learngene.structure import Structure
-from mmlg_scale.ranks import is_first_rank
+from mmlg_scale.ranks import on_first_rank
 from mmlg_scale.results import RunResult
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.folder import RESULT_FILE, result_of
@@ -29,17 +29,19 @@ from mmlg_scale.training.sizes import most_layers
 from mmlg_scale.training.stages import ClipStage, ElasticStage, ExtractionStage, Stage, TowerStage
 from mmlg_scale.training.teacher import CachedTeacher, LiveTeacher, Teacher
 
-ANNOUNCE_WIDTH = 512
-"""Width from which fitting the blocks to the ancestor takes so long that it is announced."""
-
 
 @dataclass(frozen=True)
 class Context:
-    """Where a role builds its stage."""
+    """Where a role builds its stage.
+
+    Attributes:
+        resumes: whether a checkpoint will replace the weights, so that a costly start can be left out.
+    """
 
     pairs: PairSet
     runtime: Runtime
     device: torch.device
+    resumes: bool = False
 
 
 class Role(Protocol):
@@ -64,7 +66,7 @@ class Role(Protocol):
         ...
 
     def build(self, context: Context) -> Stage:
-        """The stage, its weights before training."""
+        """The stage, its weights before training. Collective."""
         ...
 
     def stop(self, curve: Curve) -> bool:
@@ -204,9 +206,9 @@ class ExtractionRole:
     def build(self, context: Context) -> Stage:
         model, extraction = load_ancestor(self.settings, self.ancestor, context.pairs), self.extraction
         structure = Structure(model.spec.config, **{key: getattr(extraction, key) for key in Structure.SETTINGS})
-        fitted = extraction.start == "fitted"
-        if fitted and is_first_rank() and towers.width(model.spec.config, structure.wide) >= ANNOUNCE_WIDTH:
-            print("aligning the ancestor's layers and fitting the blocks to them; minutes at ViT-B's size", file=sys.stderr)
+        fitted = None
+        if extraction.start == "fitted" and not context.resumes:
+            fitted = on_first_rank(lambda: inherit(structure, model.state))
         return ExtractionStage(
             extraction,
             AuxiliaryCLIP.from_ancestor(model.state, structure, seed=self.settings.seed, fitted=fitted),

@@ -109,7 +109,8 @@ def _in_words(result: Result) -> str:
 
 
 def _train(role: Role, pairs: PairSet, out: Path, runtime: Runtime, identity: dict[str, Any]) -> Result:
-    session = build_session(role.settings, role, runtime=runtime, pairs=pairs)
+    resumes = on_first_rank(lambda: bool(Checkpoints(out).steps()))
+    session = build_session(role.settings, role, runtime=runtime, pairs=pairs, resumes=resumes)
     if is_first_rank():
         print(f"{out}: {session.stage.spec.in_words()}", file=sys.stderr)
     with closing(_meters(session, out, identity)) as meters:  # the bar ends before anything else is told

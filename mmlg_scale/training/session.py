@@ -107,8 +107,11 @@ def build_session(
     *,
     runtime: Runtime | None = None,
     pairs: PairSet | None = None,
+    resumes: bool = False,
 ) -> Session:
     """Assemble a role (the ancestor where none is given), joining the ranks where that has not happened. Collective.
+
+    With `resumes` the caller loads a checkpoint next, and the weights until then are not those of a start.
 
     Raises:
         UserError: whatever of recipe, data set and models does not go together.
@@ -118,7 +121,7 @@ def build_session(
     pairs = pairs if pairs is not None else open_pairs(settings.data.path)
     chosen.check(pairs)
     device = start_ranks(runtime)
-    stage = chosen.build(Context(pairs, runtime, device))
+    stage = chosen.build(Context(pairs, runtime, device, resumes))
     training = stage.training
     engine = Engine(
         stage.model,

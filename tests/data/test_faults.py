@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from mmlg_scale.data.faults import CACHE_FILE, EpochReport, scan
 from mmlg_scale.data.manifest import load_manifest
@@ -25,6 +24,7 @@ from mmlg_scale.errors import UserError
 from mmlg_scale.records import KEY
 from tests.data.damage import KINDS
 from tests.data.specs import spec_for
+from tests.forks import run_ranks
 
 NUM, PER_SHARD, BATCH = 60, 12, 10
 
@@ -151,7 +151,7 @@ def test_two_processes_share_the_scan(damaged: tuple[Path, dict[int, str]], tmp_
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(root), str(out)), nprocs=2)
+    run_ranks(_rank, (port, str(root), str(out)), 2)
     halves = [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
     joined = [left + right for left, right in zip(*halves, strict=True)]
     assert joined == read(root, 10)

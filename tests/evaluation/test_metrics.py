@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor
 
 from mmlg_scale.errors import UserError
@@ -17,6 +15,7 @@ from mmlg_scale.evaluation.evaluate import encode_in_chunks
 from mmlg_scale.evaluation.retrieval import recall_at_k, retrieval_ranks
 from mmlg_scale.evaluation.zeroshot import class_embeddings, zero_shot_metrics
 from mmlg_scale.metric_names import METRICS, RETRIEVAL, ZERO_SHOT, check_metric
+from tests.forks import run_ranks
 
 
 def test_several_captions_by_brute_force() -> None:
@@ -60,6 +59,8 @@ def test_class_embeddings_by_hand() -> None:
 
 
 def test_zero_shot_equals_scikit_learn() -> None:
+    from sklearn.metrics import balanced_accuracy_score  # here, since every rank of the test below imports this module
+
     generator = torch.Generator().manual_seed(0)
     image, classes = torch.randn(200, 6, generator=generator), torch.nn.functional.normalize(torch.randn(8, 6, generator=generator), dim=1)
     labels = torch.randint(0, 8, (200,), generator=generator)
@@ -89,7 +90,7 @@ def _encode_on_rank(rank: int, store: str, out: str) -> None:
 
 def test_ranks_share_the_encoding(tmp_path: Path) -> None:
     """23 rows in chunks of 4 on 3 ranks: every rank gets every feature in order, after two calls each."""
-    mp.spawn(_encode_on_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=3)
+    run_ranks(_encode_on_rank, (str(tmp_path / "store"), str(tmp_path)), 3)
     inputs = torch.arange(46.0).reshape(23, 2)
     for rank in range(3):
         found, calls = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

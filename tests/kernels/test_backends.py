@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmlg_kernels import chunked, contrastive_loss, pairs, sigmoid_loss, tiled
 from torch import Tensor
+
+from tests.forks import run_ranks
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3}
 BACKENDS = ("chunked", "triton")
@@ -278,7 +279,7 @@ def _shared_model(kind: str, backend: str, rows: slice, group: object) -> tuple[
     [("softmax", 3, "triton"), ("softmax", 2, "chunked"), ("sigmoid", 2, "chunked"), ("sigmoid", 4, "triton"), ("sigmoid", 2, "reference")],
 )
 def test_ranks_equal_one_process_after_averaging(kind: str, world_size: int, backend: str, tmp_path: Path) -> None:
-    mp.spawn(_rank, (world_size, str(tmp_path / "store"), kind, backend, str(tmp_path / "out.pt")), nprocs=world_size)
+    run_ranks(_rank, (world_size, str(tmp_path / "store"), kind, backend, str(tmp_path / "out.pt")), world_size)
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     leaves, loss = _shared_model(kind, "reference", slice(None), None)
     tolerance = 1e-5 if backend == "triton" else 1e-12

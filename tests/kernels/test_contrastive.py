@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmlg_kernels import contrastive_loss
 from torch import Tensor
+
+from tests.forks import run_ranks
 
 
 def features(count: int, width: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -155,7 +156,7 @@ def _rank(rank: int, world_size: int, store: str, backend: str, out: str) -> Non
 @pytest.mark.parametrize(("world_size", "backend"), [(2, "chunked"), (4, "chunked"), (2, "reference")])
 def test_ranks_equal_one_process_after_averaging(world_size: int, backend: str, tmp_path: Path) -> None:
     """Loss, the gradient of a shared weight, and the scale's gradient, averaged over ranks as the engine does."""
-    mp.spawn(_rank, (world_size, str(tmp_path / "store"), backend, str(tmp_path / "out.pt")), nprocs=world_size)
+    run_ranks(_rank, (world_size, str(tmp_path / "store"), backend, str(tmp_path / "out.pt")), world_size)
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     image, text = features(8, 6)
     weight = torch.linspace(-1, 1, 36, dtype=torch.float64).reshape(6, 6).requires_grad_()

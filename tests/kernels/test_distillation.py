@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from mmlg_kernels import tiled
 from mmlg_kernels.distillation import contrastive_distillation_loss, teacher_log_sum_exps
 from torch import Tensor
+
+from tests.forks import run_ranks
 
 
 def features(count: int, seed: int = 0) -> list[Tensor]:
@@ -121,7 +122,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_three_ranks_equal_one_process(tmp_path: Path) -> None:
-    mp.spawn(_rank, (str(tmp_path),), nprocs=3)
+    run_ranks(_rank, (str(tmp_path),), 3)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
     loss, dx, dy, dscale = outputs(features(18), backend="reference", kind="kl")
     torch.testing.assert_close(sum(f[0] for f in found) / 3, loss)

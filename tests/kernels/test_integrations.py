@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from mmlg_kernels.integrations.open_clip import FusedClipLoss
 from torch import Tensor, nn
+
+from tests.forks import run_ranks
 
 
 def features(count: int) -> list[Tensor]:
@@ -92,7 +93,7 @@ def _rank(rank: int, folder: str) -> None:
 
 def test_two_ranks(tmp_path: Path) -> None:
     """Against each of ClipLoss's options as the class's docstring says; the weight's and the scale's gradients averaged over ranks."""
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    run_ranks(_rank, (str(tmp_path),), 2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     whole = outputs(clip_loss(), *features(8))
     for (local, grad), _ in ranks[0].items():

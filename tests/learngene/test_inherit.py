@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from mmlg_scale import towers
+from mmlg_scale.learngene import inherit as module
 from mmlg_scale.learngene.auxiliary import COEFFICIENT_NOISE, AuxiliaryCLIP
 from mmlg_scale.learngene.blocks import narrow
-from mmlg_scale.learngene.inherit import align, fit, inherit
+from mmlg_scale.learngene.inherit import _align_heads, _align_mlp, align, fit, inherit
 from mmlg_scale.learngene.structure import TOWERS, Structure
 from tests.training.tiny import CONFIG
 
@@ -53,6 +54,37 @@ def test_align_undoes_a_relabelling() -> None:
     align(pair, heads)
     for name in layer:
         torch.testing.assert_close(pair[0][name], pair[1][name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("config", "tower", "num_heads"), [(EQUAL, "text", 2), (WIDER, "image", 4)])
+def test_threads_and_an_early_end_change_no_bit(config: dict[str, object], tower: str, num_heads: int) -> None:
+    """Against the four rounds written out, a layer after the other. MLPs settle: none is matched in every round."""
+    expected, layers = layers_of(config, tower, 10), layers_of(config, tower, 10)
+    reference = expected[len(expected) // 2]
+    for _ in range(4):
+        for layer in expected:
+            _align_mlp(layer, reference)
+            _align_heads(layer, reference, num_heads)
+        reference = {name: torch.stack([layer[name] for layer in expected]).mean(0) for name in reference}
+    matched = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "_align_mlp", lambda layer, reference: matched.append(1) or _align_mlp(layer, reference))
+        align(layers, num_heads)
+    assert 2 * len(layers) <= len(matched) < 4 * len(layers)
+    for one, other in zip(layers, expected, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_fit_that_takes_long_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    structure, state = Structure(WIDER, num_knots=3), towers.build_clip(WIDER, seed=8).state_dict()
+    inherit(structure, state)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(module, "PATIENCE", -1.0)
+    inherit(structure, state)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 * 4 + 1
+    assert lines[0].startswith("aligning the image tower's layers of the ancestor, round 1 of 4, 0 s")
+    assert lines[-1].startswith("fitted the blocks to the ancestor's layers, ")
 
 
 def rebuilt(structure: Structure, tensors: dict[str, torch.Tensor], tower: str, num_layers: int) -> list[dict[str, torch.Tensor]]:
@@ -124,8 +156,8 @@ def test_the_fitted_start_is_nearer_to_the_ancestor_than_a_random_one() -> None:
     with torch.no_grad():
         expected = clip.encode_image(images)
         distance = {}
-        for fitted in (True, False):
+        for fitted in (inherit(structure, state), None):
             auxiliary = AuxiliaryCLIP.from_ancestor(state, structure, seed=1, fitted=fitted)
-            distance[fitted] = (auxiliary(images, image_layers=3)["image_features"] - expected).norm() / expected.norm()
+            distance[fitted is not None] = (auxiliary(images, image_layers=3)["image_features"] - expected).norm() / expected.norm()
     assert distance[True] < 0.7 * distance[False]
     assert COEFFICIENT_NOISE > 0

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmlg_scale import towers
+from mmlg_scale.digests import SEAL_FILE
 from mmlg_scale.errors import in_words
-from mmlg_scale.towers.bundle import CONFIG_FILE, SEAL_FILE, TOWER_FILE, TOWER_WEIGHTS_FILE, WEIGHTS_FILE
+from mmlg_scale.records import KEY, write_record
+from mmlg_scale.towers.bundle import CONFIG_FILE, TOWER_FILE, TOWER_WEIGHTS_FILE, WEIGHTS_FILE
 from tests.towers.models import PLAIN, assert_close, assert_one_line, batch, changed, clip_of, features, word_tokenizer
 
 WORDS = word_tokenizer(" ".join("abcdefghijklmnop"))
@@ -226,7 +228,7 @@ def weighed(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path
 )
 def test_towers_that_are_refused(change: Callable[[Path], object], said: str, tmp_path: Path) -> None:
     towers.export_tower(bundle(), "image", tmp_path / "tower")
-    (tmp_path / "tower" / SEAL_FILE).unlink()  # otherwise any change is refused for its digest
+    (tmp_path / "tower" / SEAL_FILE).unlink()  # otherwise other weights are refused for their digest
     change(tmp_path / "tower")
     assert_one_line(lambda: towers.load_tower(tmp_path / "tower"), str(tmp_path / "tower"), said)
     assert_one_line(lambda: towers.load_tower(tmp_path / "nowhere"), "nowhere", "no model folder")
@@ -234,3 +236,69 @@ def test_towers_that_are_refused(change: Callable[[Path], object], said: str, tm
 
 def test_an_unknown_modality_is_one_line(tmp_path: Path) -> None:
     assert_one_line(lambda: towers.export_tower(bundle(), "audio", tmp_path / "tower"), "audio", "Use one of: image, text")
+
+
+# Files that have changed since they were exported
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    towers.export(bundle(1.0, WORDS), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    content = file.read_text()
+    assert old in content
+    file.write_text(content.replace(old, new))
+
+
+def test_an_edited_configuration_is_used_and_said_to_be_edited(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each edit is told, with what silences the line; without the list of digests the configuration is the user's."""
+    config, seal = exported / CONFIG_FILE, exported / SEAL_FILE
+    for old, new in (("bicubic", "bilinear"), ("bilinear", "bicubic"), ('"mode": "RGB"', '"mode":  "RGB"')):
+        edit(config, old, new)
+        found = towers.load_clip(exported)
+        assert found.spec.preprocess.interpolation == ("bilinear" if new == "bilinear" else "bicubic")
+        said = capsys.readouterr().err
+        told = f"mmlg: {config} has changed since it was exported (SHA-256 now "
+        assert said.count("\n") == int(new != "bicubic"), said  # the second edit takes the first one back
+        assert not said or (said.startswith(told) and said.endswith(f"else remove {seal} to silence this.\n"))
+    seal.unlink()
+    assert towers.load_clip(exported).spec.digest() == bundle(1.0, WORDS).spec.digest()
+    assert capsys.readouterr().err == ""
+
+
+def test_an_edited_description_of_a_tower_is_used_and_said_to_be_edited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    towers.export_tower(bundle(), "image", tmp_path / "tower")
+    before = towers.load_tower(tmp_path / "tower")
+    assert capsys.readouterr().err == ""
+    description = tmp_path / "tower" / TOWER_FILE
+    edit(description, '"embed_dim": 16,', '"embed_dim": 16, "quick_gelu": true,')
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert (towers.load_tower(tmp_path / "tower")(images) - before(images)).abs().max() > 1e-4
+    assert f"mmlg: {description} has changed since it was exported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_an_edited_tokenizer_is_refused(name: str, exported: Path) -> None:
+    with (exported / name).open("a") as file:
+        file.write("\n")
+    said = assert_one_line(lambda: towers.load_clip(exported), name, "is not the file that was exported with the weights (SHA-256)")
+    assert said.endswith(f"if you changed it on purpose, remove {exported / SEAL_FILE}.")
+    (exported / SEAL_FILE).unlink()
+    assert torch.equal(towers.load_clip(exported).spec.tokenizer(["a b p"], 8), bundle(1.0, WORDS).spec.tokenizer(["a b p"], 8))
+
+
+def test_weights_of_another_model_of_the_same_size_are_noticed(exported: Path, tmp_path: Path) -> None:
+    towers.export(bundle(2.0, WORDS), tmp_path / "other")
+    (tmp_path / "other" / WEIGHTS_FILE).replace(exported / WEIGHTS_FILE)
+    assert_one_line(lambda: towers.load_clip(exported), WEIGHTS_FILE, "is not the file that was exported with")
+
+
+def test_a_list_of_digests_can_name_no_other_file(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "canary").write_text("secret")
+    content = json.loads((exported / SEAL_FILE).read_text())
+    del content[KEY]
+    write_record(exported / SEAL_FILE, {**content, "files": {"../canary": "0" * 64}})
+    assert_one_line(lambda: towers.load_clip(exported), SEAL_FILE, "names '../canary', which no export has")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mmlg_scale.cli import main
 from mmlg_scale.data.scenes import write_scenes
 
 STEPS = 6
@@ -34,12 +37,17 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def mmlg(*words: str, ranks: int = 1) -> str:
-    """Run a command; returns what it printed."""
-    launch = ["launch", "local", f"--num-processes={ranks}", f"--run-folder={words[-1]}.launch", "--"] if ranks > 1 else []
+def mmlg(*words: str, ranks: int = 1, code: int = 0) -> str:
+    """Run a command, in this process or on several ranks; returns what it printed."""
+    if ranks == 1:
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+            found = main(list(words))
+        assert found == code, said.getvalue()
+        return said.getvalue()
+    launch = ["launch", "local", f"--num-processes={ranks}", f"--run-folder={words[-1]}.launch", "--"]
     argv = [sys.executable, "-m", "mmlg_scale", *launch, *words]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
@@ -109,7 +117,5 @@ def test_a_complete_run_says_so_and_another_one_is_refused(folder: Path, alone: 
     common = (str(folder / "recipe.yaml"), "--data.path", str(folder / "data"))
     said = mmlg("train", *common, "--out", str(folder / "one-ancestor"), "--runtime.zero_stage=2", "--runtime.log_every=3")
     assert "complete: 6 steps, mean_recall@1" in said
-    argv = [sys.executable, "-m", "mmlg_scale", "train", *common, "--out", str(folder / "one-ancestor"), "--ancestor.steps=7"]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 2
-    assert "ancestor.steps was 6, now 7" in done.stderr
+    said = mmlg("train", *common, "--out", str(folder / "one-ancestor"), "--ancestor.steps=7", code=2)
+    assert "ancestor.steps was 6, now 7" in said

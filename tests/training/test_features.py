@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import forward_flops
@@ -35,6 +34,7 @@ from mmlg_scale.training.inputs import Inputs
 from mmlg_scale.training.roles import Context, teacher_of
 from mmlg_scale.training.teacher import CachedTeacher, LiveTeacher
 from tests.data.damage import image_zeroed
+from tests.forks import run_ranks
 
 TRAIN = 70
 CPU = torch.device("cpu")
@@ -154,7 +154,7 @@ def _rank(rank: int, data: str, out: str, store: str) -> None:
 
 
 def test_two_ranks_write_the_same(data: Path, folder: Path, tmp_path: Path) -> None:
-    mp.spawn(_rank, (str(data), str(tmp_path / "two"), str(tmp_path / "store")), nprocs=2)
+    run_ranks(_rank, (str(data), str(tmp_path / "two"), str(tmp_path / "store")), 2)
     for name in ("image", "text", "captions"):
         one, two = (np.load(where / f"{name}.npy") for where in (folder, tmp_path / "two"))
         np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-7)

@@ -11,13 +11,18 @@ import pytest
 import torch
 
 from mmlg_scale.data.scenes import write_scenes
-from mmlg_scale.recipe import Size, Training
+from mmlg_scale.errors import UserError
+from mmlg_scale.recipe import Extraction, Size, Training
 from mmlg_scale.recipe_file import load_recipe
 from mmlg_scale.records import write_record
+from mmlg_scale.runtime import Runtime
+from mmlg_scale.training import roles
 from mmlg_scale.training.folder import result_of
 from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole
 from mmlg_scale.training.run import run_role
 from mmlg_scale.training.session import build_session
+from mmlg_scale.training.stages import ExtractionStage
+from tests.artefacts import settings_for
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,31 @@ def test_a_session_trains_as_a_run_does(options: dict[str, Any], tmp_path: Path)
     assert torch.isfinite(loss)
     assert set(session.stage.evaluated_sizes()) == {"i2-t2", "i5-t5", "i8-t8", "i8w48-t8w48"}
     session.close()
+
+
+def test_a_resumed_extraction_is_not_fitted_again(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in its third step, with a checkpoint of the second: the same learngene as in one go, and no second alignment."""
+    settings, runtime = settings_for(Path(options["data.path"])), Runtime(checkpoint_every=1, trackers=["jsonl"])
+    settings.extraction = Extraction(min_layers=1, num_knots=2, training=Training(steps=3, batch_size=8, eval_every=3))
+    run_role(AncestorRole(settings), tmp_path / "ancestor", runtime)
+    role, fits, steps = ExtractionRole(settings, tmp_path / "ancestor" / "model"), [], []
+    inherit, flops = roles.inherit, ExtractionStage.flops
+
+    def stop_in_the_third(stage: ExtractionStage, step: int) -> Any:
+        steps.append(step)
+        if steps == [0, 1, 2]:
+            raise UserError("stopped by the test")
+        return flops(stage, step)
+
+    monkeypatch.setattr(roles, "inherit", lambda *args: fits.append(1) or inherit(*args))
+    run_role(role, tmp_path / "straight", runtime)
+    monkeypatch.setattr(ExtractionStage, "flops", stop_in_the_third)
+    with pytest.raises(UserError, match="stopped by the test"):
+        run_role(role, tmp_path / "stopped", runtime)
+    assert len(fits) == 2
+    run_role(role, tmp_path / "stopped", runtime)
+    assert (steps, len(fits)) == ([0, 1, 2, 2], 2)
+    assert len({(tmp_path / name / "learngene.safetensors").read_bytes() for name in ("straight", "stopped")}) == 1
 
 
 @pytest.mark.parametrize(("target", "steps"), [(0.0, 0), (1.1, 4)])

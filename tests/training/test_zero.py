@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,20 +16,40 @@ from torch import Tensor
 
 from mmlg_scale import recipe
 from mmlg_scale.training.muon import MuonAdamW
-from tests.training.ranks_worker import BF16, EXACT, MUON, RESUMED, WRONG, Case
+from tests.training.ranks_worker import BF16, EXACT, MORE, MUON, RESUMED, WRONG, Case
 from tests.training.tiny import STEPS, build_stage, plain_loss, plain_updates
 
+Outs = Callable[[object], Path]
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one pair of ranks wrote for all cases."""
-    folder = tmp_path_factory.mktemp("ranks")
-    job = LocalLauncher().submit(
-        [sys.executable, "-m", "tests.training.ranks_worker", str(folder)], Resources(num_processes=2), folder / "run"
-    )
+
+def written(group: str, folder: Path) -> Path:
+    """What one pair of ranks wrote for the cases of a group."""
+    argv = [sys.executable, "-m", "tests.training.ranks_worker", str(folder), group]
+    job = LocalLauncher().submit(argv, Resources(num_processes=2), folder / "run")
     job.wait(timeout=400)
     assert job.exit_code == 0, job.log_paths()[0].read_text()[-3000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written("usual", tmp_path_factory.mktemp("usual"))
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written("more", tmp_path_factory.mktemp("more"))
+
+
+@pytest.fixture
+def outs(request: pytest.FixtureRequest) -> Outs:
+    """Case -> the folder of what was written for it."""
+    return lambda case: request.getfixturevalue("more" if case in MORE else "usual")
+
+
+def params(cases: Sequence[Any]) -> list[Any]:
+    """The cases as pytest's parameters; those of `MORE` are slow."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[pytest.mark.slow] * (case in MORE)) for case in cases]
 
 
 @functools.cache
@@ -35,10 +57,10 @@ def expected_updates(kind: str, patch_dropout: float) -> tuple[dict[str, Tensor]
     return plain_updates(build_stage(kind, torch.device("cpu"), patch_dropout=patch_dropout))
 
 
-def errors(case: Case, out: Path) -> dict[str, float]:
+def errors(case: Case, outs: Outs) -> dict[str, float]:
     """Each tensor's relative error of the update of three steps."""
     before, after, _ = expected_updates(case.kind, case.patch_dropout)
-    got = load_file(out / f"{case.name}.safetensors")
+    got = load_file(outs(case) / f"{case.name}.safetensors")
     assert set(got) == set(before)
     assert any("logit_scale" in name for name in got)
     found = {}
@@ -49,36 +71,36 @@ def errors(case: Case, out: Path) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
-def test_two_ranks_equal_one_process(case: Case, out: Path) -> None:
+@pytest.mark.parametrize("case", params(EXACT), ids=lambda case: case.name)
+def test_two_ranks_equal_one_process(case: Case, outs: Outs) -> None:
     """ZeRO 0 to 3, micro-batches, patch dropout and activation checkpointing change no number."""
-    wrong = {name: error for name, error in errors(case, out).items() if error > 1e-4}
+    wrong = {name: error for name, error in errors(case, outs).items() if error > 1e-4}
     assert not wrong
 
 
-@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
-def test_the_gradient_norm_is_the_whole_batch_s(case: Case, out: Path) -> None:
+@pytest.mark.parametrize("case", params(EXACT), ids=lambda case: case.name)
+def test_the_gradient_norm_is_the_whole_batch_s(case: Case, outs: Outs) -> None:
     """What a run logs: of all ranks' gradients, on every rank, at every ZeRO stage."""
     wanted = expected_updates(case.kind, case.patch_dropout)[2]
-    norms = [float((out / f"{case.name}-rank{rank}.norm").read_text()) for rank in (0, 1)]
+    norms = [float((outs(case) / f"{case.name}-rank{rank}.norm").read_text()) for rank in (0, 1)]
     assert norms == pytest.approx([wanted, wanted], rel=1e-3)
 
 
-@pytest.mark.parametrize("case", WRONG, ids=lambda case: case.name)
-def test_the_comparison_finds_wrong_gradients(case: Case, out: Path) -> None:
+@pytest.mark.parametrize("case", params(WRONG), ids=lambda case: case.name)
+def test_the_comparison_finds_wrong_gradients(case: Case, outs: Outs) -> None:
     """A factor of the world size, and a gather without gradient, are off by far more than the tolerance."""
-    assert max(errors(case, out).values()) > 0.05
+    assert max(errors(case, outs).values()) > 0.05
 
 
-@pytest.mark.parametrize("case", BF16, ids=lambda case: case.name)
-def test_bf16_updates_point_the_same_way(case: Case, out: Path) -> None:
-    found = errors(case, out)
+@pytest.mark.parametrize("case", params(BF16), ids=lambda case: case.name)
+def test_bf16_updates_point_the_same_way(case: Case, outs: Outs) -> None:
+    found = errors(case, outs)
     assert max(found.values()) < 0.1
     assert min(found.values()) > 1e-4, "this was computed in fp32"
 
 
 @pytest.mark.parametrize(("kind", "zero_stage"), MUON)
-def test_muon_of_two_ranks_equals_one_process(kind: str, zero_stage: int, out: Path) -> None:
+def test_muon_of_two_ranks_equals_one_process(kind: str, zero_stage: int, outs: Outs) -> None:
     """Shards of flat groups, cut through matrices, against whole matrices in one process."""
     stage = build_stage(kind, torch.device("cpu"))
     settings = stage.training.optimizer = recipe.Optimizer(name="muon", learning_rate=1e-3)
@@ -90,16 +112,16 @@ def test_muon_of_two_ranks_equals_one_process(kind: str, zero_stage: int, out: P
         plain_loss(stage, step).backward()
         torch.nn.utils.clip_grad_norm_(stage.model.parameters(), settings.gradient_clipping)
         optimizer.step()
-    got = load_file(out / f"muon-{Case(kind, zero_stage).name}.safetensors")
+    got = load_file(outs((kind, zero_stage)) / f"muon-{Case(kind, zero_stage).name}.safetensors")
     for name, after in stage.model.state_dict().items():
         # AdamW turns rounding in tiny gradients into whole steps; Muon's own parameters are compared closely.
         tolerance = 1e-3 if name.endswith(("multimodal", "unimodal_image", "unimodal_text", "c_fc.weight", "in_proj_weight")) else 0.1
         assert (got[name] - after).norm() <= tolerance * (after - before[name]).norm(), name
 
 
-@pytest.mark.parametrize(("kind", "zero_stage", "optimizer"), RESUMED)
-def test_a_resumed_run_is_the_same_bit_for_bit(kind: str, zero_stage: int, optimizer: str, out: Path) -> None:
+@pytest.mark.parametrize(("kind", "zero_stage", "optimizer"), params(RESUMED))
+def test_a_resumed_run_is_the_same_bit_for_bit(kind: str, zero_stage: int, optimizer: str, outs: Outs) -> None:
     name = f"{Case(kind, zero_stage).name}-{optimizer}"
-    straight, resumed = (load_file(out / f"{way}-{name}.safetensors") for way in ("straight", "resumed"))
+    straight, resumed = (load_file(outs((kind, zero_stage, optimizer)) / f"{way}-{name}.safetensors") for way in ("straight", "resumed"))
     assert set(straight) == set(resumed)
     assert [key for key in straight if not torch.equal(straight[key], resumed[key])] == []
