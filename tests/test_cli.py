@@ -11,6 +11,7 @@ import yaml
 
 from mmlg_scale import towers
 from mmlg_scale.cli import main
+from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.family import Plan
 from mmlg_scale.recipe_file import SHIPPED, load_recipe
 from tests.training.tiny import ANY_SIZE, CONFIG
@@ -114,6 +115,17 @@ def test_print_config_gives_a_recipe_back(tmp_path: Path, capsys: pytest.Capture
 def test_print_config_has_the_ancestor_that_an_option_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["family", "demo", "--ancestor", str(tmp_path / "run"), "--print-config"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["model"]["weights"] == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("command", "section"), [("pretrain", "pretraining"), ("extract", "extraction"), ("extract", "baselines.tleg")])
+def test_a_depth_that_the_model_does_not_have_names_its_own_key(
+    command: str, section: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scenes(tmp_path / "data", num_train=32, num_val=8, num_test=8)
+    words = [command, "demo", "--data.path", str(tmp_path / "data"), "--out", str(tmp_path / "o"), f"--{section}.min_layers", "20"]
+    words += ["--ancestor-model", str(tmp_path)] if command == "extract" else []
+    words += ["--method", "tleg"] if "tleg" in section else []
+    assert f"recipe key {section}.min_layers: is 20, the image tower has 8" in refused(*words, capsys=capsys)
 
 
 def test_a_recipe_builds_no_class_that_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -193,10 +193,15 @@ class ExtractionRole:
             raise UserError(f"recipe key baselines.{self.method} is null: this baseline is left out. Give it settings to extract it.")
         return found
 
+    @property
+    def _section(self) -> str:
+        return "extraction" if self.method == "mmlg" else f"baselines.{self.method}"
+
     def check(self, pairs: PairSet) -> None:
         config = recipe_config(self.settings)
         if config is not None:
-            most_layers(self.extraction, config)
+            with recipe.in_section(self._section):
+                most_layers(self.extraction, config)
 
     def identity(self, pairs: PairSet) -> dict[str, Any]:
         inputs = {"data_set": pairs.digest(), "ancestor": file_digest(self.ancestor, "--ancestor-model")}
@@ -205,7 +210,9 @@ class ExtractionRole:
 
     def build(self, context: Context) -> Stage:
         model, extraction = load_ancestor(self.settings, self.ancestor, context.pairs), self.extraction
-        structure = Structure(model.spec.config, **{key: getattr(extraction, key) for key in Structure.SETTINGS})
+        with recipe.in_section(self._section):
+            structure = Structure(model.spec.config, **{key: getattr(extraction, key) for key in Structure.SETTINGS})
+            most_layers(extraction, model.spec.config)
         fitted = None
         if extraction.start == "fitted" and not context.resumes:
             fitted = on_first_rank(lambda: inherit(structure, model.state))
@@ -237,7 +244,8 @@ class PretrainingRole:
         return self.settings.pretraining
 
     def check(self, pairs: PairSet) -> None:
-        most_layers(self.pretraining, fresh_spec(self.settings, pairs).config)
+        with recipe.in_section("pretraining"):
+            most_layers(self.pretraining, fresh_spec(self.settings, pairs).config)
 
     def identity(self, pairs: PairSet) -> dict[str, Any]:
         inputs = {"data_set": pairs.digest(), "model_spec": fresh_spec(self.settings, pairs).digest()}
@@ -246,7 +254,8 @@ class PretrainingRole:
     def build(self, context: Context) -> Stage:
         settings, pretraining = self.settings, self.pretraining
         spec = fresh_spec(settings, context.pairs)
-        structure = Structure(spec.config, **{key: getattr(pretraining, key) for key in Structure.SETTINGS})
+        with recipe.in_section("pretraining"):
+            structure = Structure(spec.config, **{key: getattr(pretraining, key) for key in Structure.SETTINGS})
         auxiliary = AuxiliaryCLIP.fresh(structure, seed=settings.seed)
         per_layer = context.runtime.compose_per_layer
         return ElasticStage(pretraining, auxiliary, spec, context.device, seed=settings.seed, compose_per_layer=per_layer)

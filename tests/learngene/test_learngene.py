@@ -251,6 +251,11 @@ def test_damaged_files_are_refused(learngene: Learngene, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"coefficients_image has shape \(5, 4, 4\), its header asks for \(6, 4, 4\)"):
         load_learngene(path)
     learngene.save(path)
+    change_header(path, structure={**learngene.structure.to_header(), "basis": "magic"})
+    with pytest.raises(UserError, match=r"learngene\.safetensors: its header is damaged \(basis: 'magic' is unknown") as caught:
+        load_learngene(path)
+    assert "recipe key" not in str(caught.value)
+    learngene.save(path)
     save_file({k: v for k, v in load_file(path).items() if k != "multimodal"}, path, metadata=metadata_of(path))
     with pytest.raises(UserError, match="has no tensor multimodal"):
         load_learngene(path)
