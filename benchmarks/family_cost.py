@@ -130,14 +130,19 @@ class Pieces:
     """The pieces of a plan for one seed.
 
     Args:
-        tuned: per method, settings that replace those of its schedules where these do not name them.
+        tuned: by method, or by method@schedule where the two were tuned together, settings that replace those of its schedules where these
+            do not name them. The ancestor takes the rate of scratch@converged.
     """
 
     def __init__(self, plan: Plan, seed: int, tuned: Mapping[str, Settings]) -> None:
         self.plan, self.seed, self.tuned = plan, seed, tuned
-        ancestor = {key: value for key, value in tuned.get("scratch", {}).items() if key != "batch_size"}
+        ancestor = {key: value for key, value in self.tuned_for("scratch", "converged").items() if key != "batch_size"}
         options = {f"ancestor.{'optimizer.' if key == 'learning_rate' else ''}{key}": value for key, value in ancestor.items()}
         self.ancestor = self._piece("ancestor", "ancestor", "whole", ("train",), options)
+
+    def tuned_for(self, method: str, schedule: str) -> Settings:
+        """What tuning found for a schedule: for itself, or for the method at pilot length."""
+        return dict(self.tuned.get(f"{method}@{schedule}", self.tuned.get(method, {})))
 
     def _piece(
         self, identifier: str, method: str, schedule: str, command: tuple[str, ...], options: Mapping[str, Any], **more: Any
@@ -148,7 +153,7 @@ class Pieces:
 
     def of_method(self, method: str, schedule: str, settings: Settings, sizes: Iterable[Size] | None = None) -> Iterator[Piece]:
         """The pieces of a method's schedule: all that must run, the ancestor apart."""
-        tuned = self.tuned.get(method, {})
+        tuned = self.tuned_for(method, schedule)
         chosen = {"eval_every": _eval_every(method, tuned | settings)} | tuned | settings
         if method not in LEARNGENES:
             for size in self.plan.sizes if sizes is None else sizes:
@@ -352,15 +357,20 @@ def tuned_settings(plan: Plan, results: Path) -> dict[str, Settings]:
 
 
 def tune(plan: Plan, out: Path, results: Path) -> Path:
-    """Tune every method on seed 0 at pilot length, scratch first (the ancestor takes its rate); returns the JSON file."""
+    """Tune what the plan asks for on seed 0, scratch first (the ancestor takes its rate); returns the JSON file.
+
+    Entries of the plan are methods, tuned at pilot length, or method@schedule, tuned at the length that is written there: the best rate
+    of a long schedule can be lower.
+    """
     target = results / f"family_cost_{plan.name}_tuning.json"
     content: dict[str, Any] = json.loads(target.read_text()) if target.is_file() else {"plan": plan.name, "methods": {}}
-    starts = {method: plan.tuning[method] for method in SECTIONS if method in plan.tuning}
-    for methods in (["scratch"], [method for method in starts if method != "scratch"]):
+    starts = {name: start for name, start in plan.tuning.items() if _method(name) in SECTIONS}
+    from_scratch = [name for name in starts if _method(name) == "scratch"]
+    for methods in (from_scratch, [name for name in starts if name not in from_scratch]):
         trials: dict[str, dict[str, Settings]] = {
             method: {_key(trial["settings"]): trial for trial in content["methods"].get(method, {}).get("trials", [])} for method in methods
         }
-        while wanted := {method: found for method in methods if (found := next_trials(starts[method], trials[method], plan.tuning))}:
+        while wanted := {name: found for name in methods if (found := next_trials(starts[name], trials[name], plan.tuning["trials"]))}:
             _run_trials(plan, out, results, wanted, trials)
             for method in methods:
                 best = max(trials[method].values(), key=lambda trial: trial["quality"])["settings"]
@@ -370,16 +380,22 @@ def tune(plan: Plan, out: Path, results: Path) -> Path:
     return target
 
 
+def _method(name: str) -> str:
+    return name.partition("@")[0]
+
+
 def _key(settings: Settings) -> str:
     return json.dumps([settings["learning_rate"], settings["batch_size"]])
 
 
-def next_trials(start: Settings, trials: Mapping[str, Settings], tuning: Settings) -> list[Settings]:
-    """Settings to try next, given the trials so far by `_key`; none where tuning is complete.
+def next_trials(start: Settings, trials: Mapping[str, Settings], num_trials: int) -> list[Settings]:
+    """Settings to try next, given the trials so far by `_key`; none where tuning is complete. `start` may have its own number of trials.
 
     First the starting rate, twice and half of it; then beyond the best rate while it is at an edge; then twice and half the batch size at
     that rate and equal samples, until the number of trials is reached. A best rate at an edge is followed beyond that number.
     """
+    num_trials = start.get("trials", num_trials)
+    start = {key: value for key, value in start.items() if key != "trials"}
     batch = start["batch_size"]
 
     def at(rate: float, size: int) -> Settings:
@@ -393,31 +409,32 @@ def next_trials(start: Settings, trials: Mapping[str, Settings], tuning: Setting
     if best in (rates[0], rates[-1]):
         return [at(best / 2 if best == rates[0] else best * 2, batch)]
     others = [at(best, batch // 2), at(best, batch * 2), at(best, batch // 4), at(best, batch * 4)]
-    return [trial for trial in others if _key(trial) not in trials][: max(0, tuning["trials"] - len(trials))]
+    return [trial for trial in others if _key(trial) not in trials][: max(0, num_trials - len(trials))]
 
 
 def _run_trials(plan: Plan, out: Path, results: Path, wanted: Mapping[str, list[Settings]], trials: dict[str, dict[str, Settings]]) -> None:
     pieces = Pieces(plan, 0, tuned_settings(plan, results))
     found: dict[str, tuple[str, Settings]] = {}
     every = [pieces.ancestor]
-    for method, settings in wanted.items():
+    for entry, settings in wanted.items():
+        method = _method(entry)
         for each in settings:
-            name = f"tune-{each['learning_rate']:g}-{each['batch_size']}"
+            name = f"tune{each['steps'] * each['batch_size']}-{each['learning_rate']:g}-{each['batch_size']}"
             whole = each | {"eval_every": each["steps"]}
             if method in LEARNGENES:
                 piece = pieces.learngene(method, name, whole | plan.family_settings.get("five", {}), None)
             else:
                 (piece,) = pieces.of_method(method, name, whole, [tuple(plan.tuning["size"])])
             every.append(piece)
-            found[piece.id] = method, each
+            found[piece.id] = entry, each
     runner, console = Runner(plan, 0, out, every), Terminal(stderr=True)
     runner.make_data(console)
     runner.run(found, console)
-    for identifier, (method, each) in found.items():
+    for identifier, (entry, each) in found.items():
         figures = runner.figures(runner.pieces[identifier])
         assert figures is not None
         quality = figures["curve"][-1][plan.metric]
-        trials[method][_key(each)] = {"settings": each, "quality": quality, "flops": figures["flops"] + figures["teacher_flops"]}
+        trials[entry][_key(each)] = {"settings": each, "quality": quality, "flops": figures["flops"] + figures["teacher_flops"]}
         console.print(f"{identifier}: {plan.metric} {quality:.3f}", highlight=False)
 
 

@@ -106,7 +106,7 @@ def test_ratios_are_undefined_where_one_side_never_gets_there() -> None:
 def test_tuning_leaves_no_best_rate_at_an_edge_and_gives_every_method_as_many_trials() -> None:
     def tune(quality: Any, trials: int = 6) -> dict[str, Any]:
         start, found = {"steps": 80, "batch_size": 32, "learning_rate": 1.0}, {}
-        while wanted := next_trials(start, found, {"trials": trials}):
+        while wanted := next_trials(start, found, trials):
             for settings in wanted:
                 assert settings["steps"] * settings["batch_size"] == 80 * 32
                 found[family_cost._key(settings)] = {"settings": settings, "quality": quality(**settings)}
