@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from mmlg_scale.bounds import (
     MAX_BATCH,
     MAX_BLOCKS,
+    MAX_IMAGE_SIZE,
     MAX_KNOTS,
     MAX_LAYERS,
     MAX_PROCESSES,
@@ -31,6 +32,7 @@ _BOUNDED = {
     "Workers": (0, MAX_WORKERS),
     "Threads": (1, MAX_WORKERS),
     "Processes": (1, MAX_PROCESSES),
+    "ImageSize": (16, MAX_IMAGE_SIZE),
 }
 """Whole numbers from the first to the second: see `bounds`."""
 
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     Workers: TypeAlias = int
     Threads: TypeAlias = int
     Processes: TypeAlias = int
+    ImageSize: TypeAlias = int
     PositiveInt: TypeAlias = int
     NonNegativeInt: TypeAlias = int
     PositiveFloat: TypeAlias = float
@@ -72,19 +75,8 @@ else:
             return globals()[same]  # jsonargparse has one type for one range
         return restricted_number_type(name, int, [(">=", least), ("<=", most)], docstring=f"int from {least} to {most}")
 
-    Layers = _bounded("Layers")
-    Width = _bounded("Width")
-    Blocks = _bounded("Blocks")
-    Knots = _bounded("Knots")
-    Rank = _bounded("Rank")
-    Students = _bounded("Students")
-    Steps = _bounded("Steps")
-    BatchSize = _bounded("BatchSize")
-    Parts = _bounded("Parts")
-    SceneCount = _bounded("SceneCount")
-    Workers = _bounded("Workers")
-    Threads = _bounded("Threads")
-    Processes = _bounded("Processes")
+    for _name in _BOUNDED:
+        globals()[_name] = _bounded(_name)
     UnitInterval = restricted_number_type("UnitInterval", float, [(">=", 0), ("<", 1)], docstring="float from 0 to below 1")
     Fraction = restricted_number_type("Fraction", float, [(">", 0), ("<=", 1)], docstring="float above 0, at most 1")
 
@@ -111,6 +103,7 @@ __all__ = [
     "Blocks",
     "ClosedUnitInterval",
     "Fraction",
+    "ImageSize",
     "Knots",
     "Layers",
     "NonNegativeFloat",

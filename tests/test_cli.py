@@ -100,6 +100,20 @@ def test_values_out_of_range_name_their_key(option: str, said: str, tmp_path: Pa
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data", "scenes", "--out", "o", "--image-size", "100000"], "a whole number from 16 to 8,192"),
+        (["data", "pack", "s.csv", "--out", "o", "--seed", "-1"], "a whole number of 0 or more"),
+        (["data", "pack", "s.csv", "--out", "o", "--val", "1.5"], "a number from 0 to below 1"),
+        (["data", "check", "d", "--threads", "0"], "a whole number from 1 to 1,024"),
+        (["data", "index", "d", "--val-shards", "-1"], "a whole number of 0 or more"),
+    ],
+)
+def test_values_out_of_range_of_commands_on_data(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in refused(*words, capsys=capsys)
+
+
 def test_print_config_gives_a_recipe_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is printed is a recipe file: it resolves to the same recipe, and needs none of the command's own options."""
     assert main(["train", "demo", "--extraction.training.steps", "17", "--runtime.num_workers=3", "--print-config"]) == 0

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from mmlg_launchers.interface import Job, Launcher, Resources
-from mmlg_launchers.supervise import in_words
+from mmlg_launchers.supervise import in_words, tail
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class _Display:
 
 def _failure(step: Step, job: Job) -> str:
     log, code = job.log_paths()[0], job.exit_code
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.is_file() else []
+    lines = [line for line in tail(log).splitlines() if line.strip()] if log.is_file() else []
     said = lines[-1].removeprefix("mmlg: error: ") if lines else "it printed nothing."
     if code is not None and code < 0:  # a supervisor says so in the log
         said = f"it was ended by {in_words(-code)}."

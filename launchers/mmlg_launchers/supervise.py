@@ -172,7 +172,11 @@ class Supervisor:
                 reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the first rank may bind it too
                 reserved.bind(("127.0.0.1", 0))
                 for number in range(self._num_processes):
+                    if self._stopped:
+                        break
                     self._ranks.append(self._start(number, reserved.getsockname()[1]))
+                    if self._stopped:  # while it was started: the signal has not reached it
+                        self._ranks[-1].stop(signal.SIGTERM)
                 failed = self._wait(until=lambda: any(rank.ended and rank.code for rank in self._ranks))
         except OSError as error:
             self._end_others()
@@ -282,8 +286,15 @@ def in_words(number: int) -> str:
     return f"{name} (the kernel sends it when memory runs out)" if number == signal.SIGKILL else name
 
 
+def tail(log: Path, num_bytes: int = 65_536) -> str:
+    """The end of a log, which can be long."""
+    with open(log, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - num_bytes))
+        return file.read().decode(errors="replace")
+
+
 def _last_line(log: Path | None) -> str:
-    lines = [] if log is None else [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [] if log is None else [line for line in tail(log).splitlines() if line.strip()]
     return f": {lines[-1]}" if lines else "."
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mmlg_scale.cli.parsing import make_parser, parse, progress
 from mmlg_scale.data import RESTVAL, SPLITS
 from mmlg_scale.errors import UserError
+from mmlg_scale.ranges import ImageSize, NonNegativeInt, PositiveInt, Threads, UnitInterval
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -32,7 +33,7 @@ def scenes(arguments: list[str]) -> int:
         ("data scenes --out data", "data scenes --out small --num_train 2000 --num_val 100 --num_test 100 --image-size 64"),
     )
     parser.add_argument("--out", type=str, required=True, metavar="DIR", help=OUT_HELP)
-    parser.add_argument("--image-size", type=int, default=32, metavar="N", help="Side of the square images in pixels.")
+    parser.add_argument("--image-size", type=ImageSize, default=32, metavar="N", help="Side of the square images in pixels.")
     parser.add_class_arguments(Scenes, as_group=False)
     args = parse(parser, arguments)
     from mmlg_scale.data.scenes import write_scenes
@@ -91,12 +92,12 @@ def pack(arguments: list[str]) -> int:
 def _add_packing(parser: ArgumentParser) -> None:
     """The options of mmlg data pack, by what they are for."""
     group = parser.add_argument_group("splits, where the source has none of its own")
-    group.add_argument("--val", type=float, default=0.05, metavar="X", help="Fraction of images for validation.")
-    group.add_argument("--test", type=float, default=0.1, metavar="X", help="Fraction of images for the test split.")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="Seed of the split.")
+    group.add_argument("--val", type=UnitInterval, default=0.05, metavar="X", help="Fraction of images for validation.")
+    group.add_argument("--test", type=UnitInterval, default=0.1, metavar="X", help="Fraction of images for the test split.")
+    group.add_argument("--seed", type=NonNegativeInt, default=0, metavar="N", help="Seed of the split.")
     group = parser.add_argument_group("images")
     help_text = "Resize to N pixels (shorter side) and crop the centre square."
-    group.add_argument("--resize", type=int | None, default=None, metavar="N", help=help_text)
+    group.add_argument("--resize", type=PositiveInt | None, default=None, metavar="N", help=help_text)
     group.add_argument("--skip-bad", action="store_true", help="Leave out images that are missing or do not decode, and list them.")
     group.add_argument(
         "--as-stored",
@@ -134,7 +135,7 @@ def check(arguments: list[str]) -> int:
     parser.add_argument("--decode", action="store_true", default=True, help="Decode every image (the default).")
     parser.add_argument("--no-decode", dest="decode", action="store_false", help="Do not decode images: faster.")
     help_text = "Threads that read and decode."
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help=help_text)
+    parser.add_argument("--threads", type=Threads, default=os.cpu_count() or 1, metavar="N", help=help_text)
     args = parse(parser, arguments)
     from mmlg_scale.data.check import check_dataset, print_damage
 
@@ -155,9 +156,9 @@ def index(arguments: list[str]) -> int:
     )
     parser.add_argument("folder", type=str, metavar="DIR", help="The folder of the shards, or of train/, val/ and test/ with shards.")
     help_text = "Shards for the validation split, where there are no folders of splits."
-    parser.add_argument("--val-shards", type=int, default=1, metavar="N", help=help_text)
+    parser.add_argument("--val-shards", type=NonNegativeInt, default=1, metavar="N", help=help_text)
     help_text = "Shards for the test split, likewise: the last ones."
-    parser.add_argument("--test-shards", type=int, default=1, metavar="N", help=help_text)
+    parser.add_argument("--test-shards", type=NonNegativeInt, default=1, metavar="N", help=help_text)
     parser.add_argument("--tokenizer", type=str, default="none", metavar="T", help=TOKENIZER_HELP)
     args = parse(parser, arguments)
     from mmlg_scale.data.indexing import index_dataset, print_index
