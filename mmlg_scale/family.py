@@ -193,7 +193,7 @@ def run_family(settings: recipe.Recipe, runtime: Runtime, out: Path, *, launcher
     require_space(out, params * BYTES_PER_PARAMETER * (1 + len(settings.family.sizes)) + 2 * checkpoint_bytes(params), "the family")
     plan = Plan(settings, runtime, out, image_size=towers.image_size(config))
     with hold(out):
-        _claim(settings, out)
+        claim(settings, out)
         write_text_atomic(out / "recipe.yaml", yaml.safe_dump(to_content(settings, runtime), sort_keys=False))
         by_id = {member.step.id: member for member in plan.members}
         try:
@@ -202,7 +202,7 @@ def run_family(settings: recipe.Recipe, runtime: Runtime, out: Path, *, launcher
                 launcher or _local_launcher(),
                 parallel=num_parallel(runtime),
                 console=console,
-                is_complete=lambda step: _is_complete(by_id[step.id], plan, console),
+                is_complete=lambda step: is_complete(by_id[step.id], plan, console),
                 progress=_trained_steps,
                 news=_Evaluations(settings.evaluation.metric),
             )
@@ -259,7 +259,7 @@ def _check_batches(settings: recipe.Recipe, runtime: Runtime) -> None:
             )
 
 
-def _claim(settings: recipe.Recipe, out: Path) -> None:
+def claim(settings: recipe.Recipe, out: Path) -> None:
     """Make `out`, which is held, the family of this ancestor and data set, or recognise it."""
     write_record(out / IDENTITY_FILE, check_folder(settings, out))
 
@@ -302,7 +302,7 @@ def standing(member: Member, plan: Plan) -> list[str] | None:
     return differences(member.step.folder, member.identity(open_pairs(str(plan.data)))) if member.step.folder.exists() else None
 
 
-def _is_complete(member: Member, plan: Plan, console: Console) -> bool:
+def is_complete(member: Member, plan: Plan, console: Console) -> bool:
     """Whether a step, all that it needs being complete, need not run; a run that the recipe no longer asks for is moved aside."""
     folder, step = member.step.folder, member.step
     differing = standing(member, plan)
@@ -369,7 +369,8 @@ class _Evaluations:
 def _local_launcher() -> LocalLauncher:
     """On the CPU, steps are forks of a process that has the heavy imports behind it; a GPU's driver does not survive a fork."""
     if torch.cuda.is_available():
-        return LocalLauncher()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return LocalLauncher(gpus=visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())])
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return LocalLauncher(preload=("mmlg_scale.training.run", "deepspeed"))
 

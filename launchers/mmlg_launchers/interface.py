@@ -18,7 +18,17 @@ class Resources:
     num_nodes: int = 1
     """Nodes; a local launcher has one."""
     cpus_per_process: int | None = None
-    """CPU threads per rank; None: the cores divided by the ranks."""
+    """CPU threads per rank; None: the cores divided by the ranks, or on a cluster one."""
+    gpus_per_node: int = 0
+    """GPUs that are asked of a cluster; a local launcher gives each rank one of its own."""
+    memory_gib: int | None = None
+    """Per node, asked of a cluster; None: the site's default."""
+    time: str | None = None
+    """Time limit on a cluster, as Slurm writes it; None: the site's default."""
+
+
+class LaunchError(Exception):
+    """A job cannot be started, found or stopped: one line that says why and what to do."""
 
 
 class JobState(enum.Enum):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -13,12 +12,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
 from mmlg_launchers import supervise
 from mmlg_launchers.interface import JobState, Resources
+from mmlg_launchers.record import write_state
 from mmlg_launchers.supervise import PARENT_VARIABLE
 
 GRACE_SECONDS = 15.0
@@ -176,18 +177,17 @@ class LocalJob:
     def _write_state(self) -> None:
         code = self._process.poll()
         state = {
+            "launcher": "local",
             "state": (JobState.RUNNING if code is None else self._final(code)).value,
             "argv": self._argv,
             "pid": self._process.pid,
+            "num_ranks": len(self._logs),
             "exit_code": code,
             "started": self._started,
             "ended": self._ended,
         }
-        temporary = self._run_folder / ".state.json.tmp"
         with contextlib.suppress(OSError):  # the job is worth more than the record of it
-            temporary.unlink(missing_ok=True)  # a symbolic link in its place would be followed
-            temporary.write_text(json.dumps(state, indent=1))
-            os.replace(temporary, self._run_folder / "state.json")
+            write_state(self._run_folder, state)
 
 
 class LocalLauncher:
@@ -196,10 +196,13 @@ class LocalLauncher:
     Args:
         stream: let the job print to this console instead of to its log.
         preload: modules that a server imports once; jobs of one process that run ``python -m`` are then forks of it.
+        gpus: GPUs, as CUDA_VISIBLE_DEVICES names them, that jobs side by side share out: each of their ranks is given the one that the
+            fewest use. Left out: every job sees all GPUs.
     """
 
-    def __init__(self, *, stream: bool = False, preload: Sequence[str] = ()) -> None:
-        self.stream, self.preload = stream, tuple(preload)
+    def __init__(self, *, stream: bool = False, preload: Sequence[str] = (), gpus: Sequence[str] = ()) -> None:
+        self.stream, self.preload, self.gpus = stream, tuple(preload), tuple(gpus)
+        self._holders: list[tuple[LocalJob, tuple[str, ...]]] = []
 
     def submit(self, argv: Sequence[str], resources: Resources, run_folder: Path, env: Mapping[str, str] | None = None) -> LocalJob:
         """Start `argv` in a process group of its own, which ends when this process does.
@@ -213,6 +216,9 @@ class LocalLauncher:
         log = run_folder / "log.txt"
         threads = resources.cpus_per_process or max(1, len(os.sched_getaffinity(0)) // resources.num_processes)
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **(env or {})}
+        taken = self._free_gpus(resources.num_processes)
+        if taken:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
         process: Process
         if self.preload and not self.stream and resources.num_processes == 1 and argv[:2] == [sys.executable, "-m"]:
             process = ForkedProcess(argv, environment, log, self.preload)
@@ -220,4 +226,12 @@ class LocalLauncher:
             with contextlib.nullcontext() if self.stream else supervise.open_log(log, append=True) as file:
                 process = SupervisedProcess(argv, resources.num_processes, environment, run_folder, file)
         logs = [log, *(run_folder / supervise.log_name(rank) for rank in range(1, resources.num_processes))]
-        return LocalJob(process, run_folder, argv, logs)
+        job = LocalJob(process, run_folder, argv, logs)
+        self._holders.append((job, taken))
+        return job
+
+    def _free_gpus(self, number: int) -> tuple[str, ...]:
+        """The GPUs that the fewest running jobs use."""
+        self._holders = [(job, gpus) for job, gpus in self._holders if job.exit_code is None]
+        uses = Counter(gpu for _, gpus in self._holders for gpu in gpus)
+        return tuple(sorted(self.gpus, key=lambda gpu: uses[gpu])[:number])

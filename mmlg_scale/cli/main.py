@@ -49,6 +49,8 @@ Before and around a run:
   mmlg recipe                               list the shipped recipes; mmlg recipe --help lists the fields of a recipe
   mmlg plan RECIPE                          the steps of mmlg family: parameters, FLOPs, memory, disk, time
   mmlg launch local --num-processes N -- <any mmlg command>
+  mmlg launch slurm --cluster FILE --nodes N --gpus-per-node G -- <any mmlg command>
+  mmlg launch status|logs|cancel DIR        look after what was launched
   mmlg doctor                               check this machine, and say what to do about what is missing
 
 Every command has --help. Commands that take a RECIPE take every field of it as an option
@@ -72,7 +74,11 @@ COMMANDS = {
     "descend": "models:descend",
     "eval": "models:evaluate",
     "report": "models:report",
-    "launch local": "machine:launch_local",
+    "launch local": "launch:local",
+    "launch slurm": "launch:slurm",
+    "launch status": "launch:status",
+    "launch logs": "launch:logs",
+    "launch cancel": "launch:cancel",
     "doctor": "machine:doctor",
 }
 
@@ -91,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _one_line  # type: ignore[assignment]
-            code = _command(arguments)
+            code = run_command(arguments)
             sys.stdout.flush()
             return code
     except KeyboardInterrupt:
@@ -178,7 +184,8 @@ def _one_line(message: Warning | str, category: type[Warning], *_: object) -> No
         print(f"mmlg: warning: {message}", file=sys.stderr)
 
 
-def _command(arguments: list[str]) -> int:
+def run_command(arguments: list[str]) -> int:
+    """One command, whose mistakes are raised. Returns the exit code."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0

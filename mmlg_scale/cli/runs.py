@@ -178,6 +178,18 @@ def features(arguments: list[str]) -> int:
 
 def family(arguments: list[str]) -> int:
     """mmlg family."""
+    parsed = parse_family_command(arguments)
+    if parsed is None:
+        return 0
+    args, recipe, runtime = parsed
+    from mmlg_scale.family import run_family
+
+    run_family(recipe, runtime, Path(args.out))
+    return 0
+
+
+def parse_family_command(arguments: list[str]) -> tuple[Any, Recipe, Runtime] | None:
+    """What mmlg family is asked to do: its options, `out` among them, recipe and runtime."""
     parser = make_parser(
         "family",
         "RECIPE --out DIR [--data.path DIR] [options]",
@@ -192,14 +204,9 @@ def family(arguments: list[str]) -> int:
     parser.add_argument("--out", type=str | None, default=None, metavar="DIR", help=help_text)
     add_ancestor(parser)
     parsed = parse_family(parser, arguments)
-    if parsed is None:
-        return 0
-    args, recipe, runtime = parsed
-    required(args, "out")
-    from mmlg_scale.family import run_family
-
-    run_family(recipe, runtime, Path(args.out))
-    return 0
+    if parsed is not None:
+        required(parsed[0], "out")
+    return parsed
 
 
 def plan(arguments: list[str]) -> int:
