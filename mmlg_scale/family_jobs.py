@@ -49,7 +49,10 @@ class FamilyJobs:
         self._members = {member.step.id: member for member in self.plan.members}
         small = alone(resources)
         self.steps = [
-            dataclasses.replace(member.step, resources=small if member.step.total is None else resources) for member in self.plan.members
+            dataclasses.replace(step, resources=small)
+            if step.total is None
+            else dataclasses.replace(step, resources=resources, checkpoints=step.folder / "checkpoints")
+            for step in (member.step for member in self.plan.members)
         ]
         argv = (sys.executable, "-m", "mmlg_scale", "family", str(self.out / "recipe.yaml"), "--out", str(self.out))
         self.steps.append(Step(REPORT, argv, small, tuple(self._members), self.out / "family.json"))

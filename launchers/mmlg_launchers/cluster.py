@@ -90,6 +90,8 @@ class Cluster:
     apptainer: Container | None = None
     save_seconds: int = 30
     """How long one checkpoint takes to write."""
+    max_restarts: int = 2
+    """How often a job that crashes without having made progress is started again."""
     unsafe_shell_setup: list[str] = field(default_factory=list)
     """Lines of shell before the ranks start. The only text of this file that is executed."""
 

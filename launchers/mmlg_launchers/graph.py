@@ -27,6 +27,8 @@ class Step:
     """The file that a finished step leaves."""
     total: int | None = None
     """What `progress` counts up to, for the progress bar."""
+    checkpoints: Path | None = None
+    """The folder in which something new appears when the step has made progress, for launchers that start it again after a crash."""
 
     @property
     def folder(self) -> Path:

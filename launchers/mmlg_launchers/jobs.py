@@ -16,6 +16,7 @@ from mmlg_launchers.local import GRACE_SECONDS
 from mmlg_launchers.record import STATE_FILE, read_state
 from mmlg_launchers.slurm import SlurmJob
 
+FOLLOW_SECONDS = 1.0
 SUFFIX = ".launch"
 """The launch folder of RUN is RUN.launch, beside it."""
 
@@ -105,7 +106,8 @@ def find_jobs(folder: Path) -> list[tuple[str, Found]]:
         raise LaunchError(
             f"nothing was launched in {folder}: there is no {STATE_FILE} in it, in {beside.name}, or in a step's {SUFFIX} folder."
         )
-    return [(str(path.relative_to(folder)) if path != beside else folder.name, _open(path)) for path in found]
+    names = [folder.name if path == beside else str(path.relative_to(folder)).removesuffix(SUFFIX) for path in found]
+    return [(name, _open(path)) for name, path in zip(names, found, strict=True)]
 
 
 def _age(folder: Path) -> float:
@@ -123,7 +125,7 @@ def in_words(job: Found) -> str:
     said = [state.value]
     if state is JobState.FAILED and job.exit_code is not None:
         said.append(f"exit code {job.exit_code}")
-    if job.reason and job.reason.lower() not in (state.value, "none"):
+    if job.reason and job.reason.lower() not in (state.value, "none", ""):
         said.append(job.reason)
     return said[0] + (f" ({', '.join(said[1:])})" if said[1:] else "")
 
@@ -138,10 +140,14 @@ def cancel_jobs(jobs: Sequence[tuple[str, Found]]) -> list[str]:
     return cancelled[::-1]
 
 
-def follow(jobs: Sequence[tuple[str, Found]], rank: int, write: Callable[[str], None], *, until_end: bool) -> None:
-    """Write the logs of one rank of each job; with `until_end` also what is added to them until the jobs have ended.
+def follow(jobs: Sequence[tuple[str, Found]], rank: int, write: Callable[[str], None], tell: Callable[[str], None] | None) -> None:
+    """Write the logs of one rank of each job.
 
     Several logs are told apart by a line with the job's name in front of each part.
+
+    Args:
+        tell: told of every change of a job's state, while what is added to the logs is written too, until the jobs have ended. None: only
+            what is in the logs now is written.
 
     Raises:
         LaunchError: a job has no such rank.
@@ -151,21 +157,47 @@ def follow(jobs: Sequence[tuple[str, Found]], rank: int, write: Callable[[str], 
         paths = job.log_paths()
         if rank >= len(paths):
             raise LaunchError(f"{name} has no rank {rank}.")
-        logs.append((name, job, paths[rank]))
-    offsets = dict.fromkeys((path for _, _, path in logs), 0)
-    last = None
+        logs.append(_Log(name, job, paths[rank]))
+    last = logs[0]
     while True:
-        ended = not until_end or all(job.state().is_final for _, job, _ in logs)
-        for name, _, path in logs:
-            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-                file.seek(offsets[path])
-                text = file.read()
-                offsets[path] += len(text)
-                if text:
-                    if len(logs) > 1 and last != path:
-                        write(f"==> {name}: {path} <==\n")
-                    last = path
-                    write(text.decode(errors="replace"))
-        if ended:
+        if tell is not None:
+            for log in logs:
+                log.tell(tell)
+        for log in logs:
+            text = log.read()
+            if text:
+                if log is not last or (log.offset == len(text) and len(logs) > 1):
+                    write(f"==> {log.name}: {log.path} <==\n")
+                last = log
+                write(text.decode(errors="replace"))
+        if tell is None or all(log.has_ended for log in logs):
             return
-        time.sleep(0.5)
+        time.sleep(FOLLOW_SECONDS)
+
+
+class _Log:
+    """A log that grows."""
+
+    def __init__(self, name: str, job: Found, path: Path) -> None:
+        self.name, self.path, self.offset = name, path, 0
+        self.has_ended = False
+        self._job, self._said = job, ""
+
+    def tell(self, tell: Callable[[str], None]) -> None:
+        """Note the job's state, and tell a change of it. What it printed last is read after this."""
+        if self.has_ended:
+            return
+        said = in_words(self._job)
+        self.has_ended = self._job.state().is_final
+        if said != self._said:
+            tell(f"{self.name}: {said}")
+        self._said = said
+
+    def read(self) -> bytes:
+        """What is new."""
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
+            file.seek(self.offset)
+            text = file.read()
+            self.offset += len(text)
+            return text
+        return b""

@@ -28,6 +28,7 @@ POLL_SECONDS = 1.0
 _PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 _RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED")
 _ID = re.compile(r"\d+(_\d+)?")
+_NO_TASK = str(2**32 - 2)
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -103,13 +104,24 @@ class SlurmLauncher:
     def __init__(self, cluster: Cluster, directory: Path, *, name: str = "mmlg") -> None:
         self.cluster, self.directory, self.name = cluster, directory.absolute(), name
 
-    def submit(self, argv: Sequence[str], resources: Resources, run_folder: Path, env: Mapping[str, str] | None = None) -> SlurmJob:
+    def submit(
+        self,
+        argv: Sequence[str],
+        resources: Resources,
+        run_folder: Path,
+        env: Mapping[str, str] | None = None,
+        *,
+        checkpoints: Path | None = None,
+    ) -> SlurmJob:
         """Submit one job.
+
+        Args:
+            checkpoints: a folder in which something new appears when the command has made progress: a crash after that counts as the first.
 
         Raises:
             LaunchError: Slurm refuses it (its words), or cannot be reached; or a job of this folder waits or runs.
         """
-        batch = self.batch(self.name, [Task(tuple(argv), run_folder.absolute())], resources, environment=env or {})
+        batch = self.batch(self.name, [Task(tuple(argv), run_folder.absolute(), checkpoints)], resources, environment=env or {})
         self.submit_batch(batch)
         return SlurmJob(run_folder)
 
@@ -149,6 +161,9 @@ class SlurmLauncher:
         script = self.script(batch)
         for folder in (batch.folder, *(task.folder for task in batch.tasks)):
             folder.mkdir(parents=True, exist_ok=True)
+        for task in batch.tasks:
+            for name in (EXIT_FILE, "crashes"):
+                (task.folder / name).unlink(missing_ok=True)
         answer = call("sbatch", "--parsable", stdin=script)
         number = answer.strip().partition(";")[0]
         if not number.isdigit():
@@ -159,7 +174,6 @@ class SlurmLauncher:
         for index, task in enumerate(batch.tasks):
             ids.append(f"{number}_{index}" if is_array else number)
             log = f"{Path(BATCH_LOG).stem}-{index}.txt" if is_array else BATCH_LOG
-            (task.folder / EXIT_FILE).unlink(missing_ok=True)
             record = {
                 "launcher": "slurm",
                 "job": ids[-1],
@@ -199,7 +213,7 @@ def call(*command: str, stdin: str | None = None) -> str:
     except subprocess.TimeoutExpired as error:
         raise LaunchError(f"{command[0]} gave no answer in {SECONDS} s. Ask whether slurmctld runs (scontrol ping).") from error
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         raise LaunchError(f"{command[0]}: {said[-1].removeprefix(f'{command[0]}: ').removeprefix('error: ').rstrip('.')}.")
     return done.stdout
 
@@ -209,9 +223,12 @@ def _show(identifier: str) -> str | None:
     try:
         return call("scontrol", "--oneliner", "show", "job", identifier)
     except LaunchError as error:
-        if "Invalid job id" in str(error):
-            return None
-        raise
+        if not any(said in str(error) for said in ("Invalid job id", "not found")):
+            raise
+    array, _, index = identifier.partition("_")
+    whole = _show(array) if index else None
+    # An array that ended before any of its tasks started has one record for all of them.
+    return whole if whole is not None and _value(whole, "ArrayTaskId") == _NO_TASK else None
 
 
 def _value(shown: str, key: str) -> str:

@@ -94,7 +94,7 @@ def batches(planned: Planned, launcher: SlurmLauncher, folder: Path, *, max_para
     """
     found = []
     for part in planned.parts:
-        tasks = [Task(step.argv, launch_folder(step)) for step in part.steps]
+        tasks = [Task(step.argv, launch_folder(step), step.checkpoints) for step in part.steps]
         place = tasks[0].folder if len(tasks) == 1 else folder / "arrays" / part.name
         name = f"{launcher.name}-{part.name}"
         found.append(launcher.batch(name, tasks, part.steps[0].resources, folder=place, needs=part.needs, max_parallel=max_parallel))

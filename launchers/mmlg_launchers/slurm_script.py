@@ -33,12 +33,30 @@ export MASTER_ADDR="${address:-$first}"
 export MASTER_PORT=$((10000 + (SLURM_JOB_ID + 1009 * ${SLURM_RESTART_COUNT:-0}) % 20000))"""
 
 
+# Ranks report their ends to srun, whose own exit code is the highest: also that of a rank which it ended because another had failed.
+# A crash, which is neither a mistake (2) nor told by Slurm, is followed by another start, so many times without progress.
+_END = """cat -- "$folder"/srun.txt
+failed=$(sed -n 's/.*Exited with exit code \\([0-9]*\\)$/\\1/p' "$folder"/srun.txt | head -n 1)
+code=${{failed:-$code}}
+if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ -z "$told" ]; then
+  crashes="$folder"/crashes
+  whole=(-mindepth 1 -maxdepth 1 ! -name '.*' ! -name '*.tmp')
+  if [ -n "$(find "$checkpoints" "${{whole[@]}}" -newer "$crashes" 2>/dev/null)" ]; then rm -f -- "$crashes"; fi
+  echo "exit code $code at $(date)" >> "$crashes"
+  if [ "$(wc -l < "$crashes")" -le {restarts} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+fi
+printf '%s\\n' "$code" > "$folder"/exit_code
+exit "$code\""""
+
+
 @dataclass(frozen=True)
 class Task:
     """A command, and the folder for its logs."""
 
     argv: tuple[str, ...]
     folder: Path
+    checkpoints: Path | None = None
+    """A folder in which something new appears when the command has made progress; None: nobody can see that it has."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +88,17 @@ def batch_script(batch: Batch, cluster: Cluster, *, user: str) -> str:
     sections = [
         ["#!/bin/bash", *(f"#SBATCH --{option}" for option in _options(batch, cluster))],
         # Slurm tells the ranks to end or to save; this script waits for them, and says how they ended.
-        ["trap '' USR2", "trap : TERM"],
+        ["trap '' USR2", "told=; trap 'told=1' TERM"],
         list(_environment(batch, cluster, user)),
         list(cluster.unsafe_shell_setup),
         list(_what(batch, cluster)),
         [_RENDEZVOUS] if _num_ranks(batch.resources) > 1 else [],
         [
-            f'rm -f -- "$folder"/{EXIT_FILE}',
-            f"srun {_srun(batch, cluster)} &",
+            'rm -f -- "$folder"/exit_code',
+            f'srun {_srun(batch, cluster)} 2> "$folder"/srun.txt &',
             "wait $!; code=$?",
             "while kill -0 $! 2>/dev/null; do wait $!; code=$?; done  # a signal ended wait, not the ranks",
-            f'printf \'%s\\n\' "$code" > "$folder"/{EXIT_FILE}',
-            'exit "$code"',
+            _END.format(restarts=cluster.max_restarts),
         ],
     ]
     return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
@@ -166,7 +183,8 @@ def _what(batch: Batch, cluster: Cluster) -> Iterator[str]:
     """Set the arguments to the command, and `folder` to its folder."""
 
     def chosen(task: Task) -> tuple[str, str]:
-        return f"folder={shlex.quote(str(task.folder))}", f"set -- {shlex.join(_argv(task, cluster))}"
+        checkpoints = "" if task.checkpoints is None else shlex.quote(str(task.checkpoints))
+        return f"folder={shlex.quote(str(task.folder))} checkpoints={checkpoints}", f"set -- {shlex.join(_argv(task, cluster))}"
 
     if len(batch.tasks) == 1:
         yield from chosen(batch.tasks[0])

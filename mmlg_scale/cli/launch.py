@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,10 +121,12 @@ def _submit(args: Any, command: list[str], argv: list[str], launcher: SlurmLaunc
     """Submit one job, or print its script."""
     from mmlg_launchers.slurm_script import Task
 
+    out = _out(command)
+    checkpoints = out / "checkpoints" if out is not None else None
     if args.dry_run:
-        print(launcher.script(launcher.batch(launcher.name, [Task(tuple(argv), folder.absolute())], resources)), end="")
+        print(launcher.script(launcher.batch(launcher.name, [Task(tuple(argv), folder.absolute(), checkpoints)], resources)), end="")
         return 0
-    job = launcher.submit(argv, resources, folder)
+    job = launcher.submit(argv, resources, folder, checkpoints=checkpoints)
     nodes = f"{resources.num_nodes} nodes x " if resources.num_nodes > 1 else ""
     ranks = f"{resources.num_processes} rank{'s' if resources.num_processes > 1 else ''}"
     print(f"job {job.id}: {nodes}{ranks}, mmlg {' '.join(command[:2])}")
@@ -166,8 +169,8 @@ def _family(args: Any, arguments: list[str], command: list[str], launcher: Slurm
 
 
 def _what_next(folder: Path) -> None:
-    for words in (f"status {folder}", f"logs {folder} --follow", f"cancel {folder}"):
-        print(f"  mmlg launch {words}")
+    for words in (["status", str(folder)], ["logs", str(folder), "--follow"], ["cancel", str(folder)]):
+        print(f"  mmlg launch {shlex.join(words)}")
 
 
 def status(arguments: list[str]) -> int:
@@ -176,8 +179,10 @@ def status(arguments: list[str]) -> int:
     from mmlg_launchers.jobs import find_jobs, in_words
 
     with launch_errors():
-        for name, job in find_jobs(Path(args.DIR)):
-            print(f"{name:24}  {job.id:>12}  {in_words(job)}")
+        lines = [(name, job.id, in_words(job)) for name, job in find_jobs(Path(args.DIR))]
+    widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
+    for name, identifier, state in lines:
+        print(f"{name:{widths[0]}}  {identifier:{widths[1]}}  {state}")
     return 0
 
 
@@ -188,12 +193,16 @@ def logs(arguments: list[str]) -> int:
     from mmlg_launchers.jobs import find_jobs, follow
 
     with launch_errors():
-        follow(find_jobs(Path(args.DIR)), args.rank, _write, until_end=args.follow)
+        follow(find_jobs(Path(args.DIR)), args.rank, _write, _tell if args.follow else None)
     return 0
 
 
 def _write(text: str) -> None:
     print(text, end="", flush=True)
+
+
+def _tell(line: str) -> None:
+    print(f"mmlg: {line}", file=sys.stderr, flush=True)
 
 
 def cancel(arguments: list[str]) -> int:
@@ -265,8 +274,14 @@ def _run_folder(args: Any, command: list[str]) -> Path:
     """The launch folder: beside the folder that the command writes."""
     if args.run_folder is not None:
         return Path(args.run_folder)
+    out = _out(command)
+    return Path("runs/launch") if out is None else out.with_name(f"{out.name}.launch")
+
+
+def _out(command: list[str]) -> Path | None:
+    """The folder that the command writes."""
     for word, following in zip(command, [*command[1:], ""], strict=True):
         out = following if word == "--out" else word.removeprefix("--out=") if word.startswith("--out=") else ""
         if out:
-            return Path(out).absolute().with_name(Path(out).absolute().name + ".launch")
-    return Path("runs/launch")
+            return Path(out).absolute()
+    return None

@@ -42,7 +42,7 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
-SchedulerParameters=sched_min_interval=100000,bf_interval=1
+SchedulerParameters=sched_min_interval=100000,bf_interval=1,sched_interval=1
 SlurmdParameters=config_overrides
 SlurmctldParameters=preempt_send_user_signal
 ReturnToService=2

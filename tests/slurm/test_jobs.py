@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mmlg_launchers import Cluster, JobState, LaunchError, Resources, SlurmLauncher
+from mmlg_launchers import Cluster, JobState, LaunchError, Resources, SlurmLauncher, Step
+from mmlg_launchers.jobs import cancel_jobs, find_jobs, in_words
+from mmlg_launchers.slurm_graph import plan_graph, submit_graph
 
 from tests.slurm.daemons import Daemons
 
@@ -35,7 +36,7 @@ def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
 
 @pytest.fixture
 def launcher(slurm: Daemons, place: Path) -> SlurmLauncher:
-    return SlurmLauncher(Cluster(), place)
+    return SlurmLauncher(Cluster(max_restarts=0), place)
 
 
 def program(place: Path, text: str) -> list[str]:
@@ -64,3 +65,136 @@ def test_each_task_is_a_rank_with_the_words_as_they_were_given(launcher: SlurmLa
         assert found["USR2 ignored"]
         assert found["TERM default"]
     assert batch.read_text() == ""
+
+
+SAVES = """
+import os, signal, sys, time
+from pathlib import Path
+def note(number, frame):
+    with open(f"signals-{os.environ['RANK']}", "a") as file:
+        file.write(signal.Signals(number).name + "\\n")
+    if number == signal.SIGTERM:
+        time.sleep(1.5)  # it saves
+        with open(f"signals-{os.environ['RANK']}", "a") as file:
+            file.write("saved\\n")
+        sys.exit(0)
+for number in (signal.SIGTERM, signal.SIGUSR2):
+    signal.signal(number, note)
+Path(f"ready-{os.environ['RANK']}").touch()
+time.sleep(100)
+time.sleep(100)
+"""
+
+
+def test_ranks_can_save_when_told_to_and_when_cancelled(launcher: SlurmLauncher, slurm: Daemons, place: Path) -> None:
+    job = launcher.submit(program(place, SAVES), Resources(1, 2), place / "run.launch")
+    until(lambda: (place / "ready-0").exists() and (place / "ready-1").exists())
+    assert job.state() is JobState.RUNNING
+    with pytest.raises(LaunchError, match=f"has job {job.id}, which has not ended"):
+        launcher.submit(["true"], Resources(), place / "run.launch")
+    slurm.call("scancel", "--signal=USR2", job.id)
+    until(lambda: (place / "signals-0").exists() and (place / "signals-1").exists())
+    ((name, found),) = find_jobs(place / "run")
+    assert (name, found.id) == ("run", job.id)
+    assert cancel_jobs([(name, found)]) == ["run"]
+    assert job.wait(30) is JobState.CANCELLED
+    for rank in (0, 1):
+        assert (place / f"signals-{rank}").read_text().split() == ["SIGUSR2", "SIGTERM", "saved"]
+    until(lambda: job.exit_code is not None, 10)
+    assert cancel_jobs([(name, found)]) == []
+
+
+def test_a_rank_that_fails_ends_the_others(launcher: SlurmLauncher, place: Path) -> None:
+    argv = program(place, "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(7)\ntime.sleep(300)")
+    job = launcher.submit(argv, Resources(1, 2), place / "run.launch")
+    assert job.wait(60) is JobState.FAILED
+    assert job.exit_code == 7
+    assert in_words(job) == "failed (exit code 7)"
+    assert "task 1: Exited with exit code 7" in job.log_paths()[-1].read_text()
+
+
+AGAIN = """
+import os, subprocess, sys, time
+print(os.environ["MASTER_PORT"], os.environ.get("SLURM_RESTART_COUNT", "0"), flush=True)
+if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+    if os.environ["RANK"] == "0":
+        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+    time.sleep(300)
+"""
+
+
+def test_a_requeued_job_starts_again_at_another_port(launcher: SlurmLauncher, place: Path) -> None:
+    """What ranks do after they have saved before the time limit."""
+    job = launcher.submit(program(place, AGAIN), Resources(2, 1), place / "run.launch")
+    assert job.wait(90) is JobState.COMPLETED
+    first = int(job.id)
+    assert job.log_paths()[1].read_text() == f"{10000 + first} 0\n{10000 + first + 1009} 1\n"
+
+
+def test_a_graph_goes_to_its_end_and_submitted_again_runs_what_is_left(launcher: SlurmLauncher, place: Path) -> None:
+    argv = program(
+        place,
+        "import sys, time\nfrom pathlib import Path\nfolder = Path(sys.argv[1])\n"
+        "if folder.name == 'i2' and not Path('mended').exists(): sys.exit(3)\n"
+        "folder.mkdir(parents=True, exist_ok=True)\n(folder / 'done').write_text(str(time.time()))",
+    )
+
+    def step(name: str, *needs: str) -> Step:
+        folder = place / "graph" / name
+        return Step(name.rpartition("/")[2], (*argv, str(folder)), Resources(), needs, folder / "done")
+
+    steps = [step("first"), *(step(f"parts/i{n}", "first") for n in (1, 2, 3)), step("last", "i1", "i2", "i3")]
+
+    def submit() -> dict[str, str]:
+        planned = plan_graph(steps, lambda step, needs_complete: needs_complete and step.marker.exists())
+        return submit_graph(planned, launcher, place / "graph", max_parallel=2)
+
+    def ended() -> dict[str, JobState]:
+        found = dict(find_jobs(place / "graph"))
+        until(lambda: all(job.state().is_final for job in found.values()))
+        return {name: job.state() for name, job in found.items()}
+
+    jobs = submit()
+    assert set(jobs) == {"first", "i1", "i2", "i3", "last"}
+    array = jobs["i1"].partition("_")[0]
+    assert [jobs[f"i{n}"] for n in (1, 2, 3)] == [f"{array}_0", f"{array}_1", f"{array}_2"]
+    assert submit() == jobs  # all are under way
+    done = dict.fromkeys(("first", "parts/i1", "parts/i3"), JobState.COMPLETED)
+    assert ended() == {**done, "parts/i2": JobState.FAILED, "last": JobState.CANCELLED}
+    (place / "mended").touch()
+    again = submit()
+    assert set(again) == {"i2", "last"}
+    assert ended() == {**done, "parts/i2": JobState.COMPLETED, "last": JobState.COMPLETED}
+    times = [float((step.marker).read_text()) for step in steps]
+    assert times[0] < min(times[1:4])
+    assert max(times[1:4]) < times[4]
+    assert submit() == {}
+
+
+def test_what_slurm_refuses_is_one_line(slurm: Daemons, place: Path) -> None:
+    with pytest.raises(LaunchError, match=r"sbatch: .*partition") as raised:
+        SlurmLauncher(Cluster(partition="nowhere"), place).submit(["true"], Resources(), place / "run.launch")
+    assert "\n" not in str(raised.value)
+
+
+CRASHES = """
+import os, sys
+from pathlib import Path
+number = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+print(number, flush=True)
+if number == 1:
+    Path("checkpoints/step-1").mkdir(parents=True)
+if number == 3:
+    Path("checkpoints/.step-2").mkdir()
+sys.exit(1)
+"""
+
+
+@pytest.mark.slow
+def test_crashes_without_progress_are_counted(slurm: Daemons, place: Path) -> None:
+    """One restart is allowed. The second start makes progress, so that a third and a fourth follow; a half written checkpoint is none."""
+    launcher = SlurmLauncher(Cluster(max_restarts=1), place)
+    job = launcher.submit(program(place, CRASHES), Resources(), place / "run.launch", checkpoints=place / "checkpoints")
+    assert job.wait(180) is JobState.FAILED
+    assert job.exit_code == 1
+    assert job.log_paths()[0].read_text().split() == ["0", "1", "2"]

@@ -1,0 +1,47 @@
+#!/bin/bash
+#SBATCH --job-name=mmlg-train
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=1
+#SBATCH --gpus-per-node=1
+#SBATCH --array=0-2%2
+#SBATCH --signal=USR2@90
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --chdir=/home/me/work
+#SBATCH --output=/runs/arrays/i0/batch-%a.txt
+
+trap '' USR2
+told=; trap 'told=1' TERM
+
+export OMP_NUM_THREADS=1
+
+case "$SLURM_ARRAY_TASK_ID" in
+0)
+  folder=/runs/i0.launch checkpoints=/runs/ancestor/checkpoints
+  set -- /venv/bin/python -m mmlg_scale train 'my recipe.yaml' --data.path '/data/it'"'"'s here' --out /runs/i0 ;;
+1)
+  folder=/runs/i1.launch checkpoints=/runs/ancestor/checkpoints
+  set -- /venv/bin/python -m mmlg_scale train 'my recipe.yaml' --data.path '/data/it'"'"'s here' --out /runs/i1 ;;
+2)
+  folder=/runs/i2.launch checkpoints=/runs/ancestor/checkpoints
+  set -- /venv/bin/python -m mmlg_scale train 'my recipe.yaml' --data.path '/data/it'"'"'s here' --out /runs/i2 ;;
+esac
+
+rm -f -- "$folder"/exit_code
+srun --kill-on-bad-exit=1 --nodes=1 --ntasks-per-node=1 --ntasks=1 --cpus-per-task=1 --open-mode=append --output="${folder//%/%%}"/rank-%t.txt sh -c 'trap "" USR2
+exec "$@"' mmlg "$@" 2> "$folder"/srun.txt &
+wait $!; code=$?
+while kill -0 $! 2>/dev/null; do wait $!; code=$?; done  # a signal ended wait, not the ranks
+cat -- "$folder"/srun.txt
+failed=$(sed -n 's/.*Exited with exit code \([0-9]*\)$/\1/p' "$folder"/srun.txt | head -n 1)
+code=${failed:-$code}
+if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ -z "$told" ]; then
+  crashes="$folder"/crashes
+  whole=(-mindepth 1 -maxdepth 1 ! -name '.*' ! -name '*.tmp')
+  if [ -n "$(find "$checkpoints" "${whole[@]}" -newer "$crashes" 2>/dev/null)" ]; then rm -f -- "$crashes"; fi
+  echo "exit code $code at $(date)" >> "$crashes"
+  if [ "$(wc -l < "$crashes")" -le 2 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+fi
+printf '%s\n' "$code" > "$folder"/exit_code
+exit "$code"
