@@ -212,6 +212,7 @@ class LocalLauncher:
         """
         if resources.num_nodes != 1:
             raise ValueError(f"the local launcher has one node, {resources.num_nodes} are asked for: use a cluster launcher")
+        run_folder = run_folder.absolute()
         run_folder.mkdir(parents=True, exist_ok=True)
         log = run_folder / "log.txt"
         threads = resources.cpus_per_process or max(1, len(os.sched_getaffinity(0)) // resources.num_processes)

@@ -169,7 +169,9 @@ class SlurmLauncher:
         if not number.isdigit():
             raise LaunchError(f"sbatch answered {answer.strip()!r} instead of a job's id.")
         is_array = len(batch.tasks) > 1
-        (batch.folder / SCRIPT_FILE).write_text(script)
+        with contextlib.suppress(OSError):  # the job is submitted, which the record below has to say
+            (batch.folder / SCRIPT_FILE).unlink(missing_ok=True)  # a symbolic link in its place would be followed
+            (batch.folder / SCRIPT_FILE).write_text(script)
         ids = []
         for index, task in enumerate(batch.tasks):
             ids.append(f"{number}_{index}" if is_array else number)

@@ -94,7 +94,7 @@ def batch_script(batch: Batch, cluster: Cluster, *, user: str) -> str:
         list(_what(batch, cluster)),
         [_RENDEZVOUS] if _num_ranks(batch.resources) > 1 else [],
         [
-            'rm -f -- "$folder"/exit_code',
+            'rm -f -- "$folder"/exit_code "$folder"/srun.txt',
             f'srun {_srun(batch, cluster)} 2> "$folder"/srun.txt &',
             "wait $!; code=$?",
             "while kill -0 $! 2>/dev/null; do wait $!; code=$?; done  # a signal ended wait, not the ranks",

@@ -153,7 +153,9 @@ def _family(args: Any, arguments: list[str], command: list[str], launcher: Slurm
         one = Resources(cpus_per_process=resources.cpus_per_process, time=resources.time)
         print("torch is not installed here: the steps are planned, and their jobs submitted, by a job of its own.", file=sys.stderr)
         folder = out.absolute().with_name(f"{out.absolute().name}-plan.launch")
-        return _submit(args, command, _argv(["launch", "slurm", *arguments]), launcher, one, folder)
+        return _submit(
+            args, command, _argv(["launch", "slurm", *(word for word in arguments if word != "--dry-run")]), launcher, one, folder
+        )
     jobs = FamilyJobs(recipe, runtime, out, launcher, resources)
     if args.dry_run:
         for name, script in jobs.scripts(args.array_parallelism):

@@ -18,7 +18,7 @@ export OMP_NUM_THREADS=1
 folder=/runs/ancestor.launch checkpoints=/runs/ancestor/checkpoints
 set -- /venv/bin/python -m mmlg_scale train 'my recipe.yaml' --data.path '/data/it'"'"'s here' --out /runs/ancestor
 
-rm -f -- "$folder"/exit_code
+rm -f -- "$folder"/exit_code "$folder"/srun.txt
 srun --kill-on-bad-exit=1 --nodes=1 --ntasks-per-node=1 --ntasks=1 --cpus-per-task=1 --open-mode=append --output="${folder//%/%%}"/rank-%t.txt apptainer exec --nv --bind /data:/data /images/mmlg.sif sh -c 'trap "" USR2
 exec "$@"' mmlg "$@" 2> "$folder"/srun.txt &
 wait $!; code=$?

@@ -1,0 +1,72 @@
+"""Training and a whole family through real daemons, as a user starts them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmlg_scale.cli import main
+from mmlg_scale.data.scenes import write_scenes
+from tests.slurm.daemons import Daemons
+from tests.slurm.test_jobs import until
+from tests.test_family import RECIPE as FAMILY
+from tests.training.test_end_to_end import RECIPE, STEPS
+
+pytestmark = pytest.mark.slow
+
+
+def states(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What mmlg launch status says: state by step."""
+    capsys.readouterr()
+    assert main(["launch", "status", str(folder)]) == 0
+    return {line.split()[0]: line.split()[2] for line in capsys.readouterr().out.splitlines()}
+
+
+def test_two_nodes_of_two_ranks_train_with_zero_2(slurm: Daemons, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_scenes(tmp_path / "data", num_train=96, num_val=12, num_test=12, seed=0, image_size=32)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    train = ["train", str(tmp_path / "recipe.yaml"), "--data.path", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    assert main(["launch", "slurm", "--nodes=2", "--processes-per-node=2", "--", *train, "--runtime.zero_stage=2"]) == 0
+    assert f"  mmlg launch logs {tmp_path / 'run.launch'} --follow\n" in capsys.readouterr().out
+    assert main(["launch", "logs", str(tmp_path / "run"), "--follow"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == "mmlg: run: completed"
+    assert f"ancestor {STEPS}/{STEPS}" in printed.out
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == STEPS
+    assert states(tmp_path / "run", capsys) == {"run": "completed"}
+
+
+def test_a_family_is_cancelled_half_way_and_submitted_again(slurm: Daemons, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = {"steps": 4, "batch_size": 32, "eval_every": 4}
+    recipe = copy.deepcopy(FAMILY) | {"ancestor": few, "baselines": {"scratch": None, "even": None, "distil": None}}
+    recipe["extraction"]["training"] = few  # type: ignore[index]
+    recipe["family"] = {"sizes": [{"image_layers": n, "text_layers": n} for n in (1, 2, 3)]}
+    del recipe["pretraining"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    out = tmp_path / "family"
+    words = ["launch", "slurm", "--array-parallelism=2", "--", "family", str(tmp_path / "recipe.yaml"), "--out", str(out)]
+    assert main(words) == 0
+    said = [line.split(": job ")[0] for line in capsys.readouterr().out.splitlines() if ": job " in line]
+    assert said == ["data", "ancestor", "learngene", "i3-t3-mmlg", "i2-t2-mmlg", "i1-t1-mmlg", "report"]
+    until((out / "ancestor" / "result.json").exists, 600)
+    until(lambda: states(out, capsys)["ancestor"] == "completed")
+    assert main(["launch", "cancel", str(out)]) == 0
+    until(lambda: set(states(out, capsys).values()) == {"completed", "cancelled"})
+    assert not (out / "family.json").exists()
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "data: complete\nancestor: complete\n" in printed
+    array = {line.partition(": job ")[2].partition("_")[0] for line in printed.splitlines() if "-mmlg: job" in line}
+    assert len(array) == 1
+    until(lambda: not {"pending", "running"} & set(states(out, capsys).values()), 900)
+    assert set(states(out, capsys).values()) == {"completed"}
+    family = json.loads((out / "family.json").read_text())
+    assert [found["name"] for found in family["descendants"]] == ["i3-t3-mmlg", "i2-t2-mmlg", "i1-t1-mmlg"]
+    assert (out / "report.html").is_file()
+    capsys.readouterr()
+    assert main(words) == 0
+    assert ": job " not in capsys.readouterr().out
