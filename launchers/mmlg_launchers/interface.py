@@ -18,7 +18,7 @@ class Resources:
     num_nodes: int = 1
     """Nodes; a local launcher has one."""
     cpus_per_process: int | None = None
-    """CPU threads per rank; None: the cores divided by the ranks, or on a cluster one."""
+    """CPU threads per rank; None: the cores divided by the ranks, or what a cluster gives."""
     gpus_per_node: int = 0
     """GPUs that are asked of a cluster; a local launcher gives each rank one of its own."""
     memory_gib: int | None = None

@@ -12,6 +12,7 @@ import getpass
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 from mmlg_launchers.cluster import Cluster
 from mmlg_launchers.interface import JobState, LaunchError, Resources
 from mmlg_launchers.record import STATE_FILE, read_state, write_state
-from mmlg_launchers.slurm_script import BATCH_LOG, EXIT_FILE, RANK_LOG, Batch, Task, batch_script
+from mmlg_launchers.slurm_script import BATCH_LOG, EXIT_FILE, RANK_LOG, SRUN_LOG, Batch, Task, batch_script
 
 SCRIPT_FILE = "script.sh"
 SECONDS = 60
@@ -28,6 +29,9 @@ POLL_SECONDS = 1.0
 _PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 _RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED")
 _ID = re.compile(r"\d+(_\d+)?")
+LAST_BYTES = 4096
+"""Of a log, in which its last line is looked for."""
+_FIRST_FAILED = re.compile(r"^srun: error: .*\btasks? (\d+)[^:]*: (.+)$", re.MULTILINE)
 _NO_TASK = str(2**32 - 2)
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -64,7 +68,11 @@ class SlurmJob:
                 return JobState.RUNNING
             if word == "CANCELLED":
                 return JobState.CANCELLED
-            return JobState.COMPLETED if word == "COMPLETED" else JobState.FAILED
+            if word == "COMPLETED":
+                return JobState.COMPLETED
+            if word == "FAILED":
+                self.reason = self._failure() or word
+            return JobState.FAILED
         return self._ended()
 
     def _ended(self) -> JobState:
@@ -74,7 +82,25 @@ class SlurmJob:
             return JobState.CANCELLED
         code = self.exit_code
         self.reason = _accounted(self.id) or ("ended" if code is not None else "ended without an exit code")
-        return JobState.COMPLETED if code == 0 else JobState.FAILED
+        if code == 0:
+            return JobState.COMPLETED
+        self.reason = self._failure() or self.reason
+        return JobState.FAILED
+
+    def _failure(self) -> str | None:
+        """The rank that failed first, and what it printed last, or how it was ended."""
+        with contextlib.suppress(OSError):
+            found = _FIRST_FAILED.search((self._folder / SRUN_LOG).read_text(errors="replace"))
+            if found is None:
+                return None
+            rank, how = found.groups()
+            if not how.startswith("Exited"):
+                return f"rank {rank}: {how}"
+            with open(self._folder / RANK_LOG.replace("%t", rank), "rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - LAST_BYTES))
+                lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+            return f"rank {rank}: {lines[-1] if lines else how}".replace("mmlg: error: ", "")
+        return None
 
     def wait(self, timeout: float | None = None) -> JobState:
         end = time.monotonic() + (float("inf") if timeout is None else timeout)
@@ -99,10 +125,11 @@ class SlurmLauncher:
         cluster: the site's settings.
         directory: where commands run.
         name: of jobs, in the queue.
+        preflight: jobs of several ranks or with GPUs look at their nodes first, see `preflight`.
     """
 
-    def __init__(self, cluster: Cluster, directory: Path, *, name: str = "mmlg") -> None:
-        self.cluster, self.directory, self.name = cluster, directory.absolute(), name
+    def __init__(self, cluster: Cluster, directory: Path, *, name: str = "mmlg", preflight: bool = False) -> None:
+        self.cluster, self.directory, self.name, self.preflight = cluster, directory.absolute(), name, preflight
 
     def submit(
         self,
@@ -138,7 +165,9 @@ class SlurmLauncher:
     ) -> Batch:
         """What `submit_batch` submits; for an array `folder` is where its script and its own logs are written."""
         place = tasks[0].folder if folder is None else folder
-        found = Batch(name, tuple(tasks), resources, place, self.directory, tuple(needs), max_parallel, dict(environment or {}))
+        looks = self.preflight and (resources.num_nodes * resources.num_processes > 1 or resources.gpus_per_node > 0)
+        preflight = preflight_argv(resources) if looks else ()
+        found = Batch(name, tuple(tasks), resources, place, self.directory, tuple(needs), max_parallel, dict(environment or {}), preflight)
         for path in (place, self.directory, *(task.folder for task in tasks)):
             if any(ord(letter) < 32 for letter in str(path)):
                 raise LaunchError(f"{str(path)!r} has a line break or another control character. Use another folder.")
@@ -189,13 +218,21 @@ class SlurmLauncher:
         return ids
 
 
+def preflight_argv(resources: Resources, gigabytes_per_second: float | None = None) -> tuple[str, ...]:
+    """The command that looks at a job's nodes, for one process on each."""
+    expected = () if gigabytes_per_second is None else (f"--gigabytes-per-second={gigabytes_per_second}",)
+    return (sys.executable, "-m", "mmlg_launchers.preflight", f"--gpus={resources.gpus_per_node}", *expected)
+
+
 def active_job(folder: Path) -> SlurmJob | None:
-    """The job of a launch folder, where it waits or runs."""
-    with contextlib.suppress(LaunchError):
-        if read_state(folder).get("launcher") == "slurm":
-            job = SlurmJob(folder)
-            return None if job.state().is_final else job
-    return None
+    """The job of a launch folder, where it waits or runs. Raises LaunchError where Slurm does not answer."""
+    try:
+        if read_state(folder).get("launcher") != "slurm":
+            return None
+        job = SlurmJob(folder)
+    except LaunchError:
+        return None  # nothing was launched, or it is damaged
+    return None if job.state().is_final else job
 
 
 def call(*command: str, stdin: str | None = None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mmlg_launchers.cluster import Cluster
@@ -14,6 +14,8 @@ RANK_LOG = "rank-%t.txt"
 """A rank's log in the job's folder; Slurm fills in the rank."""
 BATCH_LOG = "batch.txt"
 """What the batch script and Slurm itself have to say."""
+SRUN_LOG = "srun.txt"
+"""What srun has to say of the ranks."""
 EXIT_FILE = "exit_code"
 """The job's exit code, which outlives Slurm's memory of the job."""
 
@@ -75,6 +77,8 @@ class Batch:
     max_parallel: int | None = None
     """Tasks of an array that run side by side; None: all."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    preflight: tuple[str, ...] = ()
+    """A command that one process on each node runs first: where it fails, the job ends."""
 
 
 def batch_script(batch: Batch, cluster: Cluster, *, user: str) -> str:
@@ -93,9 +97,10 @@ def batch_script(batch: Batch, cluster: Cluster, *, user: str) -> str:
         list(cluster.unsafe_shell_setup),
         list(_what(batch, cluster)),
         [_RENDEZVOUS] if _num_ranks(batch.resources) > 1 else [],
+        _preflight(batch, cluster) if batch.preflight else [],
         [
             'rm -f -- "$folder"/exit_code "$folder"/srun.txt',
-            f'srun {_srun(batch, cluster)} 2> "$folder"/srun.txt &',
+            f'srun {_srun(batch, cluster)} "$@" 2> "$folder"/srun.txt &',
             "wait $!; code=$?",
             "while kill -0 $! 2>/dev/null; do wait $!; code=$?; done  # a signal ended wait, not the ranks",
             _END.format(restarts=cluster.max_restarts),
@@ -115,7 +120,8 @@ def _options(batch: Batch, cluster: Cluster) -> Iterator[str]:
     yield f"job-name={shlex.quote(batch.name)}"
     yield f"nodes={wanted.num_nodes}"
     yield f"ntasks-per-node={wanted.num_processes}"
-    yield f"cpus-per-task={wanted.cpus_per_process or 1}"
+    if wanted.cpus_per_process is not None:
+        yield f"cpus-per-task={wanted.cpus_per_process}"
     if wanted.gpus_per_node:
         yield "gpus-per-node=" + shlex.quote(
             f"{cluster.gpu_type}:{wanted.gpus_per_node}" if cluster.gpu_type else str(wanted.gpus_per_node)
@@ -204,14 +210,27 @@ def _argv(task: Task, cluster: Cluster) -> list[str]:
     return [cluster.python or first, *others]
 
 
-def _srun(batch: Batch, cluster: Cluster) -> str:
+def _preflight(batch: Batch, cluster: Cluster) -> list[str]:
+    one = replace(batch, resources=replace(batch.resources, num_processes=1))
+    command = shlex.join(_argv(Task(batch.preflight, batch.folder), cluster))
+    return [
+        "# The nodes are looked at first. What was found is in preflight.txt.",
+        f"if ! srun {_srun(one, cluster, log='preflight.txt')} {command}; then",
+        f"  printf '1\\n' > \"$folder\"/{EXIT_FILE}",
+        "  exit 1",
+        "fi",
+    ]
+
+
+def _srun(batch: Batch, cluster: Cluster, log: str = RANK_LOG) -> str:
+    """srun's options, and what each task runs before the command's words."""
     wanted = batch.resources
     words = [
         "--kill-on-bad-exit=1",
         f"--nodes={wanted.num_nodes}",
         f"--ntasks-per-node={wanted.num_processes}",
         f"--ntasks={_num_ranks(wanted)}",
-        f"--cpus-per-task={wanted.cpus_per_process or 1}",  # srun does not take it over from sbatch
+        *([f"--cpus-per-task={wanted.cpus_per_process}"] if wanted.cpus_per_process is not None else []),  # not taken over from sbatch
         "--open-mode=append",
     ]
     inside: list[str] = []
@@ -223,5 +242,5 @@ def _srun(batch: Batch, cluster: Cluster) -> str:
         mounts = [word for mount in cluster.apptainer.mounts for word in ("--bind", mount)]
         inside = ["apptainer", "exec", *(["--nv"] if wanted.gpus_per_node else []), *mounts, cluster.apptainer.image]
     task = _TASK.format(per_node=wanted.num_processes) if _num_ranks(wanted) > 1 else _TASK_ALONE
-    log = f'--output="${{folder//%/%%}}"/{RANK_LOG}'
-    return f'{shlex.join(words)} {log} {shlex.join([*inside, "sh", "-c", task, "mmlg"])} "$@"'
+    output = f'--output="${{folder//%/%%}}"/{log}'
+    return f"{shlex.join(words)} {output} {shlex.join([*inside, 'sh', '-c', task, 'mmlg'])}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import shlex
 import sys
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from mmlg_scale.cli.parsing import make_parser, nearest, parse
 from mmlg_scale.errors import UserError
-from mmlg_scale.ranges import NonNegativeInt, PositiveInt
+from mmlg_scale.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
     from mmlg_launchers import Resources, SlurmLauncher
 
 RUN_FOLDER_HELP = "Where the job's state and logs are written. Left out: DIR.launch beside the command's --out DIR, or runs/launch."
@@ -65,14 +67,7 @@ def slurm(arguments: list[str]) -> int:
         ),
     )
     whole = PositiveInt | None
-    parser.add_argument(
-        "--cluster",
-        type=str,
-        default="generic",
-        metavar="FILE",
-        help="The site's YAML file (partition, account, modules, container), or a shipped one: generic, single-node.",
-    )
-    parser.add_argument("--nodes", type=PositiveInt, default=1, metavar="N", help="Nodes of a job.")
+    _add_cluster(parser)
     help_text = "GPUs of each node, and ranks on it. Left out: the cluster file's."
     parser.add_argument("--gpus-per-node", type=NonNegativeInt | None, default=None, metavar="N", help=help_text)
     help_text = "Ranks on each node. Left out: one for each GPU, or one."
@@ -84,6 +79,9 @@ def slurm(arguments: list[str]) -> int:
     parser.add_argument("--name", type=str | None, default=None, metavar="NAME", help="The job's name in the queue.")
     help_text = "Steps of a family that run side by side in an array. Left out: all."
     parser.add_argument("--array-parallelism", type=whole, default=None, metavar="N", help=help_text)
+    parser.add_argument(
+        "--preflight", action="store_true", help="Look at the nodes first, as mmlg launch check does; a bad one ends the job."
+    )
     parser.add_argument("--run-folder", type=str | None, default=None, metavar="DIR", help=RUN_FOLDER_HELP)
     parser.add_argument("--dry-run", action="store_true", help="Print the batch scripts and submit nothing.")
     options, command = _split(arguments)
@@ -95,6 +93,53 @@ def slurm(arguments: list[str]) -> int:
         if command[0] == "family":
             return _family(args, arguments, command, launcher, resources)
         return _submit(args, command, _argv(command), launcher, resources, _run_folder(args, command))
+
+
+def _add_cluster(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--cluster",
+        type=str,
+        default="generic",
+        metavar="FILE",
+        help="The site's YAML file (partition, account, modules, container), or a shipped one: generic, single-node.",
+    )
+    parser.add_argument("--nodes", type=PositiveInt, default=1, metavar="N", help="Nodes of a job.")
+
+
+def check(arguments: list[str]) -> int:
+    """mmlg launch check."""
+    parser = make_parser(
+        "launch check",
+        "[--cluster FILE] [--nodes N]",
+        "Look at nodes of a cluster before days of work are trusted to them: GPUs, memory, disk and clock of each, and an all-reduce over "
+        "every pair. Says what is wrong with which node, prints the line that leaves it out, and ends with exit code 1.",
+        (
+            "launch check --cluster my-site.yaml --nodes 8 --gpus-per-node 8",
+            "launch check --cluster my-site.yaml --nodes 2 --gigabytes-per-second 20",
+        ),
+    )
+    _add_cluster(parser)
+    help_text = "GPUs that each node should have. Left out: the cluster file's."
+    parser.add_argument("--gpus-per-node", type=NonNegativeInt | None, default=None, metavar="N", help=help_text)
+    help_text = "What an all-reduce of two nodes should reach; half of it is too little. Left out: the upper quartile of all pairs."
+    parser.add_argument("--gigabytes-per-second", type=PositiveFloat | None, default=None, metavar="X", help=help_text)
+    parser.add_argument(
+        "--run-folder", type=str, default="runs/check.launch", metavar="DIR", help="Where the job's state and logs are written."
+    )
+    args = parse(parser, arguments)
+    from mmlg_launchers import Resources, SlurmLauncher, load_cluster
+    from mmlg_launchers.jobs import find_jobs, follow
+    from mmlg_launchers.slurm import preflight_argv
+
+    with launch_errors():
+        cluster = load_cluster(args.cluster)
+        gpus = cluster.gpus_per_node if args.gpus_per_node is None else args.gpus_per_node
+        wanted = Resources(num_nodes=args.nodes, gpus_per_node=gpus, time="30")
+        folder = Path(args.run_folder)
+        launcher = SlurmLauncher(dataclasses.replace(cluster, max_restarts=0), Path.cwd(), name="mmlg-check")
+        job = launcher.submit(preflight_argv(wanted, args.gigabytes_per_second), wanted, folder)
+        follow(find_jobs(folder), 0, _write, _tell)
+    return 0 if job.exit_code == 0 else 1
 
 
 def _slurm_launcher(args: Any, command: list[str]) -> tuple[SlurmLauncher, Resources]:
@@ -114,7 +159,7 @@ def _slurm_launcher(args: Any, command: list[str]) -> tuple[SlurmLauncher, Resou
         memory_gib=args.memory_gib or cluster.memory_gib,
         time=time,
     )
-    return SlurmLauncher(cluster, Path.cwd(), name=args.name or f"mmlg-{command[0]}"), resources
+    return SlurmLauncher(cluster, Path.cwd(), name=args.name or f"mmlg-{command[0]}", preflight=args.preflight), resources
 
 
 def _submit(args: Any, command: list[str], argv: list[str], launcher: SlurmLauncher, resources: Resources, folder: Path) -> int:

@@ -51,6 +51,8 @@ Before and around a run:
   mmlg launch local --num-processes N -- <any mmlg command>
   mmlg launch slurm --cluster FILE --nodes N --gpus-per-node G -- <any mmlg command>
   mmlg launch status|logs|cancel DIR        look after what was launched
+  mmlg launch check --cluster FILE --nodes N
+                                            look at nodes before days of work are trusted to them
   mmlg doctor                               check this machine, and say what to do about what is missing
 
 Every command has --help. Commands that take a RECIPE take every field of it as an option
@@ -79,6 +81,7 @@ COMMANDS = {
     "launch status": "launch:status",
     "launch logs": "launch:logs",
     "launch cancel": "launch:cancel",
+    "launch check": "launch:check",
     "doctor": "machine:doctor",
 }
 

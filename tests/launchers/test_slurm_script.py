@@ -60,6 +60,7 @@ def scripts() -> dict[str, str]:
         "one-process": (batch(TRAIN, resources=Resources()), Cluster()),
         "one-node": (batch(TRAIN, resources=eight), Cluster()),
         "nodes": (batch(TRAIN, resources=nodes, needs=("17", "18_2")), Cluster()),
+        "preflight": (batch(TRAIN, resources=nodes, preflight=("python", "-m", "mmlg_launchers.preflight", "--gpus=8")), Cluster()),
         "site": (batch(TRAIN, resources=nodes, environment={"MINE": "a b"}), SITE),
         "array": (batch(*others, resources=one, max_parallel=2), Cluster()),
         "pyxis": (batch(TRAIN, resources=nodes), Cluster(pyxis=Container("/images/my image.sqsh", ["/data:/data", "/home:/home"]))),
@@ -72,7 +73,7 @@ def scripts() -> dict[str, str]:
     return texts
 
 
-@pytest.mark.parametrize("name", ["one-process", "one-node", "nodes", "site", "array", "pyxis", "apptainer", "graph"])
+@pytest.mark.parametrize("name", ["one-process", "one-node", "nodes", "preflight", "site", "array", "pyxis", "apptainer", "graph"])
 def test_script_of_each_shape(name: str) -> None:
     """After a change that is meant: `python -m tests.launchers.test_slurm_script` writes the files anew; read their difference."""
     assert scripts()[name] == (SCRIPTS / f"{name}.sh").read_text()

@@ -105,11 +105,11 @@ def test_ranks_can_save_when_told_to_and_when_cancelled(launcher: SlurmLauncher,
 
 
 def test_a_rank_that_fails_ends_the_others(launcher: SlurmLauncher, place: Path) -> None:
-    argv = program(place, "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(7)\ntime.sleep(300)")
+    argv = program(place, "import os, sys, time\nif os.environ['RANK'] == '1':\n    print('too bad')\n    sys.exit(7)\ntime.sleep(300)")
     job = launcher.submit(argv, Resources(1, 2), place / "run.launch")
     assert job.wait(60) is JobState.FAILED
     assert job.exit_code == 7
-    assert in_words(job) == "failed (exit code 7)"
+    assert in_words(job) == "failed (exit code 7, rank 1: too bad)"
     assert "task 1: Exited with exit code 7" in job.log_paths()[-1].read_text()
 
 
@@ -175,6 +175,20 @@ def test_what_slurm_refuses_is_one_line(slurm: Daemons, place: Path) -> None:
     with pytest.raises(LaunchError, match=r"sbatch: .*partition") as raised:
         SlurmLauncher(Cluster(partition="nowhere"), place).submit(["true"], Resources(), place / "run.launch")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.slow
+def test_ranks_are_told_before_the_time_limit(launcher: SlurmLauncher, place: Path) -> None:
+    """The least lead is 90 s, of two minutes: every rank is told after half a minute."""
+    job = launcher.submit(program(place, SAVES), Resources(2, 1, time="2"), place / "run.launch")
+    until(lambda: (place / "ready-0").exists() and (place / "ready-1").exists())
+    start = time.monotonic()
+    until(lambda: (place / "signals-0").exists() and (place / "signals-1").exists(), 100)
+    assert time.monotonic() - start < 75  # Slurm looks twice a minute
+    assert job.state() is JobState.RUNNING
+    assert {(place / f"signals-{rank}").read_text() for rank in (0, 1)} == {"SIGUSR2\n"}
+    job.cancel()
+    assert job.wait(30) is JobState.CANCELLED
 
 
 CRASHES = """

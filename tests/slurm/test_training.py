@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from mmlg_launchers import Cluster, JobState, Resources, SlurmLauncher
+from mmlg_launchers.slurm import SlurmJob, preflight_argv
+from mmlg_launchers.slurm_script import Task
 
 from mmlg_scale.cli import main
 from mmlg_scale.data.scenes import write_scenes
@@ -70,3 +74,23 @@ def test_a_family_is_cancelled_half_way_and_submitted_again(slurm: Daemons, tmp_
     capsys.readouterr()
     assert main(words) == 0
     assert ": job " not in capsys.readouterr().out
+
+
+def test_the_nodes_are_looked_at(slurm: Daemons, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two nodes on one machine are alike; a GPU that neither has is missed, and keeps a job from starting."""
+    folder = tmp_path / "check.launch"
+    assert main(["launch", "check", "--nodes=2", f"--run-folder={folder}"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in printed[1:3]] == [["n1", "0"], ["n2", "0"]]
+    assert all(float(line.split()[-1]) > 0 for line in printed[1:3])
+    assert printed[3] == "2 nodes: nothing wrong."
+
+    launcher = SlurmLauncher(Cluster(), tmp_path)
+    ran = launcher.batch("ran", [Task(("touch", str(tmp_path / "ran")), tmp_path / "ran.launch")], Resources(num_nodes=2))
+    launcher.submit_batch(replace(ran, preflight=preflight_argv(Resources(gpus_per_node=1))))
+    job = SlurmJob(tmp_path / "ran.launch")
+    assert job.wait(300) is JobState.FAILED
+    assert job.exit_code == 1
+    said = (tmp_path / "ran.launch" / "preflight.txt").read_text()
+    assert "n1: has 0 GPUs instead of 1\nn2: has 0 GPUs instead of 1\nleave out: --exclude=n1,n2 " in said
+    assert not (tmp_path / "ran").exists()

@@ -2,7 +2,6 @@
 #SBATCH --job-name=mmlg-train
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
-#SBATCH --cpus-per-task=1
 #SBATCH --gpus-per-node=1
 #SBATCH --array=0-2%2
 #SBATCH --signal=USR2@90
@@ -29,7 +28,7 @@ case "$SLURM_ARRAY_TASK_ID" in
 esac
 
 rm -f -- "$folder"/exit_code "$folder"/srun.txt
-srun --kill-on-bad-exit=1 --nodes=1 --ntasks-per-node=1 --ntasks=1 --cpus-per-task=1 --open-mode=append --output="${folder//%/%%}"/rank-%t.txt sh -c 'trap "" USR2
+srun --kill-on-bad-exit=1 --nodes=1 --ntasks-per-node=1 --ntasks=1 --open-mode=append --output="${folder//%/%%}"/rank-%t.txt sh -c 'trap "" USR2
 exec "$@"' mmlg "$@" 2> "$folder"/srun.txt &
 wait $!; code=$?
 while kill -0 $! 2>/dev/null; do wait $!; code=$?; done  # a signal ended wait, not the ranks

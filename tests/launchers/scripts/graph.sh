@@ -3,7 +3,6 @@
 #SBATCH --job-name=family-ancestor
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
-#SBATCH --cpus-per-task=1
 #SBATCH --gpus-per-node=4
 #SBATCH --signal=USR2@90
 #SBATCH --requeue
@@ -25,7 +24,7 @@ export MASTER_ADDR="${address:-$first}"
 export MASTER_PORT=$((10000 + (SLURM_JOB_ID + 1009 * ${SLURM_RESTART_COUNT:-0}) % 20000))
 
 rm -f -- "$folder"/exit_code "$folder"/srun.txt
-srun --kill-on-bad-exit=1 --nodes=1 --ntasks-per-node=4 --ntasks=4 --cpus-per-task=1 --open-mode=append --output="${folder//%/%%}"/rank-%t.txt sh -c 'trap "" USR2
+srun --kill-on-bad-exit=1 --nodes=1 --ntasks-per-node=4 --ntasks=4 --open-mode=append --output="${folder//%/%%}"/rank-%t.txt sh -c 'trap "" USR2
 export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_WORLD_SIZE=4
 exec "$@"' mmlg "$@" 2> "$folder"/srun.txt &
 wait $!; code=$?
@@ -48,7 +47,6 @@ exit "$code"
 #SBATCH --job-name=family-gene
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
-#SBATCH --cpus-per-task=1
 #SBATCH --gpus-per-node=4
 #SBATCH --dependency=afterok:step:ancestor
 #SBATCH --kill-on-invalid-dep=yes
@@ -72,7 +70,7 @@ export MASTER_ADDR="${address:-$first}"
 export MASTER_PORT=$((10000 + (SLURM_JOB_ID + 1009 * ${SLURM_RESTART_COUNT:-0}) % 20000))
 
 rm -f -- "$folder"/exit_code "$folder"/srun.txt
-srun --kill-on-bad-exit=1 --nodes=1 --ntasks-per-node=4 --ntasks=4 --cpus-per-task=1 --open-mode=append --output="${folder//%/%%}"/rank-%t.txt sh -c 'trap "" USR2
+srun --kill-on-bad-exit=1 --nodes=1 --ntasks-per-node=4 --ntasks=4 --open-mode=append --output="${folder//%/%%}"/rank-%t.txt sh -c 'trap "" USR2
 export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_WORLD_SIZE=4
 exec "$@"' mmlg "$@" 2> "$folder"/srun.txt &
 wait $!; code=$?
@@ -95,7 +93,6 @@ exit "$code"
 #SBATCH --job-name=family-i1+2
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
-#SBATCH --cpus-per-task=1
 #SBATCH --gpus-per-node=4
 #SBATCH --array=0-2
 #SBATCH --dependency=afterok:step:gene
@@ -129,7 +126,7 @@ export MASTER_ADDR="${address:-$first}"
 export MASTER_PORT=$((10000 + (SLURM_JOB_ID + 1009 * ${SLURM_RESTART_COUNT:-0}) % 20000))
 
 rm -f -- "$folder"/exit_code "$folder"/srun.txt
-srun --kill-on-bad-exit=1 --nodes=1 --ntasks-per-node=4 --ntasks=4 --cpus-per-task=1 --open-mode=append --output="${folder//%/%%}"/rank-%t.txt sh -c 'trap "" USR2
+srun --kill-on-bad-exit=1 --nodes=1 --ntasks-per-node=4 --ntasks=4 --open-mode=append --output="${folder//%/%%}"/rank-%t.txt sh -c 'trap "" USR2
 export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_WORLD_SIZE=4
 exec "$@"' mmlg "$@" 2> "$folder"/srun.txt &
 wait $!; code=$?
@@ -152,7 +149,6 @@ exit "$code"
 #SBATCH --job-name=family-report
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
-#SBATCH --cpus-per-task=1
 #SBATCH --dependency=afterok:step:ancestor:step:gene:step:i1:step:i2:step:i3
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --signal=USR2@90
@@ -170,7 +166,7 @@ folder=/runs.launch checkpoints=
 set -- mmlg report
 
 rm -f -- "$folder"/exit_code "$folder"/srun.txt
-srun --kill-on-bad-exit=1 --nodes=1 --ntasks-per-node=1 --ntasks=1 --cpus-per-task=1 --open-mode=append --output="${folder//%/%%}"/rank-%t.txt sh -c 'trap "" USR2
+srun --kill-on-bad-exit=1 --nodes=1 --ntasks-per-node=1 --ntasks=1 --open-mode=append --output="${folder//%/%%}"/rank-%t.txt sh -c 'trap "" USR2
 exec "$@"' mmlg "$@" 2> "$folder"/srun.txt &
 wait $!; code=$?
 while kill -0 $! 2>/dev/null; do wait $!; code=$?; done  # a signal ended wait, not the ranks

@@ -2,7 +2,6 @@
 #SBATCH --job-name=mmlg-train
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
-#SBATCH --cpus-per-task=1
 #SBATCH --signal=USR2@90
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -18,7 +17,7 @@ folder=/runs/ancestor.launch checkpoints=/runs/ancestor/checkpoints
 set -- /venv/bin/python -m mmlg_scale train 'my recipe.yaml' --data.path '/data/it'"'"'s here' --out /runs/ancestor
 
 rm -f -- "$folder"/exit_code "$folder"/srun.txt
-srun --kill-on-bad-exit=1 --nodes=1 --ntasks-per-node=1 --ntasks=1 --cpus-per-task=1 --open-mode=append --output="${folder//%/%%}"/rank-%t.txt sh -c 'trap "" USR2
+srun --kill-on-bad-exit=1 --nodes=1 --ntasks-per-node=1 --ntasks=1 --open-mode=append --output="${folder//%/%%}"/rank-%t.txt sh -c 'trap "" USR2
 exec "$@"' mmlg "$@" 2> "$folder"/srun.txt &
 wait $!; code=$?
 while kill -0 $! 2>/dev/null; do wait $!; code=$?; done  # a signal ended wait, not the ranks

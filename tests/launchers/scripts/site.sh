@@ -2,7 +2,6 @@
 #SBATCH --job-name=mmlg-train
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
-#SBATCH --cpus-per-task=1
 #SBATCH --gpus-per-node=a100:8
 #SBATCH --partition=gpu
 #SBATCH --account=my-project
@@ -44,7 +43,7 @@ export MASTER_ADDR="${address:-$first}"
 export MASTER_PORT=$((10000 + (SLURM_JOB_ID + 1009 * ${SLURM_RESTART_COUNT:-0}) % 20000))
 
 rm -f -- "$folder"/exit_code "$folder"/srun.txt
-srun --kill-on-bad-exit=1 --nodes=4 --ntasks-per-node=8 --ntasks=32 --cpus-per-task=1 --open-mode=append --output="${folder//%/%%}"/rank-%t.txt sh -c 'trap "" USR2
+srun --kill-on-bad-exit=1 --nodes=4 --ntasks-per-node=8 --ntasks=32 --open-mode=append --output="${folder//%/%%}"/rank-%t.txt sh -c 'trap "" USR2
 export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_WORLD_SIZE=8
 exec "$@"' mmlg "$@" 2> "$folder"/srun.txt &
 wait $!; code=$?
