@@ -27,6 +27,12 @@ class Resources:
     """Time limit on a cluster, as Slurm writes it; None: the site's default."""
 
 
+EXIT_REQUEUE = 75
+"""Exit code of a command that has saved and asks to be started again."""
+EXIT_STOPPED = 76
+"""Exit code of a command that was asked to stop, and has saved."""
+
+
 class LaunchError(Exception):
     """A job cannot be started, found or stopped: one line that says why and what to do."""
 

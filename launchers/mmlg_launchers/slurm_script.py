@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mmlg_launchers.cluster import Cluster
-from mmlg_launchers.interface import Resources
+from mmlg_launchers.interface import EXIT_REQUEUE, EXIT_STOPPED, Resources
 
 RANK_LOG = "rank-%t.txt"
 """A rank's log in the job's folder; Slurm fills in the rank."""
@@ -36,17 +36,23 @@ export MASTER_PORT=$((10000 + (SLURM_JOB_ID + 1009 * ${SLURM_RESTART_COUNT:-0}) 
 
 
 # Ranks report their ends to srun, whose own exit code is the highest: also that of a rank which it ended because another had failed.
-# A crash, which is neither a mistake (2) nor told by Slurm, is followed by another start, so many times without progress.
+# What has saved and asks for it (75) is started again, where it has not seen to that itself. So is a crash, but only so many times without
+# progress; what is complete, a mistake (2), stopped (76) or ended from outside (130, 143) is not.
 _END = """cat -- "$folder"/srun.txt
 failed=$(sed -n 's/.*Exited with exit code \\([0-9]*\\)$/\\1/p' "$folder"/srun.txt | head -n 1)
 code=${{failed:-$code}}
-if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ -z "$told" ]; then
+again=
+case "$code" in
+0 | 2 | {stopped} | 130 | 143) ;;
+{requeue}) again=1 ;;
+*)
   crashes="$folder"/crashes
   whole=(-mindepth 1 -maxdepth 1 ! -name '.*' ! -name '*.tmp')
   if [ -n "$(find "$checkpoints" "${{whole[@]}}" -newer "$crashes" 2>/dev/null)" ]; then rm -f -- "$crashes"; fi
   echo "exit code $code at $(date)" >> "$crashes"
-  if [ "$(wc -l < "$crashes")" -le {restarts} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
-fi
+  if [ "$(wc -l < "$crashes")" -le {restarts} ]; then again=1; fi ;;
+esac
+if [ -n "$again" ] && [ -z "$told" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 printf '%s\\n' "$code" > "$folder"/exit_code
 exit "$code\""""
 
@@ -103,7 +109,7 @@ def batch_script(batch: Batch, cluster: Cluster, *, user: str) -> str:
             f'srun {_srun(batch, cluster)} "$@" 2> "$folder"/srun.txt &',
             "wait $!; code=$?",
             "while kill -0 $! 2>/dev/null; do wait $!; code=$?; done  # a signal ended wait, not the ranks",
-            _END.format(restarts=cluster.max_restarts),
+            _END.format(restarts=cluster.max_restarts, requeue=EXIT_REQUEUE, stopped=EXIT_STOPPED),
         ],
     ]
     return "\n\n".join("\n".join(section) for section in sections if section) + "\n"

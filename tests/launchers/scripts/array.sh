@@ -35,12 +35,17 @@ while kill -0 $! 2>/dev/null; do wait $!; code=$?; done  # a signal ended wait, 
 cat -- "$folder"/srun.txt
 failed=$(sed -n 's/.*Exited with exit code \([0-9]*\)$/\1/p' "$folder"/srun.txt | head -n 1)
 code=${failed:-$code}
-if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ -z "$told" ]; then
+again=
+case "$code" in
+0 | 2 | 76 | 130 | 143) ;;
+75) again=1 ;;
+*)
   crashes="$folder"/crashes
   whole=(-mindepth 1 -maxdepth 1 ! -name '.*' ! -name '*.tmp')
   if [ -n "$(find "$checkpoints" "${whole[@]}" -newer "$crashes" 2>/dev/null)" ]; then rm -f -- "$crashes"; fi
   echo "exit code $code at $(date)" >> "$crashes"
-  if [ "$(wc -l < "$crashes")" -le 2 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
-fi
+  if [ "$(wc -l < "$crashes")" -le 2 ]; then again=1; fi ;;
+esac
+if [ -n "$again" ] && [ -z "$told" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 printf '%s\n' "$code" > "$folder"/exit_code
 exit "$code"
