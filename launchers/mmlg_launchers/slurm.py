@@ -126,10 +126,20 @@ class SlurmLauncher:
         directory: where commands run.
         name: of jobs, in the queue.
         preflight: jobs of several ranks or with GPUs look at their nodes first, see `preflight`.
+        environment: variables of all jobs.
     """
 
-    def __init__(self, cluster: Cluster, directory: Path, *, name: str = "mmlg", preflight: bool = False) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        directory: Path,
+        *,
+        name: str = "mmlg",
+        preflight: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.cluster, self.directory, self.name, self.preflight = cluster, directory.absolute(), name, preflight
+        self.environment = dict(environment or {})
 
     def submit(
         self,
@@ -167,7 +177,8 @@ class SlurmLauncher:
         place = tasks[0].folder if folder is None else folder
         looks = self.preflight and (resources.num_nodes * resources.num_processes > 1 or resources.gpus_per_node > 0)
         preflight = preflight_argv(resources) if looks else ()
-        found = Batch(name, tuple(tasks), resources, place, self.directory, tuple(needs), max_parallel, dict(environment or {}), preflight)
+        variables = {**self.environment, **(environment or {})}
+        found = Batch(name, tuple(tasks), resources, place, self.directory, tuple(needs), max_parallel, variables, preflight)
         for path in (place, self.directory, *(task.folder for task in tasks)):
             if any(ord(letter) < 32 for letter in str(path)):
                 raise LaunchError(f"{str(path)!r} has a line break or another control character. Use another folder.")
@@ -184,9 +195,7 @@ class SlurmLauncher:
             LaunchError: as for `submit`.
         """
         for task in batch.tasks:
-            busy = active_job(task.folder)
-            if busy is not None:
-                raise LaunchError(f"{task.folder} has job {busy.id}, which has not ended. mmlg launch cancel ends it.")
+            require_free(task.folder)
         script = self.script(batch)
         for folder in (batch.folder, *(task.folder for task in batch.tasks)):
             folder.mkdir(parents=True, exist_ok=True)
@@ -216,6 +225,13 @@ class SlurmLauncher:
             }
             write_state(task.folder, record)
         return ids
+
+
+def require_free(folder: Path) -> None:
+    """Raise LaunchError where a job of a launch folder waits or runs."""
+    busy = active_job(folder)
+    if busy is not None:
+        raise LaunchError(f"{folder} has job {busy.id}, which has not ended. mmlg launch cancel ends it.")
 
 
 def preflight_argv(resources: Resources, gigabytes_per_second: float | None = None) -> tuple[str, ...]:

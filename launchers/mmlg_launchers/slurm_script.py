@@ -39,8 +39,14 @@ export MASTER_PORT=$((10000 + (SLURM_JOB_ID + 1009 * ${SLURM_RESTART_COUNT:-0}) 
 # What has saved and asks for it (75) is started again, where it has not seen to that itself. So is a crash, but only so many times without
 # progress; what is complete, a mistake (2), stopped (76) or ended from outside (130, 143) is not.
 _END = """cat -- "$folder"/srun.txt
-failed=$(sed -n 's/.*Exited with exit code \\([0-9]*\\)$/\\1/p' "$folder"/srun.txt | head -n 1)
-code=${{failed:-$code}}
+first=$(sed -n 's/^srun: error: .*tasks\\{{0,1\\}} [0-9,-]*: //p' "$folder"/srun.txt | head -n 1)
+case "$first" in
+"") ;;
+"Exited with exit code "*) code=${{first##* }} ;;
+Killed*) code=137 ;;
+Terminated*) code=143 ;;
+*) code=1 ;;
+esac
 again=
 case "$code" in
 0 | 2 | {stopped} | 130 | 143) ;;

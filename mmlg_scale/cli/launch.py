@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mmlg_launchers import Resources, SlurmLauncher
 
 RUN_FOLDER_HELP = "Where the job's state and logs are written. Left out: DIR.launch beside the command's --out DIR, or runs/launch."
+PACKAGES = ("mmlg_scale", "mmlg_kernels", "mmlg_launchers")
 WITH_RECIPE = ("train", "extract", "pretrain", "features", "family", "plan")
 
 
@@ -79,20 +81,37 @@ def slurm(arguments: list[str]) -> int:
     parser.add_argument("--name", type=str | None, default=None, metavar="NAME", help="The job's name in the queue.")
     help_text = "Steps of a family that run side by side in an array. Left out: all."
     parser.add_argument("--array-parallelism", type=whole, default=None, metavar="N", help=help_text)
-    parser.add_argument(
-        "--preflight", action="store_true", help="Look at the nodes first, as mmlg launch check does; a bad one ends the job."
-    )
+    help_text = "Look at the nodes first, as mmlg launch check does; a bad one ends the job."
+    parser.add_argument("--preflight", action="store_true", help=help_text)
+    help_text = "Run from a copy of mmlg's code as it is now, whatever becomes of it while jobs wait."
+    parser.add_argument("--snapshot", action="store_true", help=help_text)
     parser.add_argument("--run-folder", type=str | None, default=None, metavar="DIR", help=RUN_FOLDER_HELP)
     parser.add_argument("--dry-run", action="store_true", help="Print the batch scripts and submit nothing.")
     options, command = _split(arguments)
     args = parse(parser, options)
     _need(command, "mmlg launch slurm --nodes 2 --gpus-per-node 8 -- train my-recipe.yaml --data.path DIR --out DIR")
-    _check(command)
+    recipe = _check(command)
+    from mmlg_launchers.slurm import require_free
+
     with launch_errors():
         launcher, resources = _slurm_launcher(args, command)
+        folder = _run_folder(args, command)
         if command[0] == "family":
-            return _family(args, arguments, command, launcher, resources)
-        return _submit(args, command, _argv(command), launcher, resources, _run_folder(args, command))
+            return _family(args, arguments, command, recipe, launcher, resources)
+        if not args.dry_run:
+            require_free(folder)
+            _keep_what_runs(args.snapshot, folder, arguments, recipe, launcher)
+        return _submit(args, command, _argv(command), launcher, resources, folder)
+
+
+def _keep_what_runs(copies: bool, folder: Path, arguments: list[str], recipe: str, launcher: SlurmLauncher) -> None:
+    """Keep what a run could be made again from: the command, the recipe with all its fields, versions, and the code."""
+    from mmlg_launchers import provenance
+
+    provenance.keep(folder, ["mmlg", "launch", "slurm", *arguments], {"recipe.yaml": recipe} if recipe else {}, PACKAGES)
+    if copies:
+        code = provenance.snapshot(folder.absolute(), PACKAGES)
+        launcher.environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(code), os.environ.get("PYTHONPATH"))))
 
 
 def _add_cluster(parser: ArgumentParser) -> None:
@@ -179,7 +198,7 @@ def _submit(args: Any, command: list[str], argv: list[str], launcher: SlurmLaunc
     return 0
 
 
-def _family(args: Any, arguments: list[str], command: list[str], launcher: SlurmLauncher, resources: Resources) -> int:
+def _family(args: Any, arguments: list[str], command: list[str], recipe_text: str, launcher: SlurmLauncher, resources: Resources) -> int:
     """Submit the family's graph, or print its scripts. Where torch is not installed, a job does that where it is."""
     from mmlg_scale.cli.runs import parse_family_command
 
@@ -206,6 +225,7 @@ def _family(args: Any, arguments: list[str], command: list[str], launcher: Slurm
         for name, script in jobs.scripts(args.array_parallelism):
             print(f"# ---- {name}\n{script}")
         return 0
+    _keep_what_runs(args.snapshot, _run_folder(args, command), arguments, recipe_text, launcher)
     submitted = jobs.submit(args.array_parallelism)
     for step in submitted.complete:
         print(f"{step}: complete")
@@ -301,16 +321,22 @@ def _need(command: list[str], example: str) -> None:
         raise UserError(f"no command after --. Example: {example}.")
 
 
-def _check(command: list[str]) -> None:
-    """Find now what the command would refuse after hours in the queue: a name, an option or a recipe that is wrong."""
+def _check(command: list[str]) -> str:
+    """Find now what the command would refuse after hours in the queue: a name, an option or a recipe that is wrong.
+
+    Returns:
+        The recipe with all its fields, or "" where the command has none.
+    """
     from mmlg_scale.cli.main import COMMANDS, run_command
 
     name = next((known for known in COMMANDS if known.split() == command[: len(known.split())]), None)
     if name is None or name.startswith("launch"):
         raise UserError(f"no command {command[0]!r} to submit.{nearest(command[0], list(COMMANDS))} See mmlg --help.")
     if name in WITH_RECIPE:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
             run_command([*command, "--print-config"])
+        return printed.getvalue()
+    return ""
 
 
 def _argv(command: list[str]) -> list[str]:

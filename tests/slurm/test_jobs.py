@@ -104,13 +104,17 @@ def test_ranks_can_save_when_told_to_and_when_cancelled(launcher: SlurmLauncher,
     assert cancel_jobs([(name, found)]) == []
 
 
-def test_a_rank_that_fails_ends_the_others(launcher: SlurmLauncher, place: Path) -> None:
-    argv = program(place, "import os, sys, time\nif os.environ['RANK'] == '1':\n    print('too bad')\n    sys.exit(7)\ntime.sleep(300)")
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [("print('too bad'); sys.exit(7)", 7, "rank 1: too bad"), ("os.kill(os.getpid(), 9)", 137, "rank 1: Killed")],
+)
+def test_a_rank_that_fails_ends_the_others(how: str, code: int, said: str, launcher: SlurmLauncher, place: Path) -> None:
+    argv = program(place, f"import os, sys, time\nif os.environ['RANK'] == '1': {how}\ntime.sleep(300)")
     job = launcher.submit(argv, Resources(1, 2), place / "run.launch")
     assert job.wait(60) is JobState.FAILED
-    assert job.exit_code == 7
-    assert in_words(job) == "failed (exit code 7, rank 1: too bad)"
-    assert "task 1: Exited with exit code 7" in job.log_paths()[-1].read_text()
+    assert job.exit_code == code
+    assert in_words(job) == f"failed (exit code {code}, {said})"
+    assert (place / "run.launch" / "crashes").read_text().startswith(f"exit code {code} at ")
 
 
 AGAIN = """

@@ -29,8 +29,14 @@ exec "$@"' mmlg "$@" 2> "$folder"/srun.txt &
 wait $!; code=$?
 while kill -0 $! 2>/dev/null; do wait $!; code=$?; done  # a signal ended wait, not the ranks
 cat -- "$folder"/srun.txt
-failed=$(sed -n 's/.*Exited with exit code \([0-9]*\)$/\1/p' "$folder"/srun.txt | head -n 1)
-code=${failed:-$code}
+first=$(sed -n 's/^srun: error: .*tasks\{0,1\} [0-9,-]*: //p' "$folder"/srun.txt | head -n 1)
+case "$first" in
+"") ;;
+"Exited with exit code "*) code=${first##* } ;;
+Killed*) code=137 ;;
+Terminated*) code=143 ;;
+*) code=1 ;;
+esac
 again=
 case "$code" in
 0 | 2 | 76 | 130 | 143) ;;
