@@ -5,6 +5,7 @@ Debian's packages slurm-wlm and munge are installed where they are missing and t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -48,12 +49,16 @@ SlurmctldParameters=preempt_send_user_signal
 ReturnToService=2
 JobRequeue=1
 KillWait=5
+SlurmdTimeout=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 MinJobAge=300
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 JobAcctGatherType=jobacct_gather/none
 {nodes}
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=n1,n2 MaxTime=60 State=UP PriorityTier=2
 """
 
 
@@ -71,6 +76,7 @@ class Daemons:
         self.folder = folder
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:{PATH}"}
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         try:
             self._start()
         except BaseException:
@@ -98,13 +104,35 @@ class Daemons:
         self._until("munged", (folder / "munge.socket").exists)
         self._run("slurmctld", "-D")
         for node in NODES:
-            self._run("slurmd", "-D", "-N", node)
-        self._until("the nodes", lambda: self.call("sinfo", "--noheader", "--format=%D %t").split() == ["2", "idle"])
+            self.start_node(node)
+        self._until("the nodes", lambda: self.call("sinfo", "--noheader", "--partition=main", "--format=%D %t").split() == ["2", "idle"])
 
-    def _run(self, name: str, *arguments: str) -> None:
+    def start_node(self, node: str) -> None:
+        """Start the slurmd of a node."""
+        self._nodes[node] = self._run("slurmd", "-D", "-N", node)
+
+    def lose_node(self, node: str) -> None:
+        """Kill a node's slurmd, its steps and their tasks, as a power cut does: the steps first, which would report the tasks' end."""
+        slurmd = self._nodes[node]
+        slurmd.kill()
+        slurmd.wait()
+        self._processes.remove(slurmd)
+        steps, tasks = [], []
+        log = str(self.folder / f"slurmd-{node}.log")
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                if (entry / "comm").read_text().startswith("slurmstepd"):
+                    steps += [int(entry.name)] if log in [os.readlink(file) for file in (entry / "fd").iterdir()] else []
+                elif f"SLURMD_NODENAME={node}\0".encode() in (entry / "environ").read_bytes():
+                    tasks.append(int(entry.name))
+        for pid in [*steps, *tasks]:
+            os.kill(pid, signal.SIGKILL)
+
+    def _run(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         with open(self.folder / f"{name}-output.log", "ab") as log:
             command = [_found(name) or name, *arguments]
             self._processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | self.environment))
+        return self._processes[-1]
 
     def _until(self, what: str, condition: Callable[[], bool], seconds: float = 60.0) -> None:
         end = time.monotonic() + seconds

@@ -74,7 +74,7 @@ def note(number, frame):
     with open(f"signals-{os.environ['RANK']}", "a") as file:
         file.write(signal.Signals(number).name + "\\n")
     if number == signal.SIGTERM:
-        time.sleep(1.5)  # it saves
+        time.sleep(3.5)  # it saves, within KillWait
         with open(f"signals-{os.environ['RANK']}", "a") as file:
             file.write("saved\\n")
         sys.exit(0)
@@ -194,6 +194,46 @@ def test_ranks_are_told_before_the_time_limit(launcher: SlurmLauncher, place: Pa
     assert {(place / f"signals-{rank}").read_text() for rank in (0, 1)} == {"SIGUSR2\n"}
     job.cancel()
     assert job.wait(30) is JobState.CANCELLED
+
+
+AWAY = """
+import os, signal, sys, time
+from pathlib import Path
+def save(number, frame):
+    print(signal.Signals(number).name, flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGUSR2, save)
+print("start", os.environ.get("SLURM_RESTART_COUNT", "0"), flush=True)
+if Path("end").exists():
+    sys.exit(0)
+Path(f"ready-{os.environ['RANK']}").touch()
+time.sleep(300)
+"""
+
+
+@pytest.mark.slow
+def test_a_preempted_job_is_told_and_comes_back(slurm: Daemons, launcher: SlurmLauncher, place: Path) -> None:
+    job = launcher.submit(program(place, AWAY), Resources(2, 2, cpus_per_process=2), place / "run.launch")
+    until(lambda: all((place / f"ready-{rank}").exists() for rank in range(4)))
+    (place / "end").touch()
+    urgent = SlurmLauncher(Cluster(partition="urgent"), place)
+    other = urgent.submit(["sleep", "3"], Resources(2, 2, cpus_per_process=2), place / "urgent.launch")
+    assert other.wait(120) is JobState.COMPLETED
+    assert job.wait(120) is JobState.COMPLETED
+    assert [log.read_text().split() for log in job.log_paths()[:4]] == [["start", "0", "SIGUSR2", "start", "1"]] * 4
+
+
+@pytest.mark.slow
+def test_a_job_outlives_a_node(slurm: Daemons, launcher: SlurmLauncher, place: Path) -> None:
+    job = launcher.submit(program(place, AWAY), Resources(1, 2), place / "run.launch")
+    until(lambda: all((place / f"ready-{rank}").exists() for rank in range(2)))
+    (place / "end").touch()
+    slurm.lose_node("n2")
+    until(lambda: job.state() is JobState.PENDING, 120)
+    slurm.start_node("n2")
+    assert job.wait(180) is JobState.COMPLETED
+    assert job.log_paths()[1].read_text().split() == ["start", "0", "start", "1"]
+    assert not (place / "run.launch" / "crashes").exists()
 
 
 CRASHES = """
