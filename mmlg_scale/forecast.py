@@ -323,7 +323,7 @@ class _Costs:
 
     def _checkpoints(self, params: int) -> int:
         """The checkpoints that are kept, and the one being written."""
-        return (self.runtime.keep_checkpoints + 1) * checkpoint_bytes(params)
+        return (self.runtime.keep_last + 1) * checkpoint_bytes(params)
 
     def _memory(
         self, params: int, config: Mapping[str, Any], training: recipe.Training, with_ancestor: bool, num_cast: int

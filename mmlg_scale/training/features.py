@@ -64,9 +64,11 @@ def compute_features(
     """
     blocks = [range(start, min(start + items_per_block, len(sweep))) for start in range(0, len(sweep), items_per_block)]
     paths = [out / "blocks" / f"block-{number:06d}.safetensors" for number in range(len(blocks))]
-    missing = [number for number in range(dist.get_rank(), len(blocks), dist.get_world_size()) if not paths[number].exists()]
+    there = on_first_rank(lambda: [path.exists() for path in paths])
+    missing = [number for number in range(dist.get_rank(), len(blocks), dist.get_world_size()) if not there[number]]
     # Parts and their sum are there at once for a moment; every sample has a caption.
-    require_space(out, 2 * 2 * 4 * len(sweep.reader) * int(teacher.spec.config["embed_dim"]), "the ancestor's features")
+    needed = 2 * 2 * 4 * len(sweep.reader) * int(teacher.spec.config["embed_dim"])
+    on_first_rank(lambda: require_space(out, needed, "the ancestor's features"))
     items = [item for number in missing for item in blocks[number]]
     image, captions = 3 * sweep.image_size**2, 8 * 8 * sweep.context_length  # eight captions an image are many
     on_first_rank(lambda: require_shared_memory(num_workers, [sweep.item_size * image, sweep.item_size * captions]))
