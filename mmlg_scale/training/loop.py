@@ -203,7 +203,7 @@ class _Keep:
             RunStopped: always, unless it cannot save.
         """
         last = self._checkpoints.last_save_seconds()
-        told = f"after step {self._progress.step}, which is saved"
+        told = f"after step {self._progress.step}, which is saved" if self._progress.step else "before its first step"
         # A second try of half the length again is for a disk that is busy because all jobs of a node are being ended.
         if request == Request.TERMINATE and last is not None and 1.5 * last > self._runtime.kill_wait:
             told = (
