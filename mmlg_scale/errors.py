@@ -27,6 +27,9 @@ EXIT_REQUEUE = 75
 EXIT_STOPPED = 76
 """Exit code of a run that the file STOP in its folder stopped: it is not to be started again before somebody does so."""
 
+EXIT_HANG = 74
+"""Exit code of a run that hung, and ended itself."""
+
 
 class RunStopped(Exception):
     """A run was asked to end before its time and has done so, on every rank.

@@ -53,6 +53,8 @@ class Runtime:
     """Seconds between SIGTERM and SIGKILL here (Slurm's KillWait): a checkpoint that would take longer is not begun."""
     max_skipped_steps: NonNegativeInt = 3
     """Steps in a row whose loss or gradient is not finite that change nothing and are passed over; one more ends the run."""
+    hang_minutes: PositiveFloat | None = 30.0
+    """A run that does no step, evaluation or checkpoint for so long ends with every rank's stack in its folder; null: it waits."""
     trackers: list[TrackerName] = field(default_factory=lambda: ["jsonl", "tensorboard"])
     """Where figures go: jsonl (metrics.jsonl in the run's folder, which progress bars read), tensorboard, wandb (Weights & Biases)."""
     wandb_project: str = "mmlg_scale"

@@ -64,8 +64,15 @@ class Checkpoints:
 
     def last_save_seconds(self) -> float | None:
         """How long the last save took; None where there was none. Collective."""
-        file = self.folder / LAST_SAVE
-        return on_first_rank(lambda: float(read_record(file, "record", "Remove it.")["seconds"]) if file.is_file() else None)
+
+        def seconds() -> float | None:
+            try:
+                found = read_record(self.folder / LAST_SAVE, "record", "Remove it.").get("seconds")
+            except UserError:
+                return None
+            return found if isinstance(found, float) else None
+
+        return on_first_rank(seconds)
 
     def require_space(self, engine: Engine) -> None:
         """Raise UserError, on every rank, where the disk has no room for another checkpoint. Collective.

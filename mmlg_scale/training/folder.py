@@ -129,18 +129,27 @@ class Incarnation:
     def next(cls, folder: Path) -> Incarnation:
         """Count this start, in a folder that is held and claimed."""
         file = folder / INCARNATION_FILE
-        number = 1 + (int(read_json(file)["number"]) if file.is_file() else 0)
+        number = 1 + (_last_start(file)["number"] if file.is_file() else 0)
         write_record(file, {"number": number, "host": platform.node(), "pid": os.getpid(), "since": _now()})
         return cls(folder, number)
 
     def check(self) -> None:
         """Raise SupersededError where a later start has taken over. Reads a small file."""
-        found = read_json(self._file)
+        found = _last_start(self._file)
         if found["number"] != self.number:
             raise SupersededError(
                 f"{self._file.parent}: another start ({found['number']}, process {found['pid']} on {found['host']} since {found['since']}) "
                 f"has taken this run over. This one ({self.number}) ends and writes nothing more."
             )
+
+
+def _last_start(file: Path) -> dict[str, Any]:
+    """What `Incarnation.next` has written. Raises UserError where it is damaged."""
+    remedy = "Make sure that no process works in that folder, and remove the file."
+    found = read_record(file, "count of a run's starts", remedy)
+    if {"number": int, "host": str, "pid": int, "since": str} != {name: type(value) for name, value in found.items()}:
+        raise UserError(f"{file} is damaged. {remedy}")
+    return found
 
 
 def _now() -> str:

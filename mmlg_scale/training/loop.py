@@ -23,6 +23,7 @@ from mmlg_scale.training.meters import Meters
 from mmlg_scale.training.signals import Request, Requests, requeue
 from mmlg_scale.training.stages import Stage, Terms
 from mmlg_scale.training.step import compute_gradients, compute_loss
+from mmlg_scale.training.watchdog import Watchdog
 
 Curve = list[dict[str, Any]]
 
@@ -73,6 +74,7 @@ def train(
     checkpoints: Checkpoints,
     meters: Meters,
     requests: Requests,
+    watchdog: Watchdog,
     runtime: Runtime,
     evaluate_first: bool = False,
     stop: Callable[[Curve], bool] = lambda curve: False,
@@ -84,6 +86,7 @@ def train(
         batches: given a step, the endless stream of this rank's batches from that step on.
         evaluate: metrics of the present weights on the validation split.
         requests: what asks the run to save or to end on the way.
+        watchdog: is told of every step, evaluation and checkpoint.
         runtime: when checkpoints are written, and what is done about steps that are not finite.
         evaluate_first: whether the curve begins at step 0.
         stop: asked after each evaluation, that before the first step included; True ends the run. The first rank's answer counts.
@@ -95,13 +98,7 @@ def train(
         RunStopped: it was asked to end.
     """
     training = stage.training
-    progress = Progress()
-    checkpoints.require_space(engine)  # before hours of training whose result could not be kept
-    saved = checkpoints.load_latest(engine)
-    if saved is not None:
-        progress = Progress(**saved["progress"])
-        meters.load_state_dict(progress.meters)
-    meters.resume_from(progress.step)
+    progress = _resume(engine, checkpoints, meters)
     if evaluate_first and not progress.curve:
         _evaluate(progress, stage, meters, evaluate)
         progress.stopped_early = on_first_rank(lambda: stop(progress.curve))
@@ -111,9 +108,12 @@ def train(
     # A model that is not trained, as weights from elsewhere, needs no training data.
     stream = iter(batches(progress.step) if progress.step < training.steps and not progress.stopped_early else ())
     while progress.step < training.steps and not progress.stopped_early:
+        watchdog.beat()
         request = requests.agree(progress.step)
         if request.ends:
             keep.and_end(request)
+        elif request == Request.SAVE:
+            keep()
         step = progress.step
         with meters.loader_wait():
             batch = next(stream)
@@ -126,7 +126,7 @@ def train(
         keep.trained(batch)
         due = progress.step % training.eval_every == 0 or progress.step == training.steps
         cadence = due if runtime.checkpoint_every is None else progress.step % runtime.checkpoint_every == 0
-        save = cadence or request == Request.SAVE or progress.step == training.steps
+        save = cadence or progress.step == training.steps
         if due or save:
             keep.require_health()
         # On a CPU a look costs no synchronisation, and the kernels refuse a scale that is not a number.
@@ -142,8 +142,20 @@ def train(
         if due:
             _evaluate(progress, stage, meters, evaluate)
             progress.stopped_early = on_first_rank(lambda: stop(progress.curve))
+            watchdog.beat()
         if save:
             keep()
+    return progress
+
+
+def _resume(engine: Engine, checkpoints: Checkpoints, meters: Meters) -> Progress:
+    progress = Progress()
+    checkpoints.require_space(engine)  # before hours of training whose result could not be kept
+    saved = checkpoints.load_latest(engine)
+    if saved is not None:
+        progress = Progress(**saved["progress"])
+        meters.load_state_dict(progress.meters)
+    meters.resume_from(progress.step)
     return progress
 
 

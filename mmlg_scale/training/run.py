@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mmlg_scale import recipe
 from mmlg_scale.data.corpus import Corpus, PairSet, open_pairs
@@ -33,6 +34,7 @@ from mmlg_scale.training.session import Session, build_session
 from mmlg_scale.training.signals import Requests
 from mmlg_scale.training.teacher import LiveTeacher
 from mmlg_scale.training.trackers import make_trackers
+from mmlg_scale.training.watchdog import Watchdog
 
 Result = dict[str, Any]
 
@@ -154,19 +156,22 @@ def _train_metered(role: Role, out: Path, session: Session, meters: Meters, star
     if role.evaluate_first and not on_first_rank(lambda: at_start.exists() or bool(checkpoints.steps())):
         metrics = session.evaluate(test)
         on_first_rank(lambda: write_record(at_start, metrics))
-    progress = train(
-        stage,
-        engine,
-        batches=lambda step: session.stream(step, record=out),
-        evaluate=lambda: session.evaluate(validation),
-        checkpoints=checkpoints,
-        meters=meters,
-        requests=start.requests,
-        runtime=runtime,
-        evaluate_first=role.evaluate_first,
-        stop=role.stop,
-        name_of=functools.partial(session.corpus.name_of, "train"),
-    )
+    minutes = runtime.hang_minutes
+    with Watchdog(out, dist.get_rank(), None if minutes is None else 60 * minutes) as watchdog:
+        progress = train(
+            stage,
+            engine,
+            batches=lambda step: session.stream(step, record=out),
+            evaluate=lambda: session.evaluate(validation),
+            checkpoints=checkpoints,
+            meters=meters,
+            requests=start.requests,
+            watchdog=watchdog,
+            runtime=runtime,
+            evaluate_first=role.evaluate_first,
+            stop=role.stop,
+            name_of=functools.partial(session.corpus.name_of, "train"),
+        )
     seconds = meters.seconds
     metrics = session.evaluate(test)
     state = engine.state_dict()
