@@ -53,11 +53,12 @@ def compute_features(
     autocast: Autocast,
     device: torch.device,
     num_workers: int = 0,
+    end_if_asked: Callable[[], None] = lambda: None,
     items_per_block: int = 64,
 ) -> dict[str, Any]:
     """Write the features of `sweep`'s samples to `out`, each rank a part of them; return numbers and cost. Collective.
 
-    Finished blocks of an earlier start are kept.
+    Finished blocks of an earlier start are kept. `end_if_asked` is called for each batch, and may end this start by an exception.
 
     Raises:
         UserError: too little disk, or shared memory for the workers; a worker fails.
@@ -83,6 +84,7 @@ def compute_features(
     for position, samples in enumerate(
         track(from_workers(loader), "features", total=len(items), console=Terminal(stderr=True), disable=dist.get_rank() != 0)
     ):
+        end_if_asked()
         found.append(_features(teacher, samples, preprocess, autocast, device))
         if position + 1 == len(items) or items[position + 1] % items_per_block == 0:
             block = {name: torch.cat([part[name] for part in found]) for name in found[0]}

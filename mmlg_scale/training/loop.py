@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmlg_scale import recipe
 from mmlg_scale.data.pipeline import Batch
 from mmlg_scale.errors import RunStopped
 from mmlg_scale.ranks import is_first_rank, on_first_rank
@@ -99,21 +100,23 @@ def train(
     """
     training = stage.training
     progress = _resume(engine, checkpoints, meters)
-    if evaluate_first and not progress.curve:
+
+    def look() -> None:
         _evaluate(progress, stage, meters, evaluate)
         progress.stopped_early = on_first_rank(lambda: stop(progress.curve))
+        watchdog.beat()
 
+    evaluated = progress.curve[-1]["step"] if progress.curve else -1
+    # Or the process before was asked to end when an evaluation was due.
+    if (evaluate_first and evaluated < 0) or (_is_due(progress.step, training) and evaluated < progress.step):
+        look()
     health = Health(engine, runtime.max_skipped_steps, name_of)
     keep = _Keep(stage, engine, checkpoints, meters, requests, runtime, health, progress)
     # A model that is not trained, as weights from elsewhere, needs no training data.
     stream = iter(batches(progress.step) if progress.step < training.steps and not progress.stopped_early else ())
     while progress.step < training.steps and not progress.stopped_early:
         watchdog.beat()
-        request = requests.agree(progress.step)
-        if request.ends:
-            keep.and_end(request)
-        elif request == Request.SAVE:
-            keep()
+        keep.obey(requests.agree(progress.step))
         step = progress.step
         with meters.loader_wait():
             batch = next(stream)
@@ -124,7 +127,7 @@ def train(
         progress.teacher_flops += teacher_flops
         health.note(progress.step, batch.indices_B)
         keep.trained(batch)
-        due = progress.step % training.eval_every == 0 or progress.step == training.steps
+        due = _is_due(progress.step, training)
         cadence = due if runtime.checkpoint_every is None else progress.step % runtime.checkpoint_every == 0
         save = cadence or progress.step == training.steps
         if due or save:
@@ -140,12 +143,19 @@ def train(
         meters.step(progress.step, figures, num_samples=training.batch_size, flops=student_flops + teacher_flops)
 
         if due:
-            _evaluate(progress, stage, meters, evaluate)
-            progress.stopped_early = on_first_rank(lambda: stop(progress.curve))
-            watchdog.beat()
+            request = requests.agree(progress.step, now=True)  # an evaluation may take longer than a scheduler waits
+            save = save or request == Request.SAVE
+            if request.ends:
+                keep.obey(request)
+            look()
         if save:
             keep()
     return progress
+
+
+def _is_due(step: int, training: recipe.Training) -> bool:
+    """Whether the weights after `step` steps are evaluated."""
+    return step > 0 and (step % training.eval_every == 0 or step == training.steps)
 
 
 def _resume(engine: Engine, checkpoints: Checkpoints, meters: Meters) -> Progress:
@@ -208,12 +218,16 @@ class _Keep:
         self._saved_step = progress.step
         self._requests.saved()
 
-    def and_end(self, request: Request) -> NoReturn:
-        """Save and end as asked. Collective.
+    def obey(self, request: Request) -> None:
+        """Save, or save and end, as asked. Collective.
 
         Raises:
-            RunStopped: always, unless it cannot save.
+            RunStopped: the run was asked to end.
         """
+        if request == Request.SAVE:
+            self()
+        if not request.ends:
+            return
         last = self._checkpoints.last_save_seconds()
         told = f"after step {self._progress.step}, which is saved" if self._progress.step else "before its first step"
         # A second try of half the length again is for a disk that is busy because all jobs of a node are being ended.

@@ -75,6 +75,7 @@ def write_features(settings: recipe.Recipe, ancestor: Path, out: Path, runtime: 
             autocast=functools.partial(autocast_of, settings.engine.precision, device),
             device=device,
             num_workers=runtime.num_workers,
+            end_if_asked=start.requests.end_if_asked,
         )
 
         def finish() -> None:

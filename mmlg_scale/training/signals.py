@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mmlg_scale.errors import EXIT_REQUEUE, EXIT_STOPPED
+from mmlg_scale.errors import EXIT_REQUEUE, EXIT_STOPPED, RunStopped
 from mmlg_scale.ranks import is_first_rank, several_ranks
 
 SECONDS_BETWEEN = 1.0
@@ -110,9 +110,23 @@ class Requests:
         """A checkpoint has been written."""
         self._saved_at = self._clock()
 
-    def agree(self, step: int) -> Request:
-        """What the run is asked to do before `step`; NOTHING at steps where the ranks do not speak. Collective where they do."""
-        if step < self._next_step:
+    def end_if_asked(self) -> None:
+        """For work that is saved as it goes, on ranks that do not wait for each other.
+
+        Raises:
+            RunStopped: a signal has come to this rank.
+        """
+        if self._received.ends:
+            then = requeue() if self._received == Request.REQUEUE and is_first_rank() else "start the same command again to resume"
+            raise RunStopped(f"stopped by {self._received.told}; {then}.", self._received.exit_code, speaks=is_first_rank())
+
+    def agree(self, step: int, *, now: bool = False) -> Request:
+        """What the run is asked to do before `step`; NOTHING at steps where the ranks do not speak. Collective where they do.
+
+        Args:
+            now: speak at this step in any case.
+        """
+        if step < self._next_step and not now:
             return Request.NOTHING
         own, pause = max(self._received, self._in_files()), self._steps_between(step)
         if several_ranks():

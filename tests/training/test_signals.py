@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from mmlg_scale.cli import main
-from mmlg_scale.errors import EXIT_REQUEUE, EXIT_STOPPED
+from mmlg_scale.errors import EXIT_REQUEUE, EXIT_STOPPED, RunStopped
 from mmlg_scale.training import loop, signals
 from mmlg_scale.training.signals import Request, Requests, requeue
 from tests.forks import start
@@ -222,3 +222,31 @@ def test_a_save_that_would_not_fit_before_sigkill_is_not_begun(
     assert saved(run) == ["step-00000003"]
     assert main(words) == 0
     assert numbers(run) == numbers(made / "run")
+
+
+def test_a_request_before_an_evaluation_does_not_wait_for_it(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next start evaluates: no point of the curve is missing, none is there twice."""
+    run = tmp_path / "run"
+    words = train(made, run)
+    for step in (2, 5):
+        with monkeypatch.context() as patched:
+            asked_at(patched, step, lambda: send(signal.SIGTERM))
+            patched.setattr(loop, "_evaluate", lambda *_: pytest.fail("an evaluation"))
+            assert main(words) == 143
+        assert saved(run)[-1] == f"step-{step + 1:08d}"
+        if step == 2:
+            with monkeypatch.context() as patched:
+                asked_at(patched, 3, lambda: send(signal.SIGTERM))
+                assert main(words) == 143  # it has evaluated the weights of step 3
+    assert main(words) == 0
+    assert numbers(run) == numbers(made / "run")
+
+
+def test_work_that_needs_no_save_ends_on_each_rank_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with Requests(tmp_path) as requests:
+        requests.end_if_asked()
+        send(signal.SIGUSR2)
+        with pytest.raises(RunStopped, match=r"^stopped by SIGUSR2; start the same command again\.$") as stopped:
+            requests.end_if_asked()
+    assert stopped.value.exit_code == EXIT_REQUEUE
