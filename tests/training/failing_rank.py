@@ -1,4 +1,4 @@
-"""`python -m tests.training.failing_rank HOW WORDS...` is `mmlg WORDS...` with a rank 1 that fails; for test_failing_ranks.py."""
+"""`python -m tests.training.failing_rank HOW WORDS...` is `mmlg WORDS...` with a rank 1 that fails, or is asked to end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from mmlg_scale.cli import main
-from mmlg_scale.training import loop
+from mmlg_scale.training import loop, signals
 from mmlg_scale.training.engine import Engine
 
 
@@ -22,6 +22,8 @@ def fail(how: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if number == 1 and how == "internal":
             raise ZeroDivisionError("of this test")
+        if number == 1 and how == "asked":
+            os.kill(os.getpid(), signal.SIGUSR2)
         return step(stage, engine, batch, number)
 
     def failing_save(*args: Any) -> None:
@@ -34,6 +36,7 @@ def fail(how: str) -> None:
 
 
 if __name__ == "__main__":
+    signals.SECONDS_BETWEEN = 0.0  # these runs are shorter than a second
     if os.environ.get("RANK") == "1":
         fail(sys.argv[1])
     sys.exit(main(sys.argv[2:]))
