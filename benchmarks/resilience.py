@@ -63,9 +63,9 @@ def measure(folder: Path, repeats: int) -> dict[str, float]:
         saves.append(checkpoints.save(engine, step, {}))
         (folder / "part").mkdir()
         started = time.perf_counter()
-        engine.save(folder / "part")
+        written = list(engine.save(folder / "part"))
         parts.append(time.perf_counter() - started)
-        for path in (folder / "part").iterdir():
+        for path in written:
             path.unlink()
         (folder / "part").rmdir()
     size = json.loads((checkpoints.folder / "last-save.json").read_text())["bytes"]

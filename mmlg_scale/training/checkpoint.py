@@ -118,15 +118,11 @@ class Checkpoints:
 
     def _write(self, engine: Engine, temporary: Path, final: Path) -> dict[str, str]:
         """Write this rank's files; returns their SHA-256."""
-        with writing(final):
-            engine.save(temporary)
-            own = sorted(temporary.glob(f"rank-{dist.get_rank():05d}.*"))
-            with ThreadPoolExecutor(4) as pool:  # hashlib and fsync let other threads run
-                flushed = [pool.submit(flush, path) for path in own]
-                digests = [pool.submit(content_digest, path) for path in own]
-            for done in flushed:
-                done.result()
-        return {path.name: digest.result() for path, digest in zip(own, digests, strict=True)}
+        with writing(final), ThreadPoolExecutor(4) as pool:  # one file is flushed and hashed while the next is written
+            work = [(path.name, pool.submit(content_digest, path), pool.submit(flush, path)) for path in engine.save(temporary)]
+            for _, _, flushed in work:
+                flushed.result()
+            return {name: digest.result() for name, digest, _ in work}
 
     def _publish(self, temporary: Path, final: Path, content: Mapping[str, Any]) -> None:
         with writing(final):

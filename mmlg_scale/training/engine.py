@@ -183,14 +183,14 @@ class Engine:
         """The first group's present rate."""
         return float(self._engine.optimizer.param_groups[0]["lr"])
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's share of the training state to `folder`, which exists; see `state`."""
+    def save(self, folder: Path) -> Iterator[Path]:
+        """Write this rank's share of the training state to `folder`, which exists; see `state`. Yields each file once it is written."""
         rank, parts = dist.get_rank(), self._parts()
         if self.zero_stage == 0:
             parts = share_of(parts, rank, dist.get_world_size())
-        save_parts(parts, self._torch_optimizer.state, folder, rank)
+        yield from save_parts(parts, self._torch_optimizer.state, folder, rank)
         if rank == 0:
-            save_buffers(self._buffers(), folder)
+            yield save_buffers(self._buffers(), folder)
 
     def load(self, folder: Path) -> None:
         """Read what engines of the same model have saved, at any world size and stage. Collective.

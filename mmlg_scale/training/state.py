@@ -14,7 +14,7 @@ the number of ranks and the stage that wrote them; its universal ones only the s
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,8 +90,8 @@ def share_of(parts: Iterable[Part], rank: int, num_ranks: int) -> list[Part]:
     return found
 
 
-def save_parts(parts: Sequence[Part], state: Mapping[Tensor, Mapping[str, Tensor]], folder: Path, rank: int) -> None:
-    """Write the numbers of `parts`, and those of the optimizer's `state` of them.
+def save_parts(parts: Sequence[Part], state: Mapping[Tensor, Mapping[str, Tensor]], folder: Path, rank: int) -> Iterator[Path]:
+    """Write the numbers of `parts`, and those of the optimizer's `state` of them; yields each file once it is written.
 
     Raises:
         OSError, safetensors' own errors: a file cannot be written; see `files.writing`.
@@ -106,11 +106,14 @@ def save_parts(parts: Sequence[Part], state: Mapping[Tensor, Mapping[str, Tensor
                 own = tensor.detach().reshape(1) if kind == STEP else part.of(tensor)
                 tensors[part.key] = own.cpu().clone() if own.device.type == "cpu" else own.cpu()  # safetensors refuses views of one storage
         save_file(tensors, _file(folder, rank, kind))
+        yield _file(folder, rank, kind)
 
 
-def save_buffers(buffers: Mapping[str, Tensor], folder: Path) -> None:
-    """Write what a model keeps besides its parameters; all ranks have the same."""
-    save_file({f"{name}@0": tensor.detach().cpu().reshape(-1).clone() for name, tensor in buffers.items()}, _file(folder, 0, BUFFER))
+def save_buffers(buffers: Mapping[str, Tensor], folder: Path) -> Path:
+    """Write what a model keeps besides its parameters, of which all ranks have the same; returns the file."""
+    file = _file(folder, 0, BUFFER)
+    save_file({f"{name}@0": tensor.detach().cpu().reshape(-1).clone() for name, tensor in buffers.items()}, file)
+    return file
 
 
 def _file(folder: Path, rank: int, kind: str) -> Path:

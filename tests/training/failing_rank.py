@@ -6,6 +6,8 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mmlg_scale.cli import main
@@ -26,10 +28,10 @@ def fail(how: str) -> None:
             os.kill(os.getpid(), signal.SIGUSR2)
         return step(stage, engine, batch, number)
 
-    def failing_save(*args: Any) -> None:
+    def failing_save(*args: Any) -> Iterator[Path]:
         if how == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-        save(*args)
+        return save(*args)
 
     loop.train_step = failing_step
     Engine.save = failing_save  # type: ignore[method-assign]

@@ -178,7 +178,8 @@ def resume(kind: str, zero_stage: int, name: str, device: torch.device, out: Pat
     advance(stage, engine, range(2))
     folder = out / f"checkpoint-{case.name}-{name}"
     folder.mkdir(exist_ok=True)
-    engine.save(folder)
+    for _ in engine.save(folder):
+        pass
     dist.barrier()
     advance(stage, engine, range(2, 4))
     finish(engine, out / f"straight-{case.name}-{name}.safetensors")

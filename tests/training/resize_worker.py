@@ -22,8 +22,8 @@ from mmlg_scale.training.signals import Request
 def run_parts(folder: Path, stop_at: int, stages: Mapping[str, int]) -> None:
     """Run each case from where it is to the step `stop_at`, or to its end where that is before, and note the samples of each step."""
 
-    def agree(self: Any, step: int) -> Request:
-        return Request.STOP if step == stop_at else Request.NOTHING
+    def agree(self: Any, step: int, *, now: bool = False) -> Request:
+        return Request.STOP if step == stop_at and not now else Request.NOTHING
 
     for case, zero_stage in stages.items():
         step = loop.train_step

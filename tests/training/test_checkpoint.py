@@ -36,8 +36,9 @@ class Engine:
     def __init__(self) -> None:
         self.number = 0.0
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Iterator[Path]:
         save_file({"number": torch.tensor([self.number])}, folder / "rank-00000.fp32.safetensors")
+        yield folder / "rank-00000.fp32.safetensors"
 
     def load(self, folder: Path) -> None:
         self.number = float(load_file(folder / "rank-00000.fp32.safetensors")["number"])
@@ -190,8 +191,8 @@ def test_an_orphan_that_is_taken_over_while_it_writes_publishes_nothing(tmp_path
     orphan = Checkpoints(tmp_path, incarnation=first.number, check_owner=first.check)
 
     class Slow(Engine):
-        def save(self, folder: Path) -> None:
-            super().save(folder)
+        def save(self, folder: Path) -> Iterator[Path]:
+            yield from super().save(folder)
             Incarnation.next(tmp_path)
 
     with pytest.raises(SupersededError):

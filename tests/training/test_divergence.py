@@ -185,8 +185,8 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(zero_stag
 
         def state(name: str) -> dict[str, torch.Tensor]:
             (tmp_path / name).mkdir()
-            engine.save(tmp_path / name)
-            return {f"{file.name} {key}": value for file in (tmp_path / name).iterdir() for key, value in load_file(file).items()}
+            written = list(engine.save(tmp_path / name))
+            return {f"{file.name} {key}": value for file in written for key, value in load_file(file).items()}
 
         def take(loss_factor: float, gradient_factor: float) -> dict[str, torch.Tensor]:
             hook = next(stage.model.parameters()).register_hook(lambda gradient: gradient * gradient_factor)
