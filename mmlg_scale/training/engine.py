@@ -223,8 +223,15 @@ class Engine:
 
         A weight beyond 1e19, whose square is infinite in fp32, is no use to anyone: no norm can be taken of it.
         """
-        parts = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in self.model.parameters()]
+        parts = [self._own(parameter).detach() for parameter in self.model.parameters()]
         return torch.stack([part.float().square().sum().isfinite() for part in parts]).all()
+
+    def _own(self, parameter: Any) -> Tensor:
+        """What this rank has of a parameter: under ZeRO-3 its share, without the padding that nobody has initialised."""
+        share = getattr(parameter, "ds_tensor", None)
+        if share is None:
+            return parameter
+        return share.view(-1)[: max(0, parameter.ds_numel - dist.get_rank() * share.numel())]
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -87,13 +87,10 @@ def saved(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").glob("*") if path.is_dir())
 
 
-@pytest.mark.parametrize("rate", [1e20, 1e30])
-def test_a_blow_up_in_the_last_step_is_neither_saved_nor_exported(
-    rate: float, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_blow_up_in_the_last_step_is_neither_saved_nor_exported(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its loss, from before the update, is fine."""
     recipe = tmp_path / "recipe.yaml"
-    rates = {"learning_rate": rate, "gradient_clipping": 0.0, "warmup_fraction": 0.0, "weight_decay": 0.0}
+    rates = {"learning_rate": 1e30, "gradient_clipping": 0.0, "warmup_fraction": 0.0, "weight_decay": 0.0}
     recipe.write_text(yaml.safe_dump({**RECIPE, "ancestor": {**RECIPE["ancestor"], "steps": 1, "optimizer": rates}}))
     line = refused(["train", str(recipe), "--data.path", str(data), "--out", str(tmp_path / "run")], capsys)
     assert "training diverged: the weights are not finite, or beyond 1e19, after step 1 on rank 0" in line
@@ -173,11 +170,17 @@ def test_too_many_of_them_in_a_row_end_the_run_at_the_last_good_checkpoint(
     assert main(words) == 0
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("zero_stage", "optimizer"),
+    [
+        (0, "adamw"),
+        (0, "muon"),
+        (2, "adamw"),
+        (2, "muon"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, "adamw"), (1, "muon"), (3, "adamw")]),
+    ],
+)
 def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(zero_stage: int, optimizer: str, tmp_path: Path) -> None:
-    if (zero_stage, optimizer) == (3, "muon"):
-        pytest.skip("Muon has no ZeRO 3")
     device = start_ranks(Runtime())
     try:
         stage, engine = make(Case("ancestor", zero_stage), device, optimizer)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import yaml
 
 from mmlg_scale import files
 from mmlg_scale.cli import main
-from mmlg_scale.towers import bundle
 from mmlg_scale.training import checkpoint, run, state
 from mmlg_scale.training.meters import Meters
 from tests.forks import start
@@ -30,7 +30,7 @@ INSIDE: dict[str, tuple[Any, str, int]] = {
     "the marker of a checkpoint": (checkpoint, "write_record", 3),
     "flushing a checkpoint": (checkpoint, "flush", 12),
     "dropping an old checkpoint": (checkpoint.shutil, "rmtree", 3),
-    "the file of the exported model": (bundle, "save_file", 1),
+    "the file of the exported model": (safetensors.torch, "save_file", 1),
     "publishing the exported model": (files, "_take_place", 1),
     "the result": (run, "write_record", 1),
 }
@@ -46,7 +46,7 @@ def train(folder: Path, words: list[str], inside: str | None, call: int) -> int:
         resume_from(self, step)
 
     Meters.resume_from = noting  # type: ignore[method-assign]
-    if inside is not None:
+    if inside in INSIDE:
         module, name, _ = INSIDE[inside]
         setattr(module, name, killed_in(getattr(module, name), call))
     return main(words)
@@ -73,41 +73,31 @@ def saved(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
 
 
-def check(made: Path, root: Path, steps: int, kills: Sequence[str | None], draw: random.Random) -> None:
+def check(root: Path, words: list[str], kills: Sequence[str | None], draw: random.Random, undisturbed: Path) -> None:
     """One start after the other, each killed inside a function, or at a random instant after its first step; the last one is left alone."""
-    recipe, folder = root / "recipe.yaml", root / "run"
-    training = {"steps": steps, "batch_size": 16, "eval_every": steps // 2}
-    recipe.write_text(yaml.safe_dump({**RECIPE, "ancestor": training, "runtime": {"log_every": 1, "checkpoint_every": 3}}))
-    words = ["train", str(recipe), "--data.path", str(made / "data"), "--out"]
-    (root / "alone").mkdir()
-    with open(root / "log.txt", "ab") as log:
-
-        def begin(where: Path, inside: str | None) -> Any:
-            most = INSIDE[inside][2] if inside is not None else 1
-            return start(log.fileno(), train, where, [*words, str(where / "run")], inside, draw.randint(1, most))
-
-        alone = begin(root / "alone", None)
-        for inside in kills:
-            before, size = saved(folder), (root / "resumed").stat().st_size if (root / "resumed").exists() else 0
-            process = begin(root, inside)
-            if inside is None:
-                while process.is_alive() and not ((root / "resumed").exists() and (root / "resumed").stat().st_size > size):
-                    time.sleep(0.01)
-                time.sleep(0.5 * draw.random())
-                os.kill(process.pid, signal.SIGKILL)
-            process.join(300)
-            assert process.exitcode == -signal.SIGKILL, (inside, (root / "log.txt").read_text()[-2000:])
-            assert int((root / "resumed").read_text().split()[-1]) == (before[-1] if before else 0), inside
-        last = begin(root, None)
-        for process in (last, alone):
-            process.join(300)
-            assert process.exitcode == 0, (root / "log.txt").read_text()[-2000:]
-    assert numbers(folder) == numbers(root / "alone" / "run")
+    folder, log = root / "run", root / "log.txt"
+    for inside in [*kills, "nothing"]:
+        before, size = saved(folder), (root / "resumed").stat().st_size if (root / "resumed").exists() else 0
+        most = INSIDE[inside][2] if inside in INSIDE else 1
+        with open(log, "ab") as output:
+            process = start(output.fileno(), train, root, [*words, "--out", str(folder)], inside, draw.randint(1, most))
+        if inside is None:
+            while process.is_alive() and not ((root / "resumed").exists() and (root / "resumed").stat().st_size > size):
+                time.sleep(0.01)
+            time.sleep(0.5 * draw.random())
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+        process.join(300)
+        assert process.exitcode == (0 if inside == "nothing" else -signal.SIGKILL), (inside, log.read_text()[-2000:])
+        assert int((root / "resumed").read_text().split()[-1]) == (before[-1] if before else 0), inside
+    assert numbers(folder) == numbers(undisturbed)
     assert not (folder / "checkpoints").exists()
 
 
-def test_kills_inside_a_save_an_export_and_anywhere(made: Path, tmp_path: Path) -> None:
-    check(made, tmp_path, 12, ["a file of a checkpoint", "flushing a checkpoint", "publishing the exported model"], random.Random(0))
+def test_kills_inside_a_save_and_an_export(made: Path, tmp_path: Path) -> None:
+    words = ["train", str(made / "recipe.yaml"), "--data.path", str(made / "data"), "--runtime.checkpoint_every=1"]
+    kills = ["a file of a checkpoint", "flushing a checkpoint", "publishing the exported model"]
+    check(tmp_path, words, kills, random.Random(0), made / "run")
 
 
 @pytest.mark.slow
@@ -116,8 +106,13 @@ def test_twenty_kills(made: Path, tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}", file=sys.stderr)
     draw = random.Random(seed)
+    recipe = tmp_path / "recipe.yaml"
+    training = {"steps": 300, "batch_size": 16, "eval_every": 100}
+    recipe.write_text(yaml.safe_dump({**RECIPE, "ancestor": training, "runtime": {"log_every": 1, "checkpoint_every": 3}}))
+    words = ["train", str(recipe), "--data.path", str(made / "data")]
+    assert main([*words, "--out", str(tmp_path / "undisturbed")]) == 0
     inside = [*(name for name in INSIDE if "export" not in name and "result" not in name), None, None]
     kills: list[str | None] = [draw.choice(inside) for _ in range(17)]
-    # A kill in the export comes when the steps are done: the last ones are there.
+    # A kill in the export comes when the steps are done.
     kills += ["the file of the exported model", "publishing the exported model", "the result"]
-    check(made, tmp_path, 300, kills, draw)
+    check(tmp_path, words, kills, draw, tmp_path / "undisturbed")
