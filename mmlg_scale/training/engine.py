@@ -104,7 +104,9 @@ class Engine:
         self.zero_stage, self._checkpoint_blocks = runtime.zero_stage, runtime.activation_checkpointing
         self.device = next(model.parameters()).device
         torch_optimizer = (
-            torch.optim.SGD(parameter_groups, lr=optimizer.learning_rate) if sgd else _optimizer(parameter_groups, optimizer, runtime)
+            torch.optim.SGD(parameter_groups, lr=optimizer.learning_rate, fused=True)
+            if sgd
+            else _optimizer(parameter_groups, optimizer, runtime)
         )
         self._torch_optimizer = torch_optimizer
         self._engine, *_ = deepspeed.initialize(
