@@ -74,8 +74,8 @@ def state_bytes(params: int, *, zero_stage: int, ranks: int) -> dict[str, float]
 
 
 def checkpoint_bytes(params: int) -> int:
-    """About what a checkpoint takes on disk: a parameter, its fp32 copy and AdamW's two moments."""
-    return 4 * BYTES_PER_PARAMETER * params
+    """About what a checkpoint takes on disk: a parameter in fp32 and AdamW's two moments."""
+    return 3 * BYTES_PER_PARAMETER * params
 
 
 def activation_bytes(config: Mapping[str, Any], *, bf16: bool, checkpointing: bool) -> int:

@@ -14,8 +14,34 @@ class UserError(Exception):
     """
 
 
+class SupersededError(UserError):
+    """Another start has taken over the run of this process, which may publish nothing any more. Only the first rank notices."""
+
+
 class FollowingError(RuntimeError):
     """A rank stops because another one failed, which has said why."""
+
+
+EXIT_REQUEUE = 75
+"""Exit code of a run that USR2 stopped: it is to be started again, with the same command (sysexits.h calls 75 a temporary failure)."""
+EXIT_STOPPED = 76
+"""Exit code of a run that the file STOP in its folder stopped: it is not to be started again before somebody does so."""
+
+EXIT_HANG = 74
+"""Exit code of a run that hung, and ended itself."""
+
+
+class RunStopped(Exception):
+    """A run was asked to end before its time and has done so, on every rank.
+
+    Attributes:
+        exit_code: the process's.
+        speaks: whether this rank is the one to print the message.
+    """
+
+    def __init__(self, message: str, exit_code: int, *, speaks: bool) -> None:
+        super().__init__(message)
+        self.exit_code, self.speaks = exit_code, speaks
 
 
 _AGAIN = "Free some space, then start the same command again."

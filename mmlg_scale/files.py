@@ -119,13 +119,13 @@ def folder_atomic(out: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
             for path in temporary.iterdir():
                 if path.is_file():
                     path.chmod(mode)  # safetensors writes files that only their owner can read
-                    _flush(path)
+                    flush(path)
             if out.exists():
                 _link_others(out, temporary, replaced)
                 temporary.chmod(out.stat().st_mode & 0o7777)
-            _flush(temporary)
+            flush(temporary)
             _take_place(temporary, out)
-            _flush(out.parent)
+            flush(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -175,7 +175,8 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(other))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file's content, or a folder's entries, on the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

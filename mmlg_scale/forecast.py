@@ -269,7 +269,7 @@ class _Costs:
             flops=samples * training_flops(config),
             teacher_flops=samples * self._teacher_flops if weights is not None else 0,
             memory=self._memory(params + maps, config, training, weights is not None, params) if training.steps else None,
-            checkpoint_bytes=self._checkpoints(params + maps) if training.steps else 0,
+            checkpoint_bytes=self._checkpoints(params + maps, training.steps) if training.steps else 0,
             **self._export(params),
         )
 
@@ -296,7 +296,7 @@ class _Costs:
             flops=training.batch_size * draw.total_flops(training.steps),
             teacher_flops=training.batch_size * training.steps * self._teacher_flops if loss is not None else 0,
             memory=memory,
-            checkpoint_bytes=self._checkpoints(trained),
+            checkpoint_bytes=self._checkpoints(trained, training.steps),
             params=params,
             export_bytes=tensor_bytes(structure, settings.file_dtype),
         )
@@ -321,9 +321,10 @@ class _Costs:
         """Of one sample; features that are kept cost their one pass only."""
         return 0 if self.settings.engine.keep_features else forward_flops(self.config)["total"]
 
-    def _checkpoints(self, params: int) -> int:
+    def _checkpoints(self, params: int, steps: int) -> int:
         """The checkpoints that are kept, and the one being written."""
-        return (self.runtime.keep_checkpoints + 1) * checkpoint_bytes(params)
+        kept = steps // self.runtime.keep_every if self.runtime.keep_every is not None else 0
+        return (self.runtime.keep_last + 1 + kept) * checkpoint_bytes(params)
 
     def _memory(
         self, params: int, config: Mapping[str, Any], training: recipe.Training, with_ancestor: bool, num_cast: int

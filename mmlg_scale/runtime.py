@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mmlg_scale.ranges import NonNegativeInt, PositiveInt, Processes, Threads, Workers
+from mmlg_scale.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Processes, Threads, Workers
 
 TrackerName = Literal["jsonl", "tensorboard", "wandb"]
 
@@ -43,8 +43,18 @@ class Runtime:
     """Steps between logged figures."""
     checkpoint_every: PositiveInt | None = None
     """Steps between checkpoints; null: one after each evaluation."""
-    keep_checkpoints: PositiveInt = 2
+    checkpoint_minutes: PositiveFloat | None = 10.0
+    """A checkpoint too where the last one is this many minutes old; null: none by the clock."""
+    keep_last: PositiveInt = 2
     """Checkpoints kept of a run under way; a finished run keeps none."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints whose step is a multiple of this are kept besides, also of a finished run."""
+    kill_wait: PositiveFloat = 30.0
+    """Seconds between SIGTERM and SIGKILL here (Slurm's KillWait): a checkpoint that would take longer is not begun."""
+    max_skipped_steps: NonNegativeInt = 3
+    """Steps in a row whose loss or gradient is not finite that change nothing and are passed over; one more ends the run."""
+    hang_minutes: PositiveFloat | None = 30.0
+    """A run that does no step, evaluation or checkpoint for so long ends with every rank's stack in its folder; null: it waits."""
     trackers: list[TrackerName] = field(default_factory=lambda: ["jsonl", "tensorboard"])
     """Where figures go: jsonl (metrics.jsonl in the run's folder, which progress bars read), tensorboard, wandb (Weights & Biases)."""
     wandb_project: str = "mmlg_scale"

@@ -220,7 +220,7 @@ def check(
     signed: bool = True,
 ) -> None:
     """Where nothing is signed, other numbers are no fault, but anything else than a line is."""
-    kinds = KINDS if signed else tuple(kind for kind in KINDS if kind != "under_way")  # checkpoints, which hold pickles, have one version
+    kinds = KINDS if signed else tuple(kind for kind in KINDS if kind != "under_way")  # checkpoints have one version
     readers, faults, refused = Readers(artefacts, tmp_path), [], 0
     for seed in seeds:
         rng, kind, folder = random.Random(seed), kinds[seed % len(kinds)], tmp_path / f"{seed}"

@@ -104,7 +104,7 @@ def test_the_demo_costs_what_its_stages_charge(tmp_path: Path) -> None:
     assert (cost.flops, cost.teacher_flops) == (650 * 128 * ancestor.flops(0)[0], 0)
     assert cost.memory is not None
     assert cost.memory["optimizer"] == 8 * cost.params
-    assert cost.checkpoint_bytes == 3 * 16 * cost.params
+    assert cost.checkpoint_bytes == 3 * 12 * cost.params
 
     towers.export(towers.Bundle(ancestor.spec, ancestor.model.clip.state_dict()), tmp_path / "model")  # type: ignore[union-attr, operator]
     extraction = ExtractionRole(settings, tmp_path / "model").build(context)

@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import select
+import shlex
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from mmlg_scale.cli.parsing import nearest
-from mmlg_scale.errors import FollowingError, UserError, in_words
+from mmlg_scale.errors import FollowingError, RunStopped, UserError, in_words
 
 HELP = """usage: mmlg COMMAND ...
 
@@ -87,7 +88,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 1 failed, 2 the user's mistake)."""
+    """Run one command; returns the exit code (0 done, 1 failed, 2 the user's mistake; others are in docs/operations.md)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments and "--" not in arguments[: arguments.index("--debug")]
     if debug:
@@ -104,8 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
     except KeyboardInterrupt:
-        _say("mmlg: interrupted; start the same command again to resume.")
+        _say(f"mmlg: interrupted. To resume: {shlex.join(['mmlg', *arguments])}")
         return 130
+    except RunStopped as stopped:
+        return _tell_stopped(stopped, rank, arguments)
     except Exception as error:
         if debug:
             raise
@@ -143,6 +146,18 @@ def _fail(error: Exception, rank: int | None) -> int:
     details = "".join(traceback.format_exception(error))
     report_failure(rank, told, kind="follows" if _follows(error) else "internal", details=details)
     return 1
+
+
+def _tell_stopped(stopped: RunStopped, rank: int | None, arguments: Sequence[str]) -> int:
+    """Say that a run has ended before its time, as it was asked to; returns the exit code."""
+    line = f"{stopped} Command: {shlex.join(['mmlg', *arguments])}"
+    if rank is not None:
+        from mmlg_launchers.supervise import report_failure
+
+        report_failure(rank, line, kind="user")
+    elif stopped.speaks:
+        _say(f"mmlg: {line}")
+    return stopped.exit_code
 
 
 def _follows(error: Exception) -> bool:

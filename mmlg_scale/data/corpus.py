@@ -19,6 +19,7 @@ from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.data.sweep import Sweep
 from mmlg_scale.data.tokens import offered_tokenizer
 from mmlg_scale.errors import UserError
+from mmlg_scale.reading import shown
 from mmlg_scale.records import read_record
 from mmlg_scale.towers import BytePairTokenizer, ModelSpec, Tokenizer, same_tokenizer, told
 
@@ -127,6 +128,14 @@ class Corpus:
     def eval_split(self, split: str, *, max_bad_fraction: float = MAX_BAD_FRACTION) -> EvalSplit:
         """A whole split in memory; see `load_eval_split`."""
         return load_eval_split(self.pairs.root / split, self.spec, max_bad_fraction=max_bad_fraction)
+
+    def name_of(self, split: str, index: int) -> str:
+        """A sample's shard and key, as far as they can be read. Reads the index: for messages."""
+        try:
+            place = ShardReader(self.pairs.root / split).places[index]
+        except (OSError, UserError):
+            return str(index)
+        return f"{place.shard.name}/{shown(place.key)}"
 
     def stream(
         self,

@@ -6,8 +6,10 @@ import atexit
 import math
 import os
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
@@ -24,6 +26,8 @@ TIMEOUT_SECONDS = 600.0
 _WORKER_BYTES = 2**17
 """Of shared memory for a worker's queues and locks."""
 _PAGE = 4096
+_OF_THE_RUN = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+"""Signals that are requests to a run; see `training.signals`."""
 
 
 def worker_options(num_workers: int) -> dict[str, Any]:
@@ -36,17 +40,28 @@ def worker_options(num_workers: int) -> dict[str, Any]:
         "timeout": TIMEOUT_SECONDS,
         # The engine has started threads, which a fork would break.
         "multiprocessing_context": "spawn",
-        "worker_init_fn": leave_at_once,
+        "worker_init_fn": prepare_worker,
     }
 
 
-def leave_at_once(worker: int) -> None:
-    """Let a worker process end without tearing its interpreter down.
+def prepare_worker(worker: int) -> None:
+    """Let a worker process end without tearing its interpreter down, and not by a signal that is meant for its run.
 
     The stream has no end, so a worker is always stopped with batches under way. The thread that sends them is then cut off inside torch's
     C++ code, and now and again that aborts the process, with noise on the console of a run that is well.
+
+    A scheduler, or Ctrl-C, signals every process of a run. Batches are needed until the run has decided what to do, so the first SIGTERM
+    does nothing here, and the second, which ends a worker that its run has left, does.
     """
     atexit.register(os._exit, 0)
+
+    def first_only(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, first_only)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_RUN)
 
 
 def require_shared_memory(num_workers: int, tensor_bytes: list[int]) -> None:
@@ -84,7 +99,13 @@ def from_workers(loader: DataLoader[T]) -> Iterator[T]:
             came in time.
     """
     try:
-        yield from loader
+        # What starts now has these signals blocked, until it knows what to do with them; here they only wait.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RUN if loader.num_workers else ())
+        try:
+            items = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield from items
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         line = _in_words(error)
         if line is None:

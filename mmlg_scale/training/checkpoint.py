@@ -1,138 +1,255 @@
-"""Checkpoints of a run: RUN/checkpoints/step-00000100/, DeepSpeed's files, at most `keep_last` of them.
+"""Checkpoints of a run, which resume on any number of ranks and at any ZeRO stage.
 
-A checkpoint is written under a temporary name and published by a rename once every rank has finished, so a kill at any instant leaves
-whole checkpoints only. A temporary folder left by a kill is removed at the next start.
+    RUN/checkpoints/
+      step-00000100/
+        checkpoint.json           the marker, written last: step, progress, who wrote it, SHA-256 of the other files
+        rank-00000.fp32.safetensors ...      the training state, see `state`
+      partial-3-step-00000200/    being written (by the run's third start)
+      damaged-step-00000150/      found to be damaged at a start, and passed over
+      last-save.json              step, seconds and bytes of the last save
+
+A checkpoint is written under a temporary name, marked once every rank has finished, flushed to the disk and published by a rename: a kill
+at any instant leaves whole checkpoints only. What is found to lack its marker, or a byte, is passed over with a message.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from mmlg_scale.digests import file_digest
-from mmlg_scale.errors import UserError
-from mmlg_scale.files import make_folder, require_space, writing
-from mmlg_scale.ranks import on_first_rank, several_ranks
+from mmlg_scale.digests import content_digest
+from mmlg_scale.errors import FollowingError, UserError
+from mmlg_scale.files import flush, make_folder, require_space, writing
+from mmlg_scale.ranks import is_first_rank, on_first_rank
 from mmlg_scale.records import read_record, write_record
 from mmlg_scale.training.engine import Engine
 
-PARTIAL = "partial-"
-RANKS = "ranks.json"
-"""How the checkpoint is divided (world_size, zero_stage), and the SHA-256 of its other files."""
+PARTIAL, DAMAGED, MARKER, LAST_SAVE = "partial-", "damaged-", "checkpoint.json", "last-save.json"
+_FORMAT = 1
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder.
 
-    def __init__(self, run_folder: Path, *, keep_last: int = 2) -> None:
+    Args:
+        keep_last: how many of a run under way are kept.
+        keep_every: those of multiples of this step are kept besides, also when the run is complete.
+        incarnation: number of this start of the run.
+        check_owner: raises where another start has taken the run over; asked before anything is published.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        *,
+        keep_last: int = 2,
+        keep_every: int | None = None,
+        incarnation: int = 0,
+        check_owner: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder = run_folder / "checkpoints"
-        self.keep_last = keep_last
+        self.keep_last, self.keep_every, self.incarnation, self.check_owner = keep_last, keep_every, incarnation, check_owner
 
     def steps(self) -> list[int]:
         """Steps of the published checkpoints, ascending."""
         return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
 
+    def last_save_seconds(self) -> float | None:
+        """How long the last save took; None where there was none. Collective."""
+
+        def seconds() -> float | None:
+            try:
+                found = read_record(self.folder / LAST_SAVE, "record", "Remove it.").get("seconds")
+            except UserError:
+                return None
+            return found if isinstance(found, float) else None
+
+        return on_first_rank(seconds)
+
     def require_space(self, engine: Engine) -> None:
         """Raise UserError, on every rank, where the disk has no room for another checkpoint. Collective.
 
-        What a kill or a full disk left of one goes first.
+        What a kill or a full disk left of one goes first, also under the hands of an orphan of an earlier start.
         """
 
         def check() -> None:
+            self.check_owner()
             for stale in self.folder.glob(f"{PARTIAL}*"):
-                shutil.rmtree(stale)
+                shutil.rmtree(stale, ignore_errors=True)
             require_space(self.folder, engine.checkpoint_bytes, "a checkpoint")
 
         on_first_rank(check)
 
-    def save(self, engine: Engine, step: int, state: Mapping[str, Any]) -> None:
-        """Write and publish the checkpoint of `step`, then drop the oldest beyond `keep_last`. Collective.
+    def save(self, engine: Engine, step: int, state: Mapping[str, Any]) -> float:
+        """Write and publish the checkpoint of `step`, then drop what need not be kept; returns the seconds it took. Collective.
+
+        Args:
+            state: what is to be known besides the engine's state; JSON.
 
         Raises:
-            UserError: too little disk; nothing is written, and the checkpoints that are there stay.
+            UserError: too little disk; nothing is published, and the checkpoints that are there stay, which the console is told.
             OSError: on the rank that cannot write its part, with the path; the same holds.
         """
-        self.require_space(engine)
-        first = dist.get_rank() == 0
-        temporary = self.folder / f"{PARTIAL}step-{step:08d}"
-        final = self.folder / f"step-{step:08d}"
-        on_first_rank(lambda: make_folder(self.folder))
+        started = time.monotonic()
+        temporary, final = self.folder / f"{PARTIAL}{self.incarnation}-step-{step:08d}", self.folder / f"step-{step:08d}"
         try:
-            with writing(final):
-                engine.save(temporary, {**state, "step": step})
-            dist.barrier()
-            digests = _digests(temporary)
-            if first:
-                write_record(temporary / RANKS, {**_division(engine), "files": digests})
-        except OSError:
-            if not several_ranks():  # others may be writing to it
+            self.require_space(engine)
+            on_first_rank(lambda: make_folder(temporary))
+            digests = _together(lambda: self._write(engine, temporary, final))
+            files = {name: digest for part in digests for name, digest in part.items()}
+            content = {"format": _FORMAT, "step": step, **_division(engine), "state": dict(state), "files": files}
+            on_first_rank(lambda: self._publish(temporary, final, content))
+        except (OSError, UserError):
+            if is_first_rank():
                 shutil.rmtree(temporary, ignore_errors=True)
+                kept = self.steps()
+                whole = f"that of step {kept[-1]} stays" if kept else "there is none yet"
+                print(f"the checkpoint of step {step} could not be written; {whole}.", file=sys.stderr, flush=True)
             raise
-        dist.barrier()
-        if first and not final.exists():
-            os.replace(temporary, final)
-            for old in self.steps()[: -self.keep_last]:
+        return on_first_rank(lambda: self._after(step, started))
+
+    def _write(self, engine: Engine, temporary: Path, final: Path) -> dict[str, str]:
+        """Write this rank's files; returns their SHA-256."""
+        with writing(final), ThreadPoolExecutor(4) as pool:  # one file is flushed and hashed while the next is written
+            work = [(path.name, pool.submit(content_digest, path), pool.submit(flush, path)) for path in engine.save(temporary)]
+            for _, _, flushed in work:
+                flushed.result()
+            return {name: digest.result() for name, digest, _ in work}
+
+    def _publish(self, temporary: Path, final: Path, content: Mapping[str, Any]) -> None:
+        with writing(final):
+            write_record(temporary / MARKER, content)
+            flush(temporary)
+            self.check_owner()
+            if final.exists():  # an orphan of an earlier start got as far as this one: its numbers are the same
+                shutil.rmtree(temporary)
+            else:
+                os.replace(temporary, final)
+                flush(self.folder)
+
+    def _after(self, step: int, started: float) -> float:
+        for old in self.steps()[: -self.keep_last]:
+            if self.keep_every is None or old % self.keep_every:
                 shutil.rmtree(self.folder / f"step-{old:08d}")
-        dist.barrier()
+        seconds = time.monotonic() - started
+        size = sum(path.stat().st_size for path in (self.folder / f"step-{step:08d}").iterdir())
+        write_record(self.folder / LAST_SAVE, {"step": step, "seconds": round(seconds, 3), "bytes": size})
+        return seconds
 
     def load_latest(self, engine: Engine) -> dict[str, Any] | None:
-        """Load the newest checkpoint into `engine` and return the state given to `save`, or None where there is none. Collective.
+        """Load the newest whole checkpoint into `engine`; returns the state given to `save`, or None where there is none. Collective.
+
+        One that is not whole gets another name and is passed over, with a message.
 
         Raises:
-            UserError: it was written by another number of ranks or at another ZeRO stage: their parts of the optimiser's state do not fit.
+            UserError: there are checkpoints, but none of them is whole.
         """
-        steps = self.steps()
-        if not steps:
-            return None
-        newest = self.folder / f"step-{steps[-1]:08d}"
-        remedy = f"Remove {newest}; the run then resumes from the checkpoint before it, or starts again."
-        found, here = read_record(newest / RANKS, "description of a checkpoint", remedy), _division(engine)
-        for key, told in (("world_size", "{} ranks"), ("zero_stage", "ZeRO stage {}")):
-            if found.get(key) != here[key]:
-                written, now = told.format(found.get(key)), told.format(here[key])
-                raise UserError(
-                    f"{newest} was written with {written}, this run has {now}. Resume it with {written}, or use another folder."
-                )
-        self._check_files(newest, found.get("files"), remedy)
-        return engine.load(newest)
+        steps = on_first_rank(self.steps)
+        for step in reversed(steps):
+            folder = self.folder / f"step-{step:08d}"
+            content = self._whole(folder)
+            if content is not None:
+                engine.load(folder)
+                on_first_rank(lambda step=step: self._tell_of_others(step, steps))  # type: ignore[misc]
+                return content["state"]
+        if steps:
+            raise UserError(f"no checkpoint in {self.folder} is whole. Remove that folder to start the run again from its first step.")
+        return None
 
-    def _check_files(self, folder: Path, wanted: Any, remedy: str) -> None:
-        """Raise UserError, on every rank, unless the files are those that were written: DeepSpeed unpickles them. Collective."""
-        if wanted is None:
-            return  # of an earlier version
-        found = _digests(folder)
-        for name in sorted({*wanted, *found}):
-            if wanted.get(name) != found.get(name):
-                raise UserError(f"{folder / name} is damaged: it is not the file that was written (SHA-256). {remedy}")
+    def _whole(self, folder: Path) -> dict[str, Any] | None:
+        """What the checkpoint's marker says, where all its files are those that were written. Collective."""
+
+        def marked() -> tuple[dict[str, Any] | None, str | None]:
+            try:
+                content = read_record(folder / MARKER, "marker of a checkpoint", "It was not finished.")
+                if content.get("format") != _FORMAT:
+                    return None, f"{folder / MARKER} is of another version"
+                return content, None
+            except UserError as error:
+                return None, str(error)
+
+        content, problem = on_first_rank(marked)
+        if content is not None:
+            problem = self._problem(folder, content["files"])
+        if problem is None:
+            return content
+
+        def pass_over() -> None:
+            self.check_owner()
+            aside = self.folder / f"{DAMAGED}{folder.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+            print(f"{folder} is passed over and is now {aside.name}: {problem.rstrip('.')}.", file=sys.stderr, flush=True)
+
+        on_first_rank(pass_over)
+        return None
+
+    def _problem(self, folder: Path, wanted: Mapping[str, str]) -> str | None:
+        """What is wrong with the files, each of which one rank reads. Collective."""
+
+        def differing() -> list[str]:
+            names = sorted(wanted)[dist.get_rank() :: dist.get_world_size()]
+            with ThreadPoolExecutor(4) as pool:
+                digests = pool.map(_digest, [folder / name for name in names])
+            return [name for name, digest in zip(names, digests, strict=True) if digest != wanted[name]]
+
+        found = [name for part in _together(differing) for name in part]
+        return f"{min(found)} is not the file that was written (SHA-256)" if found else None
+
+    def _tell_of_others(self, step: int, steps: list[int]) -> None:
+        if step != steps[-1]:
+            print(f"resuming from step {step}, the newest checkpoint that is whole.", file=sys.stderr, flush=True)
 
     def remove(self) -> None:
-        """Drop all checkpoints: the run is complete and has its result."""
-        if dist.get_rank() == 0 and self.folder.exists():
-            shutil.rmtree(self.folder)
+        """Drop all checkpoints but those that `keep_every` keeps: the run is complete and has its result. Collective."""
+
+        def drop() -> None:
+            kept = {f"step-{step:08d}" for step in self.steps() if self.keep_every is not None and step % self.keep_every == 0}
+            if not kept:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                return
+            for path in self.folder.iterdir():
+                if path.name not in kept:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+        on_first_rank(drop)
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of a checkpoint's files by name, each hashed by one rank. Collective."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RANKS)
-    files = files[dist.get_rank() :: dist.get_world_size()]
-    with ThreadPoolExecutor(min(4, len(files) or 1)) as pool:  # hashlib lets other threads run
-        own = dict(zip((str(path.relative_to(folder)) for path in files), pool.map(_digest, files), strict=True))
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
-    return {name: digest for part in parts for name, digest in part.items()}
+def _together(work: Callable[[], Any]) -> list[Any]:
+    """What `work` returns on each rank. Collective.
+
+    Raises:
+        FollowingError: on the other ranks, where one raised.
+    """
+    answers: list[Any] = [None] * dist.get_world_size()
+    failure: Exception | None = None
+    answer: tuple[Any, str | None] = (None, None)
+    try:
+        answer = work(), None
+    except Exception as error:
+        failure, answer = error, (None, repr(error))
+    dist.all_gather_object(answers, answer)
+    if failure is not None:
+        raise failure
+    failed = [rank for rank, (_, problem) in enumerate(answers) if problem is not None]
+    if failed:
+        raise FollowingError(f"rank {failed[0]} failed: {answers[failed[0]][1]}")
+    return [found for found, _ in answers]
 
 
 def _digest(path: Path) -> str:
     try:
-        return file_digest(path, "checkpoint")
-    except UserError as error:
-        return str(error)  # a rank that raised alone would leave the others waiting
+        return content_digest(path)
+    except OSError as error:
+        return str(error)  # it is missing, or the disk does not give it
 
 
 def _division(engine: Engine) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mmlg_scale.accounting import checkpoint_bytes
 from mmlg_scale.errors import UserError
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.muon import MuonAdamW
+from mmlg_scale.training.state import Part, SavedParts, find_parts, load_buffers, load_parts, save_buffers, save_parts, share_of
 
 
 def start_ranks(runtime: Runtime) -> torch.device:
@@ -103,8 +104,11 @@ class Engine:
         self.zero_stage, self._checkpoint_blocks = runtime.zero_stage, runtime.activation_checkpointing
         self.device = next(model.parameters()).device
         torch_optimizer = (
-            torch.optim.SGD(parameter_groups, lr=optimizer.learning_rate) if sgd else _optimizer(parameter_groups, optimizer, runtime)
+            torch.optim.SGD(parameter_groups, lr=optimizer.learning_rate, fused=True)
+            if sgd
+            else _optimizer(parameter_groups, optimizer, runtime)
         )
+        self._torch_optimizer = torch_optimizer
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=torch_optimizer,
@@ -112,7 +116,8 @@ class Engine:
             dist_init_required=False,
         )
         self.model: nn.Module = self._engine.module
-        self._norm: Tensor | float = 0.0
+        self._norm = torch.zeros((), device=self.device)
+        self.lost_R = self._lost_ranks(None)
         self._peak_rates = [group["lr"] for group in self._engine.optimizer.param_groups]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,14 +145,35 @@ class Engine:
             with self._engine.coalesce_grad_reduction():
                 yield
 
-    def step(self, rate_factor: float) -> None:
-        """Clip, and one optimiser step at `rate_factor` times each group's peak rate."""
+    def step(self, rate_factor: float, loss: Tensor | None = None) -> None:
+        """Clip, and one optimiser step at `rate_factor` times each group's peak rate. Collective.
+
+        Where the loss of any rank or the gradients' norm is not finite, no weight and no moment changes. That is decided on the device
+        (`lost_R` and `gradient_norm` say it afterwards): AdamW's fused kernels read it there, as they do for a gradient scaler. Under
+        ZeRO, DeepSpeed itself looks at the norm on the host in every step.
+
+        Args:
+            loss: of this rank's batch; None: it is not looked at.
+        """
         for group, peak in zip(self._engine.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * rate_factor
+        self.lost_R = self._lost_ranks(loss)
+        lost = self.lost_R.any()
         if self.zero_stage == 0:  # where DeepSpeed clips without telling the norm
             gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
             self._norm = torch.nn.utils.get_total_norm(gradients)
+            lost = lost | ~self._norm.isfinite()
+        self._torch_optimizer.found_inf = lost.float()  # type: ignore[attr-defined]
         self._engine.step()
+
+    def _lost_ranks(self, loss: Tensor | None) -> Tensor:
+        """Which ranks' loss is not finite, uint8 [R] on the device. One small collective, of which the host does not wait for the end."""
+        lost_R = torch.zeros(dist.get_world_size(), dtype=torch.uint8, device=self.device)
+        if loss is not None:
+            lost_R[dist.get_rank()] = ~loss.detach().isfinite().all()
+            if dist.get_world_size() > 1:
+                dist.all_reduce(lost_R)
+        return lost_R
 
     @property
     def gradient_norm(self) -> Tensor | float:
@@ -159,23 +185,55 @@ class Engine:
         """The first group's present rate."""
         return float(self._engine.optimizer.param_groups[0]["lr"])
 
-    def save(self, folder: Path, client_state: Mapping[str, Any]) -> None:
-        """Write every rank's share to `folder`. Collective."""
-        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=dict(client_state), save_latest=False)
+    def save(self, folder: Path) -> Iterator[Path]:
+        """Write this rank's share of the training state to `folder`, which exists; see `state`. Yields each file once it is written."""
+        rank, parts = dist.get_rank(), self._parts()
+        if self.zero_stage == 0:
+            parts = share_of(parts, rank, dist.get_world_size())
+        yield from save_parts(parts, self._torch_optimizer.state, folder, rank)
+        if rank == 0:
+            yield save_buffers(self._buffers(), folder)
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Read what `save` wrote (by the same world size and stage); return the client state. Collective.
+    def load(self, folder: Path) -> None:
+        """Read what engines of the same model have saved, at any world size and stage. Collective.
 
-        The files hold pickles: only folders that this run wrote itself are ever passed here.
+        Raises:
+            UserError: on any rank, the folder lacks something.
         """
-        path, client_state = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
-        return client_state
+        with SavedParts(folder) as saved:
+            load_parts(self._parts(), self._torch_optimizer.state, saved)
+            load_buffers(self._buffers(), saved)
+        optimizer = self._engine.optimizer
+        if self.zero_stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self.zero_stage == 3:
+            optimizer.checkpoint_event_prologue()
+            for group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+                optimizer.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
+                optimizer._unflatten_partitioned_parameters(group)
+            optimizer.checkpoint_event_epilogue()
+
+    def _parts(self) -> list[Part]:
+        return find_parts(self._engine, self.zero_stage, dist.get_rank())
+
+    def _buffers(self) -> dict[str, Tensor]:
+        kept = self.model.state_dict().keys()
+        return {name: tensor for name, tensor in self.model.named_buffers() if name in kept}
 
     def is_finite(self) -> Tensor:
-        """Whether every weight on this rank (under ZeRO-3 its part of them) is a finite number: a bool on the device."""
-        parts = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in self.model.parameters()]
-        return torch.stack([part.isfinite().all() for part in parts]).all()
+        """Whether each tensor's sum of squares is finite, of what this rank has (under ZeRO-3 its part): a bool on the device.
+
+        A weight beyond 1e19, whose square is infinite in fp32, is no use to anyone: no norm can be taken of it.
+        """
+        parts = [self._own(parameter).detach() for parameter in self.model.parameters()]
+        return torch.stack([part.float().square().sum().isfinite() for part in parts]).all()
+
+    def _own(self, parameter: Any) -> Tensor:
+        """What this rank has of a parameter: under ZeRO-3 its share, without the padding that nobody has initialised."""
+        share = getattr(parameter, "ds_tensor", None)
+        if share is None:
+            return parameter
+        return share.view(-1)[: max(0, parameter.ds_numel - dist.get_rank() * share.numel())]
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -53,20 +53,23 @@ def compute_features(
     autocast: Autocast,
     device: torch.device,
     num_workers: int = 0,
+    end_if_asked: Callable[[], None] = lambda: None,
     items_per_block: int = 64,
 ) -> dict[str, Any]:
     """Write the features of `sweep`'s samples to `out`, each rank a part of them; return numbers and cost. Collective.
 
-    Finished blocks of an earlier start are kept.
+    Finished blocks of an earlier start are kept. `end_if_asked` is called for each batch, and may end this start by an exception.
 
     Raises:
         UserError: too little disk, or shared memory for the workers; a worker fails.
     """
     blocks = [range(start, min(start + items_per_block, len(sweep))) for start in range(0, len(sweep), items_per_block)]
     paths = [out / "blocks" / f"block-{number:06d}.safetensors" for number in range(len(blocks))]
-    missing = [number for number in range(dist.get_rank(), len(blocks), dist.get_world_size()) if not paths[number].exists()]
+    there = on_first_rank(lambda: [path.exists() for path in paths])
+    missing = [number for number in range(dist.get_rank(), len(blocks), dist.get_world_size()) if not there[number]]
     # Parts and their sum are there at once for a moment; every sample has a caption.
-    require_space(out, 2 * 2 * 4 * len(sweep.reader) * int(teacher.spec.config["embed_dim"]), "the ancestor's features")
+    needed = 2 * 2 * 4 * len(sweep.reader) * int(teacher.spec.config["embed_dim"])
+    on_first_rank(lambda: require_space(out, needed, "the ancestor's features"))
     items = [item for number in missing for item in blocks[number]]
     image, captions = 3 * sweep.image_size**2, 8 * 8 * sweep.context_length  # eight captions an image are many
     on_first_rank(lambda: require_shared_memory(num_workers, [sweep.item_size * image, sweep.item_size * captions]))
@@ -81,6 +84,7 @@ def compute_features(
     for position, samples in enumerate(
         track(from_workers(loader), "features", total=len(items), console=Terminal(stderr=True), disable=dist.get_rank() != 0)
     ):
+        end_if_asked()
         found.append(_features(teacher, samples, preprocess, autocast, device))
         if position + 1 == len(items) or items[position + 1] % items_per_block == 0:
             block = {name: torch.cat([part[name] for part in found]) for name in found[0]}

@@ -3,6 +3,7 @@
     RUN/
       .lock                       held while a process works here: host, pid, since when
       run.json                    the run's identity: written first, compared at every start
+      incarnation.json            how many times the run was started, and by which process last
       metrics.jsonl, tensorboard/ the curves
       checkpoints/                of a run under way, see `checkpoint`
       model/, learngene...        what the run exports
@@ -27,12 +28,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mmlg_scale.errors import UserError
+from mmlg_scale.errors import SupersededError, UserError
 from mmlg_scale.files import make_folder, writing
 from mmlg_scale.reading import shown
 from mmlg_scale.records import read_record, write_record
 
 IDENTITY_FILE, RESULT_FILE, LOCK_FILE = "run.json", "result.json", ".lock"
+INCARNATION_FILE = "incarnation.json"
 _LEFTOVER = re.compile(r"\.lock|\..*\.tmp")
 """What a start that was killed while it claimed the folder may have left in it."""
 _OF_A_START = ("metrics.jsonl", "tensorboard", "wandb", "checkpoints", "metrics_at_0.json", "data-skipped.json", "data-faults-rank*.jsonl")
@@ -60,7 +62,7 @@ def hold(folder: Path) -> Iterator[None]:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise UserError(f"{folder} is in use by {_holder(descriptor)}. Wait for it, or give another --out.") from error
             print(f"{folder}: this file system has no locks ({error.strerror}): a second start would not be noticed.", file=sys.stderr)
-        content = {"host": platform.node(), "pid": os.getpid(), "since": datetime.now().astimezone().isoformat(timespec="seconds")}
+        content = {"host": platform.node(), "pid": os.getpid(), "since": _now()}
         os.ftruncate(descriptor, 0)
         with writing(folder / LOCK_FILE):
             os.pwrite(descriptor, json.dumps(content).encode(), 0)
@@ -113,6 +115,45 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         return result_of(folder)
     write_record(folder / IDENTITY_FILE, identity)
     return None
+
+
+class Incarnation:
+    """One start of a run. Whatever publishes asks it first, since a lock is not everything: after a node was lost, or over a network file
+    system whose locks have lapsed, a process of an earlier start may still write.
+    """
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.number, self._file = number, folder / INCARNATION_FILE
+
+    @classmethod
+    def next(cls, folder: Path) -> Incarnation:
+        """Count this start, in a folder that is held and claimed."""
+        file = folder / INCARNATION_FILE
+        number = 1 + (_last_start(file)["number"] if file.is_file() else 0)
+        write_record(file, {"number": number, "host": platform.node(), "pid": os.getpid(), "since": _now()})
+        return cls(folder, number)
+
+    def check(self) -> None:
+        """Raise SupersededError where a later start has taken over. Reads a small file."""
+        found = _last_start(self._file)
+        if found["number"] != self.number:
+            raise SupersededError(
+                f"{self._file.parent}: another start ({found['number']}, process {found['pid']} on {found['host']} since {found['since']}) "
+                f"has taken this run over. This one ({self.number}) ends and writes nothing more."
+            )
+
+
+def _last_start(file: Path) -> dict[str, Any]:
+    """What `Incarnation.next` has written. Raises UserError where it is damaged."""
+    remedy = "Make sure that no process works in that folder, and remove the file."
+    found = read_record(file, "count of a run's starts", remedy)
+    if {"number": int, "host": str, "pid": int, "since": str} != {name: type(value) for name, value in found.items()}:
+        raise UserError(f"{file} is damaged. {remedy}")
+    return found
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def has_work(folder: Path) -> bool:

@@ -69,6 +69,7 @@ class Meters:
         peak_flops: FLOP/s of one device; measured where it is not given. MFU is against the peak of all ranks together.
         console: where the bar or the lines go; standard error where it is not given.
         clock: seconds that only grow.
+        check_owner: raises where another start has taken the run over; asked before a tracker is given anything.
     """
 
     def __init__(
@@ -85,10 +86,11 @@ class Meters:
         peak_flops: float | None = None,
         console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        check_owner: Callable[[], None] = lambda: None,
     ) -> None:
         self.trackers, self.total_steps, self.name, self.enabled = trackers, total_steps, name, enabled
         self.log_every, self.line_every, self.shown = log_every, line_every, tuple(shown)
-        self._device, self._clock = device, clock
+        self._device, self._clock, self._check_owner = device, clock, check_owner
         self._console = console if console is not None else Terminal(stderr=True)
         self._before = 0.0  # training seconds of earlier processes
         self._paused = 0.0  # seconds of this process that were no training
@@ -173,6 +175,7 @@ class Meters:
         if not self.is_due(step):
             return
         line = {name: _number(value) for name, value in figures.items()} | self._rates(step)
+        self._check_owner()
         for tracker in self.trackers:
             tracker.scalars(step, line, kind="training")
         self._say(step, line)
@@ -180,6 +183,8 @@ class Meters:
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Pass on the metrics of an evaluation, and print those of `shown`."""
+        if self.enabled:
+            self._check_owner()
         for tracker in self.trackers:
             tracker.scalars(step, metrics, kind="evaluation")
         told = [f"{name} {metrics[name]:.3f}" for name in self.shown if name in metrics]

@@ -75,17 +75,24 @@ class MuonAdamW(torch.optim.AdamW):
             flat, first = torch.cat(parts), dist.get_rank() * size
         update = _orthogonal_update(flat, group["matrices"], first, first + size)[first : first + size]
         for parameter, part in zip(parameters, update.split([parameter.numel() for parameter in parameters]), strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(part.view_as(parameter), alpha=-group["lr"])
+            self._replace(
+                parameter, (parameter * (1 - group["lr"] * group["weight_decay"])).add_(part.view_as(parameter), alpha=-group["lr"])
+            )
 
     def _direction(self, parameter: Tensor) -> Tensor:
         """The gradient after Nesterov momentum; zeros where a step does not use the parameter."""
         gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         state = self.state[parameter]
         if "momentum" not in state:
-            state |= {"momentum": torch.zeros_like(parameter), "step": torch.zeros(())}  # AdamW looks for a step when it is loaded
-        state["step"] += 1
-        state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+            state |= {"momentum": torch.zeros_like(parameter), "step": torch.zeros((), device=parameter.device)}
+        self._replace(state["step"], state["step"] + 1)
+        self._replace(state["momentum"], state["momentum"].lerp(gradient, 1 - MOMENTUM))
         return gradient.lerp(state["momentum"], MOMENTUM)
+
+    def _replace(self, tensor: Tensor, value: Tensor) -> None:
+        """Give `tensor` its next value, unless this step is skipped: decided on the device, as by AdamW's kernels, by `found_inf`."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        tensor.copy_(value if found_inf is None else torch.where(found_inf == 0, value, tensor))
 
 
 def _orthogonal_update(flat: Tensor, places: Sequence[Place], first: int, last: int) -> Tensor:

@@ -9,14 +9,16 @@ import functools
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mmlg_scale import recipe
 from mmlg_scale.data.corpus import Corpus, PairSet, open_pairs
-from mmlg_scale.errors import UserError
+from mmlg_scale.errors import RunStopped, SupersededError, UserError
 from mmlg_scale.metric_names import check_metric
 from mmlg_scale.ranks import is_first_rank, on_first_rank, several_ranks
 from mmlg_scale.records import write_record
@@ -24,15 +26,27 @@ from mmlg_scale.runtime import Runtime
 from mmlg_scale.training import features
 from mmlg_scale.training.checkpoint import Checkpoints
 from mmlg_scale.training.engine import autocast_of, start_ranks, stop_ranks
-from mmlg_scale.training.folder import RESULT_FILE, claim, hold, read_json
+from mmlg_scale.training.folder import RESULT_FILE, Incarnation, claim, hold, read_json
 from mmlg_scale.training.loop import Progress, train
 from mmlg_scale.training.meters import Meters
 from mmlg_scale.training.roles import Role, features_identity, load_ancestor
 from mmlg_scale.training.session import Session, build_session
+from mmlg_scale.training.signals import Requests
 from mmlg_scale.training.teacher import LiveTeacher
 from mmlg_scale.training.trackers import make_trackers
+from mmlg_scale.training.watchdog import Watchdog
 
 Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run, in a folder that it holds."""
+
+    identity: dict[str, Any]
+    device: torch.device
+    incarnation: Incarnation
+    requests: Requests
 
 
 def run_role(role: Role, out: Path, runtime: Runtime) -> Result:
@@ -45,15 +59,15 @@ def run_role(role: Role, out: Path, runtime: Runtime) -> Result:
     pairs = open_pairs(settings.data.path)
     check_metric(settings.evaluation.metric, has_classes=pairs.classes is not None)
     role.check(pairs)
-    return _in_folder(out, runtime, lambda: role.identity(pairs), lambda identity, device: _train(role, pairs, out, runtime, identity))
+    return _in_folder(out, runtime, lambda: role.identity(pairs), lambda start: _train(role, pairs, out, runtime, start))
 
 
 def write_features(settings: recipe.Recipe, ancestor: Path, out: Path, runtime: Runtime) -> Result:
     """Write the features that the ancestor gives the training split to `out`; see `features`."""
     pairs = open_pairs(settings.data.path)
 
-    def work(identity: dict[str, Any], device: torch.device) -> Result:
-        model = load_ancestor(settings, ancestor, pairs)
+    def work(start: Start) -> Result:
+        model, device = load_ancestor(settings, ancestor, pairs), start.device
         found = features.compute_features(
             LiveTeacher(model, device),
             Corpus(pairs, model.spec).sweep(),
@@ -61,9 +75,15 @@ def write_features(settings: recipe.Recipe, ancestor: Path, out: Path, runtime: 
             autocast=functools.partial(autocast_of, settings.engine.precision, device),
             device=device,
             num_workers=runtime.num_workers,
+            end_if_asked=start.requests.end_if_asked,
         )
-        if is_first_rank():
+
+        def finish() -> None:
+            start.incarnation.check()
             write_record(out / RESULT_FILE, {"role": "features", **found})
+
+        on_first_rank(finish)
+        if is_first_rank():
             print(f"{out}: features of {found['num_images']} images and {found['num_captions']} captions")
         return found
 
@@ -74,27 +94,30 @@ def _in_folder(
     out: Path,
     runtime: Runtime,
     identity_of: Callable[[], dict[str, Any]],
-    work: Callable[[dict[str, Any], torch.device], Result],
+    work: Callable[[Start], Result],
 ) -> Result:
     """Between the ranks' start and end, and with the folder held by the first rank: claim it, and do the work where it is not done."""
     device = start_ranks(runtime)
-    with ExitStack() as held:
+    minutes = runtime.checkpoint_minutes
+    with ExitStack() as held, Requests(out, save_every=None if minutes is None else 60 * minutes) as requests:
 
-        def claimed() -> tuple[dict[str, Any], Result | None]:
+        def claimed() -> tuple[dict[str, Any], Result | None, int]:
             held.enter_context(hold(out))
             identity = identity_of()
-            return identity, claim(out, identity)
+            result = claim(out, identity)
+            return identity, result, Incarnation.next(out).number if result is None else 0
 
         try:
-            identity, result = on_first_rank(claimed)
+            identity, result, number = on_first_rank(claimed)
             if result is not None:
                 if is_first_rank():
                     print(f"{out}: complete{_in_words(result)}; nothing to do.", file=sys.stderr)
             else:
-                result = work(identity, device)
+                result = work(Start(identity, device, Incarnation(out, number), requests))
         except Exception as error:
-            # Every rank raises a UserError; of another error the others may not know, and would be waited for.
-            if isinstance(error, UserError) or not several_ranks():
+            # Every rank raises these; of another error the others may not know, and would be waited for.
+            together = isinstance(error, (UserError, RunStopped)) and not isinstance(error, SupersededError)
+            if together or not several_ranks():
                 stop_ranks()
             raise
     stop_ranks()
@@ -108,47 +131,60 @@ def _in_words(result: Result) -> str:
     return f": {result['steps']} steps, {metrics} (test split)"
 
 
-def _train(role: Role, pairs: PairSet, out: Path, runtime: Runtime, identity: dict[str, Any]) -> Result:
+def _train(role: Role, pairs: PairSet, out: Path, runtime: Runtime, start: Start) -> Result:
     resumes = on_first_rank(lambda: bool(Checkpoints(out).steps()))
     session = build_session(role.settings, role, runtime=runtime, pairs=pairs, resumes=resumes)
     if is_first_rank():
         print(f"{out}: {session.stage.spec.in_words()}", file=sys.stderr)
-    with closing(_meters(session, out, identity)) as meters:  # the bar ends before anything else is told
-        result = _train_metered(role, out, session, meters, identity)
+    with closing(_meters(session, out, start)) as meters:  # the bar ends before anything else is told
+        result = _train_metered(role, out, session, meters, start)
     if is_first_rank():
         print(f"{out}: complete{_in_words(result)}.", file=sys.stderr)
     return result
 
 
-def _train_metered(role: Role, out: Path, session: Session, meters: Meters, identity: dict[str, Any]) -> Result:
-    runtime, stage, engine = session.runtime, session.stage, session.engine
-    checkpoints = Checkpoints(out, keep_last=runtime.keep_checkpoints)
+def _train_metered(role: Role, out: Path, session: Session, meters: Meters, start: Start) -> Result:
+    runtime, stage, engine, incarnation = session.runtime, session.stage, session.engine, start.incarnation
+    checkpoints = Checkpoints(
+        out,
+        keep_last=runtime.keep_last,
+        keep_every=runtime.keep_every,
+        incarnation=incarnation.number,
+        check_owner=incarnation.check,
+    )
     validation, test = (session.eval_split(split) for split in ("val", "test"))
     at_start = out / "metrics_at_0.json"
     if role.evaluate_first and not on_first_rank(lambda: at_start.exists() or bool(checkpoints.steps())):
         metrics = session.evaluate(test)
         on_first_rank(lambda: write_record(at_start, metrics))
-    progress = train(
-        stage,
-        engine,
-        batches=lambda step: session.stream(step, record=out),
-        evaluate=lambda: session.evaluate(validation),
-        checkpoints=checkpoints,
-        meters=meters,
-        evaluate_first=role.evaluate_first,
-        checkpoint_every=runtime.checkpoint_every,
-        stop=role.stop,
-    )
+    minutes = runtime.hang_minutes
+    with Watchdog(out, dist.get_rank(), None if minutes is None else 60 * minutes) as watchdog:
+        progress = train(
+            stage,
+            engine,
+            batches=lambda step: session.stream(step, record=out),
+            evaluate=lambda: session.evaluate(validation),
+            checkpoints=checkpoints,
+            meters=meters,
+            requests=start.requests,
+            watchdog=watchdog,
+            runtime=runtime,
+            evaluate_first=role.evaluate_first,
+            stop=role.stop,
+            name_of=functools.partial(session.corpus.name_of, "train"),
+        )
     seconds = meters.seconds
     metrics = session.evaluate(test)
     state = engine.state_dict()
     engine.close()
 
     def finish() -> Result:
-        result = _result(role, identity, progress, metrics, seconds, session)
+        result = _result(role, start.identity, progress, metrics, seconds, session)
         if at_start.exists():
             result["metrics_at_0"] = read_json(at_start)
+        incarnation.check()
         result.update(stage.export(state, out))
+        incarnation.check()
         write_record(out / RESULT_FILE, result)
         return result
 
@@ -157,12 +193,12 @@ def _train_metered(role: Role, out: Path, session: Session, meters: Meters, iden
     return result
 
 
-def _meters(session: Session, out: Path, identity: dict[str, Any]) -> Meters:
+def _meters(session: Session, out: Path, start: Start) -> Meters:
     runtime, stage = session.runtime, session.stage
     trackers = []
     if is_first_rank():
         trackers = make_trackers(
-            runtime.trackers, out, name=f"{out.parent.name}/{out.name}", project=runtime.wandb_project, config=identity
+            runtime.trackers, out, name=f"{out.parent.name}/{out.name}", project=runtime.wandb_project, config=start.identity
         )
     return Meters(
         trackers,
@@ -172,6 +208,7 @@ def _meters(session: Session, out: Path, identity: dict[str, Any]) -> Meters:
         enabled=is_first_rank(),
         log_every=runtime.log_every,
         shown=dict.fromkeys((session.settings.evaluation.metric, "mean_recall@1", "acc1")),
+        check_owner=start.incarnation.check,
     )
 
 
@@ -184,6 +221,7 @@ def _result(
         "seed": role.settings.seed,
         "steps": progress.step,
         "stopped_early": progress.stopped_early,
+        "skipped_steps": progress.skipped_steps,
         "flops": progress.flops,
         "teacher_flops": progress.teacher_flops,
         "kept_features": teacher.cost if teacher is not None else None,

@@ -54,6 +54,25 @@ def compute_gradients(stage: Stage, engine: Engine, inputs: Inputs, step: int) -
     return torch.stack(losses).mean(), {name: torch.stack([each[name] for each in terms]).mean() for name in terms[0]}
 
 
+@torch.no_grad()
+def compute_loss(stage: Stage, engine: Engine, inputs: Inputs, step: int) -> Tensor:
+    """The mean loss of the step's students on the present weights; arguments as for `compute_gradients`. Collective."""
+    num_rows, model = len(inputs), engine.model
+    inputs = replace(inputs, patches=stage.patches(step, dist.get_rank() * num_rows, num_rows)).to(engine.device)
+    micro_batches = inputs.split(num_rows // stage.training.accumulation)
+    found = [stage.targets(engine.autocast, micro_batch) for micro_batch in micro_batches]
+    targets = _join([part for part in found if part is not None]) if found[0] is not None else None
+    losses = []
+    was_training = model.training
+    model.eval()
+    with engine.autocast():
+        for student in stage.students(step):
+            outputs = _join([model(part.image, part.text, patches=part.patches, **student) for part in micro_batches])
+            losses.append(stage.objective(outputs, targets, inputs.text)[0])
+    model.train(was_training)
+    return torch.stack(losses).mean()
+
+
 def _forward(engine: Engine, inputs: Inputs, student: Mapping[str, Any]) -> Outputs:
     return engine(inputs.image, inputs.text, patches=inputs.patches, **student)
 

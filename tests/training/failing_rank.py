@@ -1,4 +1,4 @@
-"""`python -m tests.training.failing_rank HOW WORDS...` is `mmlg WORDS...` with a rank 1 that fails; for test_failing_ranks.py."""
+"""`python -m tests.training.failing_rank HOW WORDS...` is `mmlg WORDS...` with a rank 1 that fails, or is asked to end."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mmlg_scale.cli import main
-from mmlg_scale.training import loop
+from mmlg_scale.training import loop, signals
 from mmlg_scale.training.engine import Engine
 
 
@@ -22,18 +24,21 @@ def fail(how: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if number == 1 and how == "internal":
             raise ZeroDivisionError("of this test")
+        if number == 1 and how == "asked":
+            os.kill(os.getpid(), signal.SIGUSR2)
         return step(stage, engine, batch, number)
 
-    def failing_save(*args: Any) -> None:
+    def failing_save(*args: Any) -> Iterator[Path]:
         if how == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-        save(*args)
+        return save(*args)
 
     loop.train_step = failing_step
     Engine.save = failing_save  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
+    signals.SECONDS_BETWEEN = 0.0  # these runs are shorter than a second
     if os.environ.get("RANK") == "1":
         fail(sys.argv[1])
     sys.exit(main(sys.argv[2:]))

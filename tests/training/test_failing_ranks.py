@@ -17,7 +17,7 @@ import yaml
 from mmlg_launchers import LocalLauncher, Resources
 from mmlg_launchers.local import LocalJob
 
-from mmlg_scale.errors import UserError
+from mmlg_scale.errors import EXIT_REQUEUE, UserError
 from mmlg_scale.recipe_file import load_recipe
 from tests.launchers.test_supervise import marked, wait_until
 from tests.test_machine_errors import RECIPE, made, numbers, train
@@ -82,6 +82,23 @@ def test_the_line_is_that_of_the_rank_that_failed(how: str, code: int, said: str
     if how == "internal":
         assert "failing_step" in (folder / "traceback-rank-1.txt").read_text()
     assert not [path for path in run.glob("checkpoints/*") if path.name.startswith("step-")]
+    for name in ("run", "undisturbed"):
+        job = submit("", [word.replace(str(run), str(tmp_path / name)) for word in words], tmp_path / f"{name}.launch")
+        job.wait(200)
+        assert job.exit_code == 0, job.log_paths()[0].read_text()
+    assert numbers(run) == numbers(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(made: Path, tmp_path: Path) -> None:
+    run, folder = tmp_path / "run", tmp_path / "launch"
+    words = [*train(made, run), "--runtime.zero_stage=1"]
+    job = submit("asked", words, folder)
+    job.wait(200)
+    lines = job.log_paths()[0].read_text().splitlines()
+    assert job.exit_code == EXIT_REQUEUE, lines
+    assert "stopped by SIGUSR2 after step 2, which is saved; start the same command again. Command: mmlg train " in lines[-1]
+    assert [path.name for path in run.glob("checkpoints/step-*")] == ["step-00000002"]
     for name in ("run", "undisturbed"):
         job = submit("", [word.replace(str(run), str(tmp_path / name)) for word in words], tmp_path / f"{name}.launch")
         job.wait(200)
