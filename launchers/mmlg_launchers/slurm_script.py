@@ -53,8 +53,7 @@ case "$code" in
 {requeue}) again=1 ;;
 *)
   crashes="$folder"/crashes
-  whole=(-mindepth 1 -maxdepth 1 ! -name '.*' ! -name '*.tmp')
-  if [ -n "$(find "$checkpoints" "${{whole[@]}}" -newer "$crashes" 2>/dev/null)" ]; then rm -f -- "$crashes"; fi
+  if [ -n "$(find "$checkpoints" -mindepth 1 -maxdepth 1 -name 'step-*' -newer "$crashes" 2>/dev/null)" ]; then rm -f -- "$crashes"; fi
   echo "exit code $code at $(date)" >> "$crashes"
   if [ "$(wc -l < "$crashes")" -le {restarts} ]; then again=1; fi ;;
 esac
@@ -70,7 +69,7 @@ class Task:
     argv: tuple[str, ...]
     folder: Path
     checkpoints: Path | None = None
-    """A folder in which something new appears when the command has made progress; None: nobody can see that it has."""
+    """A folder in which another step-* appears when the command has made progress; None: nobody can see that it has."""
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,17 @@ def ends_with(parent: int) -> Callable[[], None]:
     return ask
 
 
+def _as_rank(parent: int) -> Callable[[], None]:
+    """`ends_with`, for a rank: SIGUSR2 does nothing until the rank listens."""
+    ask = ends_with(parent)
+
+    def prepare() -> None:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        ask()
+
+    return prepare
+
+
 def log_name(rank: int) -> str:
     """Where a rank other than the first writes, in the job's folder."""
     return f"rank-{rank}.txt"
@@ -87,7 +98,8 @@ def report_failure(pipe: int, line: str, *, kind: str, details: str = "") -> Non
     Args:
         pipe: what `failure_pipe` returned.
         line: for the user.
-        kind: user (a mistake, or what the machine refuses), internal, or follows (from another rank's failure).
+        kind: user (a mistake, or what the machine refuses), internal, stopped (as it was asked to), or follows (from another rank's
+            failure).
         details: a traceback, for the log folder.
     """
     content = {"line": line[:4000], "kind": kind, "details": details[-40_000:], "time": time.monotonic()}
@@ -150,7 +162,7 @@ class _Rank:
     def weight(self) -> tuple[int, float]:
         """What explains the failure of all best, first: what a rank says itself, SIGKILL, which no failure of another rank brings,
         the earliest of the others, and last what follows from another rank's failure."""
-        kinds, report = {"user": 0, "internal": 2, "follows": 3}, self.report
+        kinds, report = {"user": 0, "internal": 2, "stopped": 2, "follows": 3}, self.report
         if report is not None:
             return kinds[report["kind"]], report["time"]
         return (1 if self.code == -signal.SIGKILL else 2), self.ended or 0.0
@@ -167,6 +179,7 @@ class Supervisor:
     def run(self) -> int:
         """Returns the exit code: 0, that of the rank that failed, or 128 + N where signal N ended it."""
         signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGUSR2, self._forward)
         try:
             with socket.socket() as reserved:
                 reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the first rank may bind it too
@@ -208,7 +221,7 @@ class Supervisor:
             stderr=None if output is None else subprocess.STDOUT,
             env=environment,
             pass_fds=(write,),
-            preexec_fn=ends_with(os.getpid()),  # noqa: PLW1509 (there are no threads here)
+            preexec_fn=_as_rank(os.getpid()),  # noqa: PLW1509 (there are no threads here)
         )
         os.close(write)
         os.set_blocking(read, False)
@@ -221,6 +234,12 @@ class Supervisor:
         self._stopped = True
         for rank in self._ranks:
             rank.stop(signal.SIGTERM)
+
+    def _forward(self, number: int, *_: object) -> None:
+        """A signal that asks ranks for something, and does not end them: theirs to answer."""
+        for rank in self._ranks:
+            if rank.ended is None:
+                rank.process.send_signal(number)
 
     def _wait(self, until: Callable[[], bool], seconds: float = float("inf")) -> bool:
         """Wait until all ranks have ended (False), or what is waited for has come (True), or for so many seconds (False)."""
@@ -266,7 +285,8 @@ class Supervisor:
             line = f"{who} was ended by {in_words(-first.code)}."
         else:
             line = f"{who} failed (exit code {code}){_last_line(first.log)}"
-        print(f"mmlg: error: {line}", file=sys.stderr, flush=True)
+        prefix = "mmlg" if report is not None and report["kind"] == "stopped" else "mmlg: error"
+        print(f"{prefix}: {line}", file=sys.stderr, flush=True)
         return code
 
     def _keep(self, number: int, details: str) -> str:

@@ -154,7 +154,7 @@ def _tell_stopped(stopped: RunStopped, rank: int | None, arguments: Sequence[str
     if rank is not None:
         from mmlg_launchers.supervise import report_failure
 
-        report_failure(rank, line, kind="user")
+        report_failure(rank, line, kind="stopped")
     elif stopped.speaks:
         _say(f"mmlg: {line}")
     return stopped.exit_code

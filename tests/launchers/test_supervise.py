@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mmlg_launchers import JobState, LocalLauncher, Resources, Step, StepFailed, run_graph
+from mmlg_launchers import JobState, LocalLauncher, Resources, Step, StepFailed, interface, run_graph
 from mmlg_launchers.local import LocalJob
 from rich.console import Console
+
+from mmlg_scale import errors
 
 REPORTS = """
 import os, sys, time
@@ -151,6 +153,44 @@ def test_a_graph_says_what_killed_a_fork(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(StepFailed) as error:
         run_graph([step], LocalLauncher(preload=("json",)), parallel=1, console=console)
     assert "gene failed (exit code -9): it was ended by SIGKILL (the kernel" in str(error.value)
+
+
+def test_a_request_reaches_every_rank_and_is_no_error(tmp_path: Path) -> None:
+    script = """
+import pathlib, signal
+asked = []
+signal.signal(signal.SIGUSR2, lambda *_: asked.append(1))
+pathlib.Path(__file__).with_name(f"listens-{rank}").touch()
+while not asked:
+    time.sleep(0.02)
+report_failure(pipe, "stopped by SIGUSR2; start the same command again.", kind="stopped")
+sys.exit(75)
+"""
+    job = submit(tmp_path, REPORTS + script)
+    wait_until(lambda: len(list(tmp_path.glob("listens-*"))) == 2)
+    os.kill(job._process.pid, signal.SIGUSR2)
+    assert job.wait(60) is JobState.FAILED
+    assert job.exit_code == 75
+    assert said(job) == "mmlg: stopped by SIGUSR2; start the same command again.\n"
+
+
+def test_a_request_before_ranks_listen_ends_nobody(tmp_path: Path) -> None:
+    script = """
+import pathlib
+pathlib.Path(__file__).with_name(f"there-{rank}").touch()
+while not pathlib.Path(__file__).with_name("end").exists():
+    time.sleep(0.02)
+"""
+    job = submit(tmp_path, REPORTS + script)
+    wait_until(lambda: len(list(tmp_path.glob("there-*"))) == 2)
+    os.kill(job._process.pid, signal.SIGUSR2)
+    time.sleep(0.3)
+    (tmp_path / "end").touch()
+    assert job.wait(60) is JobState.COMPLETED
+
+
+def test_exit_codes_are_those_that_runs_use() -> None:
+    assert (interface.EXIT_REQUEUE, interface.EXIT_STOPPED) == (errors.EXIT_REQUEUE, errors.EXIT_STOPPED)
 
 
 def test_cancel_lets_ranks_end_by_themselves(tmp_path: Path) -> None:

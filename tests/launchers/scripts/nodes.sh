@@ -45,8 +45,7 @@ case "$code" in
 75) again=1 ;;
 *)
   crashes="$folder"/crashes
-  whole=(-mindepth 1 -maxdepth 1 ! -name '.*' ! -name '*.tmp')
-  if [ -n "$(find "$checkpoints" "${whole[@]}" -newer "$crashes" 2>/dev/null)" ]; then rm -f -- "$crashes"; fi
+  if [ -n "$(find "$checkpoints" -mindepth 1 -maxdepth 1 -name 'step-*' -newer "$crashes" 2>/dev/null)" ]; then rm -f -- "$crashes"; fi
   echo "exit code $code at $(date)" >> "$crashes"
   if [ "$(wc -l < "$crashes")" -le 2 ]; then again=1; fi ;;
 esac
