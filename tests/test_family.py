@@ -164,6 +164,7 @@ def test_the_plan_is_what_the_runs_charged(
     assert "contains a family of another ancestor or data set: ancestor.steps was 60, now 61" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_in_three_stages_gives_the_same_numbers(recipe_file: Path, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     for stage in ("ancestor", "learngene", "descendants/i2-t2-distil"):
@@ -357,6 +358,7 @@ def test_descendants_are_open_clip_models(undisturbed: Path) -> None:
         assert evaluate_folder(folder / "model", undisturbed / "data", "test") == pytest.approx(result["metrics"])
 
 
+@pytest.mark.slow
 def test_kept_features_change_no_number(tmp_path: Path) -> None:
     """A family whose runs read the ancestor's features against one that runs the ancestor at every step."""
     few = {"steps": 4, "batch_size": 32, "eval_every": 2}

@@ -290,9 +290,9 @@ def test_a_reader_that_has_gone_and_an_output_that_is_full() -> None:
     assert done.stderr == b"mmlg: error: the disk is full. Free some space, then start the same command again.\n"
 
 
-def test_memory_that_is_not_there(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["data", "scenes", "--image-size", str(10**7), "--out", str(tmp_path / "set")]
-    assert "Unable to allocate" in refused(words, capsys, "out of memory (")
+def test_memory_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmlg_scale.data.scenes.write_scenes", lambda *_, **__: np.empty(10**17))
+    assert "Unable to allocate" in refused(["data", "scenes", "--out", str(tmp_path / "set")], capsys, "out of memory (")
     with pytest.raises(RuntimeError) as error:
         torch.empty(10**16)
     assert str(in_words(error.value)).startswith("out of memory ([enforce fail at alloc_cpu.cpp")

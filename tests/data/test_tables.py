@@ -47,9 +47,9 @@ def test_whatever_was_written_with_quotes_is_read(captions: list[str], delimiter
 @pytest.mark.parametrize(
     ("name", "rows", "said"),
     [
-        ("t.csv", ["0.png,a red cat, asleep"], "row 2: 3 fields, the header has 2. Put a caption that holds commas in quotes"),
+        ("t.csv", ["0.png,a red cat, asleep"], "row 2: 3 fields, the header has 2. Put a caption with commas in quotes"),
         ("t.csv", ["0.png,a cat", "1.png,a dog,"], "row 3: 3 fields, the header has 2"),
-        ("t.tsv", ["0.png\ta cat\tasleep"], "row 2: 3 fields, the header has 2. Put a caption that holds tabs in quotes"),
+        ("t.tsv", ["0.png\ta cat\tasleep"], "row 2: 3 fields, the header has 2. Put a caption with tabs in quotes"),
         # An open quote: closed by another one inside a row, at the end of a row, or never.
         (
             "t.tsv",

@@ -89,7 +89,8 @@ def test_any_shape(kind: str, backend: str, count: int, width: int, scale: float
     x, y = features(count, width, torch.float32)
     exact = outputs(kind, x.double(), y.double(), scale, "reference")
     for got, want in zip(outputs(kind, x, y, scale, backend), exact, strict=True):
-        assert (got.double() - want).norm() <= 3e-5 * max(float(want.norm()), 0.1)
+        # A gradient that cancels to nothing keeps the rounding of its terms, which grow with the scale.
+        assert (got.double() - want).norm() <= 3e-5 * max(float(want.norm()), 0.1, scale / 25)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -91,7 +91,7 @@ def test_folders_that_are_no_export(overwrite: bool, tmp_path: Path) -> None:
     assert "overwrite" not in message
     assert names(foreign) == ["notes.txt"]
     file.write_text("mine")
-    assert_one_line(lambda: towers.export(bundle(), file, overwrite=overwrite), "file", "is no folder")
+    assert_one_line(lambda: towers.export(bundle(), file, overwrite=overwrite), "file", "exists and is not a folder")
     for out, said in ((file / "below", f"{file}: a part of this path is a file"), (tmp_path / ("x" * 300), "the name is too long")):
         with pytest.raises(OSError, match=r"\[Errno") as error:
             towers.export(bundle(), out, overwrite=overwrite)
@@ -223,7 +223,7 @@ def weighed(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path
             "has shape (5, 16), tower.json asks for (10, 16)",
         ),
         (weighed(lambda state: state.pop("proj")), "proj has shape none"),
-        (weighed(lambda state: state["proj"].fill_(float("inf"))), "proj holds 256 of 256 numbers"),
+        (weighed(lambda state: state["proj"].fill_(float("inf"))), "proj has 256 of 256 numbers"),
     ],
 )
 def test_towers_that_are_refused(change: Callable[[Path], object], said: str, tmp_path: Path) -> None:

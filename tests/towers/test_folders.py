@@ -339,7 +339,7 @@ DAMAGE: list[tuple[str, Change, str]] = [
     ("weights: cut", cut, "is cut off"),
     ("weights: LFS", file_is(WEIGHTS_FILE, b"version https://git-lfs.github.com/spec/v1\n"), "run git lfs pull"),
     ("weights: depth", edited(vision_cfg={"layers": 4}), "has 3 image layers, open_clip_config.json asks for 4"),
-    ("weights: NaN", weights_with(lambda state: state["visual.proj"].fill_(float("nan"))), "visual.proj holds"),
+    ("weights: NaN", weights_with(lambda state: state["visual.proj"].fill_(float("nan"))), "visual.proj has"),
     ("weights: no scale", weights_with(lambda state: state.pop("logit_scale")), "has no logit_scale"),
     ("no tokenizer", removed("tokenizer.json"), "names a tokenizer (text_cfg.hf_tokenizer_name), but there is no tokenizer.json"),
     ("tokenizer: damaged", file_is("tokenizer.json", b'{"version": "1.0"}'), "tokenizer.json is damaged"),
