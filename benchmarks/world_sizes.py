@@ -1,6 +1,6 @@
 """Do 1, 2 and 4 ranks train the same model? Losses of the same recipe at each world size, in one picture.
 
-    python -m benchmarks.world_sizes --out benchmarks/results     # world_sizes.json and .png; about four minutes on two cores
+    python -m benchmarks.world_sizes --out benchmarks/results     # world_sizes.json and .png; more than five minutes on two cores
 
 Trains the demo's ancestor for 60 steps of 128 scenes under ZeRO-2 on as many gloo ranks, and once more on 4 ranks that become 2 after the
 first evaluation and 3 after the second (96 scenes a step, so that 3 divides them), with the same run on one rank beside it. Reported is the
