@@ -146,13 +146,13 @@ def test_pictures(icons: ModuleType, tmp_path: Path) -> None:
     bodies = {name: f'<path fill="currentColor" d="M0 0h8v{8 + place}H0z"/>' for place, name in enumerate(names)}
     sets = (icon_set("one", "A", bodies), icon_set("two", "B", {"locked": RED}))
     icons.make(package(tmp_path / "p.tgz", *sets), tmp_path / "out", tmp_path / "s.md", seed=0)
-    with Image.open(tmp_path / "out/two/locked.png") as image:
+    with Image.open(tmp_path / "out/two/locked.png", formats=["PNG"]) as image:
         assert (image.mode, image.size) == ("RGB", (32, 32))
         assert (image.getpixel((1, 1)), image.getpixel((16, 16))) == ((255, 0, 0), (0, 0, 255))
     colours = {ImageColor.getrgb(name) for name in icons.COLOURS}
     drawn = set()
     for name in names:
-        with Image.open(tmp_path / f"out/one/{name}.png") as image:
+        with Image.open(tmp_path / f"out/one/{name}.png", formats=["PNG"]) as image:
             assert image.getpixel((24, 8)) == (255, 255, 255)
             drawn.add(image.getpixel((8, 8)))
     assert drawn <= colours
