@@ -45,6 +45,9 @@ class Runtime:
     """Steps between checkpoints; null: one after each evaluation."""
     checkpoint_minutes: PositiveFloat | None = 10.0
     """A checkpoint too where the last one is this many minutes old; null: none by the clock."""
+    background_saves: bool = True
+    """Write checkpoints while training continues: it waits only for a copy in the CPU's memory (12 bytes a parameter, divided by the
+    ranks)."""
     keep_last: PositiveInt = 2
     """Checkpoints kept of a run under way; a finished run keeps none."""
     keep_every: PositiveInt | None = None

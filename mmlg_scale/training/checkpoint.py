@@ -10,27 +10,34 @@
 
 A checkpoint is written under a temporary name, marked once every rank has finished, flushed to the disk and published by a rename: a kill
 at any instant leaves whole checkpoints only. What is found to lack its marker, or a byte, is passed over with a message.
+
+Training waits only while each rank copies its share to the CPU's memory. A thread of each rank then writes the copy, and the threads agree
+over a process group of their own; the first rank's publishes. There is never more than one save at a time.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from mmlg_scale.digests import content_digest
 from mmlg_scale.errors import FollowingError, UserError
 from mmlg_scale.files import flush, make_folder, require_space, writing
-from mmlg_scale.ranks import is_first_rank, on_first_rank
+from mmlg_scale.ranks import is_first_rank, on_first_rank, several_ranks
 from mmlg_scale.records import read_record, write_record
 from mmlg_scale.training.engine import Engine
+from mmlg_scale.training.state import write_files
 
 PARTIAL, DAMAGED, MARKER, LAST_SAVE = "partial-", "damaged-", "checkpoint.json", "last-save.json"
 _FORMAT = 1
@@ -44,6 +51,7 @@ class Checkpoints:
         keep_every: those of multiples of this step are kept besides, also when the run is complete.
         incarnation: number of this start of the run.
         check_owner: raises where another start has taken the run over; asked before anything is published.
+        background: write while training continues. A copy of each rank's share is in the CPU's memory meanwhile.
     """
 
     def __init__(
@@ -54,9 +62,13 @@ class Checkpoints:
         keep_every: int | None = None,
         incarnation: int = 0,
         check_owner: Callable[[], None] = lambda: None,
+        background: bool = False,
     ) -> None:
         self.folder = run_folder / "checkpoints"
         self.keep_last, self.keep_every, self.incarnation, self.check_owner = keep_last, keep_every, incarnation, check_owner
+        self.background = background
+        self._pending: _Work | None = None
+        self._group: dist.ProcessGroup | None = None  # of the threads that write
 
     def steps(self) -> list[int]:
         """Steps of the published checkpoints, ascending."""
@@ -89,37 +101,83 @@ class Checkpoints:
         on_first_rank(check)
 
     def save(self, engine: Engine, step: int, state: Mapping[str, Any]) -> float:
-        """Write and publish the checkpoint of `step`, then drop what need not be kept; returns the seconds it took. Collective.
+        """Write and publish the checkpoint of `step`, then drop what need not be kept. Collective.
+
+        In the background, this returns once the state is copied; `wait` returns when it is published. An earlier save is waited for first.
 
         Args:
             state: what is to be known besides the engine's state; JSON.
+
+        Returns:
+            The seconds for which training was kept waiting.
 
         Raises:
             UserError: too little disk; nothing is published, and the checkpoints that are there stay, which the console is told.
             OSError: on the rank that cannot write its part, with the path; the same holds.
         """
         started = time.monotonic()
+        self.wait()
         temporary, final = self.folder / f"{PARTIAL}{self.incarnation}-step-{step:08d}", self.folder / f"step-{step:08d}"
+        content = {"format": _FORMAT, "step": step, **_division(engine), "state": copy.deepcopy(dict(state))}
         try:
             self.require_space(engine)
             on_first_rank(lambda: make_folder(temporary))
-            digests = _together(lambda: self._write(engine, temporary, final))
-            files = {name: digest for part in digests for name, digest in part.items()}
-            content = {"format": _FORMAT, "step": step, **_division(engine), "state": dict(state), "files": files}
-            on_first_rank(lambda: self._publish(temporary, final, content))
         except (OSError, UserError):
-            if is_first_rank():
-                shutil.rmtree(temporary, ignore_errors=True)
-                kept = self.steps()
-                whole = f"that of step {kept[-1]} stays" if kept else "there is none yet"
-                print(f"the checkpoint of step {step} could not be written; {whole}.", file=sys.stderr, flush=True)
+            self._give_up(temporary, step)
             raise
-        return on_first_rank(lambda: self._after(step, started))
+        if self.background and several_ranks() and self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        files = list(engine.copies()) if self.background else engine.copies()
+        self._pending = _Work(lambda: self._write_and_publish(files, temporary, final, content, started), self.background)
+        if not self.background:
+            self.wait()
+        return time.monotonic() - started
 
-    def _write(self, engine: Engine, temporary: Path, final: Path) -> dict[str, str]:
+    @property
+    def saving(self) -> bool:
+        """Whether a save is being written in the background. Collective."""
+        pending = self._pending
+        return pending is not None and on_first_rank(lambda: not pending.done)
+
+    def wait(self) -> None:
+        """Wait until the last save is published. Collective.
+
+        Raises:
+            As `save`; FollowingError on the other ranks.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            _together(pending.result)
+
+    def settle(self, seconds: float = 120.0) -> None:
+        """Give a save in the background so long to end, whatever its outcome: this rank ends for another reason."""
+        if self._pending is not None:
+            self._pending.join(seconds)
+
+    def _write_and_publish(
+        self, files: Iterable[tuple[str, Mapping[str, Tensor]]], temporary: Path, final: Path, content: Mapping[str, Any], started: float
+    ) -> None:
+        try:
+            found = _together(lambda: self._write(files, temporary, final), self._group)
+            if is_first_rank():
+                digests = {name: digest for part in found for name, digest in part.items()}
+                self._publish(temporary, final, {**content, "files": digests})
+                self._after(content["step"], started)
+        except (OSError, UserError, FollowingError):
+            self._give_up(temporary, content["step"])
+            raise
+
+    def _give_up(self, temporary: Path, step: int) -> None:
+        if is_first_rank():
+            shutil.rmtree(temporary, ignore_errors=True)
+            kept = self.steps()
+            whole = f"that of step {kept[-1]} stays" if kept else "there is none yet"
+            print(f"the checkpoint of step {step} could not be written; {whole}.", file=sys.stderr, flush=True)
+
+    def _write(self, files: Iterable[tuple[str, Mapping[str, Tensor]]], temporary: Path, final: Path) -> dict[str, str]:
         """Write this rank's files; returns their SHA-256."""
         with writing(final), ThreadPoolExecutor(4) as pool:  # one file is flushed and hashed while the next is written
-            work = [(path.name, pool.submit(content_digest, path), pool.submit(flush, path)) for path in engine.save(temporary)]
+            work = [(path.name, pool.submit(content_digest, path), pool.submit(flush, path)) for path in write_files(files, temporary)]
             for _, _, flushed in work:
                 flushed.result()
             return {name: digest.result() for name, digest, _ in work}
@@ -135,14 +193,13 @@ class Checkpoints:
                 os.replace(temporary, final)
                 flush(self.folder)
 
-    def _after(self, step: int, started: float) -> float:
+    def _after(self, step: int, started: float) -> None:
         for old in self.steps()[: -self.keep_last]:
             if self.keep_every is None or old % self.keep_every:
                 shutil.rmtree(self.folder / f"step-{old:08d}")
         seconds = time.monotonic() - started
         size = sum(path.stat().st_size for path in (self.folder / f"step-{step:08d}").iterdir())
         write_record(self.folder / LAST_SAVE, {"step": step, "seconds": round(seconds, 3), "bytes": size})
-        return seconds
 
     def load_latest(self, engine: Engine) -> dict[str, Any] | None:
         """Load the newest whole checkpoint into `engine`; returns the state given to `save`, or None where there is none. Collective.
@@ -223,8 +280,47 @@ class Checkpoints:
         on_first_rank(drop)
 
 
-def _together(work: Callable[[], Any]) -> list[Any]:
+class _Work:
+    """Work that is done at once, or by a thread; its outcome is kept."""
+
+    def __init__(self, work: Callable[[], None], background: bool) -> None:
+        self._work = work
+        self._error: Exception | None = None
+        # Not waited for when the process ends: what is half written is swept at the next start.
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        if background:
+            self._thread.start()
+        else:
+            self._run()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, one way or the other."""
+        return not self._thread.is_alive()
+
+    def join(self, seconds: float | None = None) -> None:
+        """Wait for its end, at most so long."""
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
+
+    def result(self) -> None:
+        """Wait for its end; raise what it raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _together(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list[Any]:
     """What `work` returns on each rank. Collective.
+
+    Args:
+        group: of all ranks; None: the default one.
 
     Raises:
         FollowingError: on the other ranks, where one raised.
@@ -236,7 +332,7 @@ def _together(work: Callable[[], Any]) -> list[Any]:
         answer = work(), None
     except Exception as error:
         failure, answer = error, (None, repr(error))
-    dist.all_gather_object(answers, answer)
+    dist.all_gather_object(answers, answer, group=group)
     if failure is not None:
         raise failure
     failed = [rank for rank, (_, problem) in enumerate(answers) if problem is not None]

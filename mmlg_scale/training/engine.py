@@ -19,7 +19,7 @@ from mmlg_scale.accounting import checkpoint_bytes
 from mmlg_scale.errors import UserError
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.muon import MuonAdamW
-from mmlg_scale.training.state import Part, SavedParts, find_parts, load_buffers, load_parts, save_buffers, save_parts, share_of
+from mmlg_scale.training.state import Part, SavedParts, copy_buffers, copy_parts, find_parts, load_buffers, load_parts, share_of
 
 
 def start_ranks(runtime: Runtime) -> torch.device:
@@ -185,14 +185,14 @@ class Engine:
         """The first group's present rate."""
         return float(self._engine.optimizer.param_groups[0]["lr"])
 
-    def save(self, folder: Path) -> Iterator[Path]:
-        """Write this rank's share of the training state to `folder`, which exists; see `state`. Yields each file once it is written."""
+    def copies(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """This rank's share of the training state by file: (name, what it holds), copied to the CPU one after the other; see `state`."""
         rank, parts = dist.get_rank(), self._parts()
         if self.zero_stage == 0:
             parts = share_of(parts, rank, dist.get_world_size())
-        yield from save_parts(parts, self._torch_optimizer.state, folder, rank)
+        yield from copy_parts(parts, self._torch_optimizer.state, rank)
         if rank == 0:
-            yield save_buffers(self._buffers(), folder)
+            yield copy_buffers(self._buffers())
 
     def load(self, folder: Path) -> None:
         """Read what engines of the same model have saved, at any world size and stage. Collective.

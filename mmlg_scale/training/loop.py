@@ -150,6 +150,7 @@ def train(
             look()
         if save:
             keep()
+    checkpoints.wait()
     return progress
 
 
@@ -206,7 +207,7 @@ class _Keep:
         self._healthy_step = step
 
     def __call__(self) -> None:
-        """Write a checkpoint, unless this step has one. Collective."""
+        """Write a checkpoint, unless this step has one; in the background where the runtime says so. Collective."""
         progress = self._progress
         if self._saved_step == progress.step:
             return
@@ -230,14 +231,16 @@ class _Keep:
             return
         last = self._checkpoints.last_save_seconds()
         told = f"after step {self._progress.step}, which is saved" if self._progress.step else "before its first step"
-        # A second try of half the length again is for a disk that is busy because all jobs of a node are being ended.
-        if request == Request.TERMINATE and last is not None and 1.5 * last > self._runtime.kill_wait:
+        # Half the length again is for a disk that is busy because all jobs of a node are being ended.
+        needed = (2.5 if self._checkpoints.saving else 1.5) * (last or 0.0)
+        if request == Request.TERMINATE and self._saved_step != self._progress.step and needed > self._runtime.kill_wait:
             told = (
                 f"after step {self._progress.step}; the last checkpoint is of step {self._saved_step}, since one takes {last:.0f} s and "
                 f"runtime.kill_wait is {self._runtime.kill_wait:.0f} s"
             )
         else:
             self()
+        self._checkpoints.wait()
         then = on_first_rank(requeue) if request == Request.REQUEUE else "start the same command again to resume"
         raise RunStopped(f"stopped by {request.told} {told}; {then}.", request.exit_code, speaks=is_first_rank())
 

@@ -151,6 +151,7 @@ def _train_metered(role: Role, out: Path, session: Session, meters: Meters, star
         keep_every=runtime.keep_every,
         incarnation=incarnation.number,
         check_owner=incarnation.check,
+        background=runtime.background_saves,
     )
     validation, test = (session.eval_split(split) for split in ("val", "test"))
     at_start = out / "metrics_at_0.json"
@@ -159,20 +160,24 @@ def _train_metered(role: Role, out: Path, session: Session, meters: Meters, star
         on_first_rank(lambda: write_record(at_start, metrics))
     minutes = runtime.hang_minutes
     with Watchdog(out, dist.get_rank(), None if minutes is None else 60 * minutes) as watchdog:
-        progress = train(
-            stage,
-            engine,
-            batches=lambda step: session.stream(step, record=out),
-            evaluate=lambda: session.evaluate(validation),
-            checkpoints=checkpoints,
-            meters=meters,
-            requests=start.requests,
-            watchdog=watchdog,
-            runtime=runtime,
-            evaluate_first=role.evaluate_first,
-            stop=role.stop,
-            name_of=functools.partial(session.corpus.name_of, "train"),
-        )
+        try:
+            progress = train(
+                stage,
+                engine,
+                batches=lambda step: session.stream(step, record=out),
+                evaluate=lambda: session.evaluate(validation),
+                checkpoints=checkpoints,
+                meters=meters,
+                requests=start.requests,
+                watchdog=watchdog,
+                runtime=runtime,
+                evaluate_first=role.evaluate_first,
+                stop=role.stop,
+                name_of=functools.partial(session.corpus.name_of, "train"),
+            )
+        except UserError:
+            checkpoints.settle()  # the model was in good health when it was copied
+            raise
     seconds = meters.seconds
     metrics = session.evaluate(test)
     state = engine.state_dict()

@@ -90,14 +90,10 @@ def share_of(parts: Iterable[Part], rank: int, num_ranks: int) -> list[Part]:
     return found
 
 
-def save_parts(parts: Sequence[Part], state: Mapping[Tensor, Mapping[str, Tensor]], folder: Path, rank: int) -> Iterator[Path]:
-    """Write the numbers of `parts`, and those of the optimizer's `state` of them; yields each file once it is written.
-
-    Raises:
-        OSError, safetensors' own errors: a file cannot be written; see `files.writing`.
-    """
+def copy_parts(parts: Sequence[Part], state: Mapping[Tensor, Mapping[str, Tensor]], rank: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The numbers of `parts`, and those of the optimizer's `state` of them, by file: (name, what it holds), copied to the CPU."""
     kinds = {kind for part in parts for kind in state.get(part.owner, ())}
-    # One kind after the other: what is copied at a time is a third of the state.
+    # One kind after the other: who writes each file before asking for the next has a third of the state in memory.
     for kind in (FP32, *sorted(kinds)):
         tensors = {}
         for part in parts:
@@ -105,19 +101,27 @@ def save_parts(parts: Sequence[Part], state: Mapping[Tensor, Mapping[str, Tensor
             if tensor is not None:
                 own = tensor.detach().reshape(1) if kind == STEP else part.of(tensor)
                 tensors[part.key] = own.cpu().clone() if own.device.type == "cpu" else own.cpu()  # safetensors refuses views of one storage
-        save_file(tensors, _file(folder, rank, kind))
-        yield _file(folder, rank, kind)
+        yield _file_name(rank, kind), tensors
 
 
-def save_buffers(buffers: Mapping[str, Tensor], folder: Path) -> Path:
-    """Write what a model keeps besides its parameters, of which all ranks have the same; returns the file."""
-    file = _file(folder, 0, BUFFER)
-    save_file({f"{name}@0": tensor.detach().cpu().reshape(-1).clone() for name, tensor in buffers.items()}, file)
-    return file
+def copy_buffers(buffers: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """What a model keeps besides its parameters, of which all ranks have the same; as `copy_parts`."""
+    return _file_name(0, BUFFER), {f"{name}@0": tensor.detach().cpu().reshape(-1).clone() for name, tensor in buffers.items()}
 
 
-def _file(folder: Path, rank: int, kind: str) -> Path:
-    return folder / f"rank-{rank:05d}.{kind}.safetensors"
+def write_files(files: Iterable[tuple[str, Mapping[str, Tensor]]], folder: Path) -> Iterator[Path]:
+    """Write the files of `copy_parts` and `copy_buffers`; yields each once it is written.
+
+    Raises:
+        OSError, safetensors' own errors: a file cannot be written; see `files.writing`.
+    """
+    for name, tensors in files:
+        save_file(dict(tensors), folder / name)
+        yield folder / name
+
+
+def _file_name(rank: int, kind: str) -> str:
+    return f"rank-{rank:05d}.{kind}.safetensors"
 
 
 class SavedParts:

@@ -24,6 +24,7 @@ from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.engine import Engine, start_ranks, stop_ranks
 from mmlg_scale.training.inputs import Inputs
 from mmlg_scale.training.stages import ClipStage, ExtractionStage, Stage
+from mmlg_scale.training.state import write_files
 from mmlg_scale.training.step import compute_gradients
 from tests.training.tiny import BATCH, OPTIMIZER, STEPS, batch, build_stage
 
@@ -178,7 +179,7 @@ def resume(kind: str, zero_stage: int, name: str, device: torch.device, out: Pat
     advance(stage, engine, range(2))
     folder = out / f"checkpoint-{case.name}-{name}"
     folder.mkdir(exist_ok=True)
-    for _ in engine.save(folder):
+    for _ in write_files(engine.copies(), folder):
         pass
     dist.barrier()
     advance(stage, engine, range(2, 4))

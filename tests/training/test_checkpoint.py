@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mmlg_scale import files
 from mmlg_scale.errors import SupersededError, UserError
@@ -36,9 +38,8 @@ class Engine:
     def __init__(self) -> None:
         self.number = 0.0
 
-    def save(self, folder: Path) -> Iterator[Path]:
-        save_file({"number": torch.tensor([self.number])}, folder / "rank-00000.fp32.safetensors")
-        yield folder / "rank-00000.fp32.safetensors"
+    def copies(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        yield "rank-00000.fp32.safetensors", {"number": torch.tensor([self.number])}
 
     def load(self, folder: Path) -> None:
         self.number = float(load_file(folder / "rank-00000.fp32.safetensors")["number"])
@@ -49,6 +50,7 @@ def fill(checkpoints: Checkpoints, *steps: int) -> None:
     for step in steps:
         engine.number = float(step)
         checkpoints.save(engine, step, {"step": step, "curve": [0.1, 1e-300]})
+    checkpoints.wait()
 
 
 def loaded(checkpoints: Checkpoints) -> tuple[float, Any]:
@@ -191,10 +193,68 @@ def test_an_orphan_that_is_taken_over_while_it_writes_publishes_nothing(tmp_path
     orphan = Checkpoints(tmp_path, incarnation=first.number, check_owner=first.check)
 
     class Slow(Engine):
-        def save(self, folder: Path) -> Iterator[Path]:
-            yield from super().save(folder)
+        def copies(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+            yield from super().copies()
             Incarnation.next(tmp_path)
 
     with pytest.raises(SupersededError):
         orphan.save(Slow(), 10, {})  # type: ignore[arg-type]
     assert names(tmp_path) == []
+
+
+class Held:
+    """Keeps files from being written until it is told to let them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, write = threading.Event(), checkpoint.write_files
+
+        def held(*args: Any) -> Iterator[Path]:
+            assert self.go.wait(30)
+            return write(*args)
+
+        monkeypatch.setattr(checkpoint, "write_files", held)
+
+
+def test_in_the_background_the_state_of_its_step_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever training does to weights and figures meanwhile."""
+    checkpoints, engine, held = Checkpoints(tmp_path, background=True), Engine(), Held(monkeypatch)
+    state = {"step": 10, "curve": [0.1]}
+    checkpoints.save(engine, 10, state)  # type: ignore[arg-type]
+    engine.number, state["curve"] = -1.0, [0.2]
+    assert checkpoints.saving
+    assert names(tmp_path) == ["partial-0-step-00000010"]
+    held.go.set()
+    checkpoints.wait()
+    assert not checkpoints.saving
+    assert loaded(checkpoints) == (0.0, {"step": 10, "curve": [0.1]})
+
+
+def test_a_save_in_the_background_is_waited_for_by_the_next(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    checkpoints, engine, held = Checkpoints(tmp_path, background=True), Engine(), Held(monkeypatch)
+    checkpoints.save(engine, 10, {})  # type: ignore[arg-type]
+    threading.Timer(0.2, held.go.set).start()
+    engine.number = 20.0
+    checkpoints.save(engine, 20, {})  # type: ignore[arg-type]
+    assert "step-00000010" in names(tmp_path)
+    checkpoints.wait()
+    assert loaded(checkpoints)[0] == 20.0
+
+
+def test_a_save_that_fails_in_the_background_is_told_at_once_and_raised_at_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(tmp_path, background=True)
+    fill(checkpoints, 10)
+
+    def full(*_: object) -> Iterator[Path]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_files", full)
+        checkpoints.save(Engine(), 20, {})  # type: ignore[arg-type]
+        checkpoints.settle()
+        assert "the checkpoint of step 20 could not be written; that of step 10 stays." in capsys.readouterr().err
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(Engine(), 30, {})  # type: ignore[arg-type]
+    assert names(tmp_path) == ["step-00000010"]
+    assert loaded(checkpoints)[0] == 10.0

@@ -27,6 +27,7 @@ from mmlg_scale.training import loop
 from mmlg_scale.training.engine import start_ranks, stop_ranks
 from mmlg_scale.training.health import Health
 from mmlg_scale.training.inputs import Inputs
+from mmlg_scale.training.state import write_files
 from mmlg_scale.training.step import compute_gradients
 from tests.test_machine_errors import RECIPE, refused
 from tests.training.ranks_worker import Case, make
@@ -188,7 +189,7 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(zero_stag
 
         def state(name: str) -> dict[str, torch.Tensor]:
             (tmp_path / name).mkdir()
-            written = list(engine.save(tmp_path / name))
+            written = list(write_files(engine.copies(), tmp_path / name))
             return {f"{file.name} {key}": value for file in written for key, value in load_file(file).items()}
 
         def take(loss_factor: float, gradient_factor: float) -> dict[str, torch.Tensor]:
