@@ -3,10 +3,11 @@
     python -m benchmarks.resilience                        # table
     python -m benchmarks.resilience --folder RUNS --out DIR     # on another disk; and resilience.json
 
-One process trains ViT-B-32 (151 M parameters) for one step of two pairs, so that AdamW has its moments, and saves. Timed are the whole of
-`Checkpoints.save` and its parts: copying and writing, flushing and hashing. A copy of as many bytes to the same disk, flushed, is the
-measure of the disk. The step time that the share is of is 600 s of training between two saves, whatever a step takes. The stall is of one
-rank that writes everything: N ranks write an Nth each.
+One process trains ViT-B-32 (151 M parameters) on two pairs a step, so that AdamW has its moments, and saves: in the foreground, where
+training waits for the disk, and in the background, where it waits for a copy in memory. Training continues during the second kind, so
+that its steps show what the writing thread takes from them. A copy of as many bytes to the same disk, flushed, is the measure of the
+disk. The share is of 600 s of training between two saves, whatever a step takes. The stall is of one rank that writes everything: N ranks
+write an Nth each.
 """
 
 from __future__ import annotations
@@ -49,25 +50,32 @@ def write_plain(folder: Path, num_bytes: int) -> float:
 
 def measure(folder: Path, repeats: int) -> dict[str, float]:
     """Seconds and bytes of saving and of loading."""
-    device = start_ranks(Runtime(threads=None))
+    runtime = Runtime()
+    device = start_ranks(runtime)
     config = towers.model_config("ViT-B-32")
     model = towers.Bundle(towers.ModelSpec(config), towers.build_clip(config, seed=0).state_dict())
     training = recipe.Training(steps=2, batch_size=2)
     stage = ClipStage("ancestor", model, training, device)
-    engine = Engine(stage.model, stage.parameter_groups(), runtime=Runtime(), batch_size=2, optimizer=training.optimizer)
-    text = torch.randint(1, 400, (2, 77))
-    compute_gradients(stage, engine, Inputs(torch.randn(2, 3, 224, 224), text).to(device), 0)
-    engine.step(1.0)
-    checkpoints, saves, parts = Checkpoints(folder), [], []
-    for step in range(1, repeats + 1):
-        saves.append(checkpoints.save(engine, step, {}))
-        (folder / "part").mkdir()
+    engine = Engine(stage.model, stage.parameter_groups(), runtime=runtime, batch_size=2, optimizer=training.optimizer)
+    inputs = Inputs(torch.randn(2, 3, 224, 224), torch.randint(1, 400, (2, 77))).to(device)
+
+    def step() -> float:
         started = time.perf_counter()
-        written = list(engine.save(folder / "part"))
-        parts.append(time.perf_counter() - started)
-        for path in written:
-            path.unlink()
-        (folder / "part").rmdir()
+        compute_gradients(stage, engine, inputs, 0)
+        engine.step(1.0)
+        return time.perf_counter() - started
+
+    alone = [step() for _ in range(8)][2:]
+    saves, stalls, published, beside = [], [], [], []
+    for number in range(repeats):
+        saves.append(Checkpoints(folder).save(engine, 2 * number + 1, {}))
+        checkpoints = Checkpoints(folder, background=True)
+        started = time.perf_counter()
+        stalls.append(checkpoints.save(engine, 2 * number + 2, {}))
+        while checkpoints.saving:
+            beside.append(step())
+        checkpoints.wait()
+        published.append(time.perf_counter() - started)
     size = json.loads((checkpoints.folder / "last-save.json").read_text())["bytes"]
     plain = statistics.median(write_plain(folder, size) for _ in range(repeats))
     started = time.perf_counter()
@@ -75,16 +83,21 @@ def measure(folder: Path, repeats: int) -> dict[str, float]:
     loading = time.perf_counter() - started
     engine.close()
     stop_ranks()
-    save = statistics.median(saves)
+    save, stall, slower = statistics.median(saves), statistics.median(stalls), statistics.median(beside) / statistics.median(alone) - 1
     return {
         "parameters": sum(tensor.numel() for tensor in model.state.values()),
         "bytes": size,
-        "save_seconds": save,
-        "slowest_save_seconds": max(saves),
-        "copy_and_write_seconds": statistics.median(parts),
+        "foreground_stall_seconds": save,
+        "background_stall_seconds": stall,
+        "longest_background_stall_seconds": max(stalls),
+        "background_published_after_seconds": statistics.median(published),
+        "step_seconds": statistics.median(alone),
+        "step_seconds_beside_a_save": statistics.median(beside),
         "plain_write_seconds": plain,
         "load_seconds": loading,
-        "share_at_one_save_in_ten_minutes": save / (SAVE_EVERY + save),
+        "foreground_share_at_one_save_in_ten_minutes": save / (SAVE_EVERY + save),
+        "background_share_at_one_save_in_ten_minutes": stall / (SAVE_EVERY + stall),
+        "background_share_with_slower_steps": (stall + max(0.0, slower) * statistics.median(published)) / SAVE_EVERY,
     }
 
 
