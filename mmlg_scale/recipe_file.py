@@ -93,13 +93,28 @@ def from_dict(cls: type[T], content: Mapping[str, Any]) -> T:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of the parser's restricted types as Python's own, which YAML can write."""
+    """Numbers of the parser's restricted types as Python's own, which YAML can write; in a mapping also those that are still text."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _from_command_line(item) if isinstance(item, str) else _plain(item) for key, item in value.items()}
     for kind in (int, float):
         if isinstance(value, kind) and not isinstance(value, bool):
             return kind(value)
     return value
+
+
+def _from_command_line(text: str) -> Any:
+    """A number, true, false or null that an option such as --model.config.text_cfg.layers=4 gave: the parser leaves these as text."""
+    import yaml
+
+    if len(text) > 32:
+        return text
+    try:
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+    return found if found is None or isinstance(found, (bool, int, float)) else text
 
 
 def dataclass_in(kind: Any) -> Any:
