@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SHIPPED = Path(__file__).with_name("recipes")
+_CONFIG = "--model.config."
 
 
 def new_parser(prog: str, description: str, **settings: Any) -> ArgumentParser:
@@ -47,9 +48,48 @@ def add_recipe_options(parser: ArgumentParser) -> None:
     parser.add_class_arguments(Runtime, "runtime")
 
 
-def recipe_of(args: Any) -> tuple[Recipe, Runtime]:
-    """Recipe and runtime out of what such a parser found. Raises UserError where fields do not go together."""
+def take_config_options(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Options such as --model.config.vision_cfg.layers=4, by dotted key below model.config, and the other words.
+
+    The parser would replace the whole of vision_cfg by the one key, because the recipe has a free mapping there.
+
+    Raises:
+        UserError: a value is missing, or no YAML.
+    """
+    import yaml
+
+    others, found, left = list[str](), dict[str, Any](), iter(words)
+    for word in left:
+        if not word.startswith(_CONFIG):
+            others.append(word)
+            continue
+        key, equals, value = word.partition("=")
+        text = value if equals else next(left, None)
+        if text is None:
+            raise UserError(f"{key}: expected one argument.")
+        try:
+            check_yaml(text)
+            found[key.removeprefix(_CONFIG)] = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+            raise UserError(f"{key}: {shown(text)!r} is not valid YAML ({one_line(error)}).") from error
+    return others, found
+
+
+def recipe_of(args: Any, config_options: Mapping[str, Any] | None = None) -> tuple[Recipe, Runtime]:
+    """Recipe and runtime out of what such a parser, and `take_config_options`, found.
+
+    Raises:
+        UserError: fields do not go together.
+    """
     content = args.as_dict()
+    for dotted, value in (config_options or {}).items():
+        *parents, key = dotted.split(".")
+        place = content["model"]["config"] = dict(content["model"]["config"] or {})
+        for parent in parents:
+            inner = place.get(parent)
+            place[parent] = dict(inner) if isinstance(inner, dict) else {}
+            place = place[parent]
+        place[key] = value
     recipe = from_dict(Recipe, {field.name: content[field.name] for field in dataclasses.fields(Recipe)})
     recipe.check()
     return recipe, from_dict(Runtime, content["runtime"])
@@ -66,10 +106,11 @@ def load_recipe(name: str, **options: Any) -> tuple[Recipe, Runtime]:
     parser = new_parser("load_recipe", "")
     add_recipe_options(parser)
     try:
-        args = parser.parse_args(["--recipe", str(path), *(f"--{key}={value}" for key, value in options.items())])
+        words, config_options = take_config_options([f"--{key}={value}" for key, value in options.items()])
+        args = parser.parse_args(["--recipe", str(path), *words])
     except argparse.ArgumentError as error:
         raise UserError(f"recipe {name}: {' '.join(str(error).split())}") from error
-    return recipe_of(args)
+    return recipe_of(args, config_options)
 
 
 def to_content(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
@@ -93,28 +134,13 @@ def from_dict(cls: type[T], content: Mapping[str, Any]) -> T:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of the parser's restricted types as Python's own, which YAML can write; in a mapping also those that are still text."""
+    """Numbers of the parser's restricted types as Python's own, which YAML can write."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _from_command_line(item) if isinstance(item, str) else _plain(item) for key, item in value.items()}
     for kind in (int, float):
         if isinstance(value, kind) and not isinstance(value, bool):
             return kind(value)
     return value
-
-
-def _from_command_line(text: str) -> Any:
-    """A number, true, false or null that an option such as --model.config.text_cfg.layers=4 gave: the parser leaves these as text."""
-    import yaml
-
-    if len(text) > 32:
-        return text
-    try:
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return text
-    return found if found is None or isinstance(found, (bool, int, float)) else text
 
 
 def dataclass_in(kind: Any) -> Any:

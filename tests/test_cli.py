@@ -65,15 +65,15 @@ def test_every_shipped_recipe_builds(path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_the_architecture_takes_options_as_every_other_key(capsys: pytest.CaptureFixture[str]) -> None:
-    """The recipe has a free mapping there, of which the parser leaves an option's number as text."""
+    """The recipe has a free mapping there, all of which the parser would replace by the one key, whose number it would leave as text."""
     words = {"model.config.vision_cfg.layers": "3", "model.config.text_cfg.mlp_ratio": "2.5", "model.config.quick_gelu": "true"}
     settings, _ = load_recipe("demo", **words)
     config = settings.model.config
     assert config is not None
     assert (config["vision_cfg"]["layers"], config["text_cfg"]["mlp_ratio"], config["quick_gelu"]) == (3, 2.5, True)
     assert config["vision_cfg"]["width"] == 64  # the recipe's others stay
-    said = refused("train", "demo", "--out", "runs/x", "--model.config.vision_cfg.layers=many", capsys=capsys)
-    assert "model.config.vision_cfg.layers: 'many' is not a whole number" in said
+    said = refused("family", "demo", "--model.config.vision_cfg.layers", "{", "--out", "x", capsys=capsys)
+    assert "--model.config.vision_cfg.layers: '{' is not valid YAML" in said
 
 
 def test_unknown_keys_name_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,7 +110,7 @@ def parse_recipe(
     """
     import yaml
 
-    from mmlg_scale.recipe_file import add_recipe_options, check_keys, recipe_of, resolve_recipe_path, to_content
+    from mmlg_scale.recipe_file import add_recipe_options, check_keys, recipe_of, resolve_recipe_path, take_config_options, to_content
 
     group = parser.add_argument_group("recipe", RECIPE_FIELDS)
     group.add_argument("--print-config", action="store_true", help="Print the recipe with all its fields, a valid recipe file, and stop.")
@@ -126,8 +126,9 @@ def parse_recipe(
     for index, word in enumerate(arguments):
         if word == "--recipe" or word.startswith("--recipe="):
             check_keys(Path(word.partition("=")[2] or "".join(arguments[index + 1 : index + 2])))
+    arguments, config_options = take_config_options(arguments)
     args = parse(parser, arguments)
-    recipe, runtime = recipe_of(args)
+    recipe, runtime = recipe_of(args, config_options)
     adjust(args, recipe)
     if args.print_config:
         yaml.safe_dump(to_content(recipe, runtime), sys.stdout, sort_keys=False)
