@@ -21,9 +21,18 @@ from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.muon import MuonAdamW
 from mmlg_scale.training.state import Part, SavedParts, copy_buffers, copy_parts, find_parts, load_buffers, load_parts, share_of
 
+_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+"""What DeepSpeed asks the environment for, of a process that no launcher started."""
+_set_here: list[str] = []
+"""Which of them `start_ranks` set."""
+
 
 def start_ranks(runtime: Runtime) -> torch.device:
-    """Join the process group (of one rank where no launcher started several), set the thread count, and return this rank's device."""
+    """Join the process group (of one rank where no launcher started several), set the thread count, and return this rank's device.
+
+    Raises:
+        UserError: the environment says that this is a rank, but not of what.
+    """
     use_cuda = torch.cuda.is_available()
     if not use_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed probes for accelerators and warns
@@ -34,17 +43,23 @@ def start_ranks(runtime: Runtime) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if use_cuda else "gloo"
-        if "MASTER_ADDR" in os.environ:  # our launcher's, torchrun's, or a scheduler's
+        if "RANK" in os.environ:  # our launcher's, torchrun's, or a scheduler's
+            missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+            if missing:
+                raise UserError(f"RANK is set, but not {' and '.join(missing)}. Start ranks with mmlg launch or torchrun, or unset RANK.")
             dist.init_process_group(backend)
         else:
             # A store in this process: no port that another run on this host could hold.
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+            _set_here.extend(name for name in _RANK if name not in os.environ)
+            os.environ.update({name: _RANK[name] for name in _set_here})
     return device
 
 
 def stop_ranks() -> None:
     """Leave the process group. Another may be started in this process afterwards: a notebook's next session."""
+    while _set_here:
+        os.environ.pop(_set_here.pop(), None)
     if not dist.is_initialized():
         return
     dist.destroy_process_group()

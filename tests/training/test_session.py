@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.errors import UserError
@@ -17,6 +19,7 @@ from mmlg_scale.recipe_file import load_recipe
 from mmlg_scale.records import write_record
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training import roles
+from mmlg_scale.training.engine import start_ranks, stop_ranks
 from mmlg_scale.training.folder import result_of
 from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole
 from mmlg_scale.training.run import run_role
@@ -37,6 +40,21 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "extraction.training.batch_size": 16,
         "runtime.log_every": 1,
     }
+
+
+def test_what_the_environment_says_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address alone, as clusters set it for everybody, is no rank; a rank without it is a mistake. Nothing stays behind."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
+    start_ranks(Runtime())
+    assert dist.get_world_size() == 1
+    stop_ranks()
+    assert [name for name in names if name in os.environ] == ["MASTER_ADDR"]
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=r"RANK is set, but not WORLD_SIZE and MASTER_PORT\. Start ranks with mmlg launch"):
+        start_ranks(Runtime())
 
 
 @pytest.mark.parametrize("zero_stage", [0, pytest.param(3, marks=pytest.mark.slow)])
