@@ -154,6 +154,9 @@ class Pieces:
     def of_method(self, method: str, schedule: str, settings: Settings, sizes: Iterable[Size] | None = None) -> Iterator[Piece]:
         """The pieces of a method's schedule: all that must run, the ancestor apart."""
         tuned = self.tuned_for(method, schedule)
+        if {"steps", "batch_size"} <= tuned.keys() | settings.keys() and "batch_size" not in settings and method in self.plan.tuning:
+            # A schedule's steps are of the batch size that tuning started with: another one sees as many samples.
+            settings = settings | {"steps": settings["steps"] * self.plan.tuning[method]["batch_size"] // tuned["batch_size"]}
         chosen = {"eval_every": _eval_every(method, tuned | settings)} | tuned | settings
         if method not in LEARNGENES:
             for size in self.plan.sizes if sizes is None else sizes:

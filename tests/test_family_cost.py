@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,17 @@ def _independent(pieces: dict[str, Any], sizes: list[str], metric: str, way: str
         return min((sum(f - t for f, t in row) + max(t for _, t in row) for row in whole), default=None)
     best = [min((found[0] for found in column if found is not None), default=None) for column in zip(*options, strict=True)]
     return None if None in best else sum(best)
+
+
+def test_another_batch_size_sees_as_many_samples() -> None:
+    """A schedule's steps are of the batch size with which tuning started; one that names its batch size keeps both."""
+    methods = {"even": {"short": {"steps": 300}, "long": {"steps": 900, "batch_size": 32}}}
+    plan = replace(PLAN, methods=methods, tuning={"even": {"steps": 200, "batch_size": 32, "learning_rate": 1e-3}})
+    pieces = Pieces(plan, 0, {"even": {"learning_rate": 2e-3, "batch_size": 8}})
+    found = {piece.schedule: dict(piece.options) for piece in pieces.all() if piece.method == "even"}
+    keys = ("baselines.even.steps", "baselines.even.batch_size", "baselines.even.eval_every")
+    assert [found["short"][key] for key in keys] == ["1200", "8", "400"]
+    assert [found["long"][key] for key in keys] == ["900", "32", "100"]
 
 
 SUMMARIES = sorted(RESULTS.glob("family_cost_*_summary.json"))
