@@ -35,7 +35,9 @@ _AHEAD = 2
 
 
 class Chunks(Protocol):
-    """Rows of a long array, a chunk at a time."""
+    """Rows of a long array, a chunk at a time, each of `chunk_size` rows but for the last."""
+
+    chunk_size: int
 
     def __len__(self) -> int:
         """How many chunks there are."""
@@ -44,22 +46,18 @@ class Chunks(Protocol):
         """The chunks of these numbers."""
 
 
-def _num_chunks(rows: int) -> int:
-    return (rows + CHUNK - 1) // CHUNK
-
-
 class TensorChunks:
     """The chunks of an array that is in memory."""
 
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
+    def __init__(self, rows: Tensor, chunk_size: int = CHUNK) -> None:
+        self.rows, self.chunk_size = rows, chunk_size
 
     def __len__(self) -> int:
-        return _num_chunks(len(self.rows))
+        return (len(self.rows) + self.chunk_size - 1) // self.chunk_size
 
     def read(self, numbers: Iterable[int]) -> Iterator[Tensor]:
         """The chunks of these numbers."""
-        return (self.rows[number * CHUNK : (number + 1) * CHUNK] for number in numbers)
+        return (self.rows[number * self.chunk_size : (number + 1) * self.chunk_size] for number in numbers)
 
 
 class Texts(Sequence[str]):
@@ -92,13 +90,13 @@ class ImageChunks:
     """The intact images of a split, decoded as the model `spec` sees them: uint8 [n, 3, H, W]."""
 
     def __init__(self, reader: ShardReader, samples_N: np.ndarray, spec: ModelSpec) -> None:
-        self.samples_N = samples_N
+        self.samples_N, self.chunk_size = samples_N, CHUNK
         self._reader, self._spec = reader, spec
         side = spec.image_size
         self._kept: dict[int, Tensor] | None = {} if len(samples_N) * 3 * side * side <= KEPT_BYTES else None
 
     def __len__(self) -> int:
-        return _num_chunks(len(self.samples_N))
+        return (len(self.samples_N) + CHUNK - 1) // CHUNK
 
     def read(self, numbers: Iterable[int]) -> Iterator[Tensor]:
         """The chunks of these numbers, the next ones being decoded while one is used.
@@ -143,7 +141,7 @@ class TextChunks:
     """Texts as a model's token ids: [n, T]."""
 
     def __init__(self, texts: Texts, spec: ModelSpec) -> None:
-        self._texts, self._spec = texts, spec
+        self._texts, self._spec, self.chunk_size = texts, spec, CHUNK
         kept = list[Tensor]() if len(texts) * spec.context_length * 4 <= KEPT_BYTES else None
         self.num_truncated = 0
         for start in range(0, len(texts), CHUNK):
@@ -155,7 +153,7 @@ class TextChunks:
         self._kept = kept
 
     def __len__(self) -> int:
-        return _num_chunks(len(self._texts))
+        return (len(self._texts) + CHUNK - 1) // CHUNK
 
     def read(self, numbers: Iterable[int]) -> Iterator[Tensor]:
         """The chunks of these numbers."""

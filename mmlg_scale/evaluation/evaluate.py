@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmlg_scale import towers
 from mmlg_scale.data.corpus import Corpus, open_pairs
-from mmlg_scale.data.evaluation import CHUNK, Chunks, EvalSplit, TensorChunks
+from mmlg_scale.data.evaluation import Chunks, EvalSplit, TensorChunks
 from mmlg_scale.evaluation.retrieval import recall_at_k
 from mmlg_scale.evaluation.zeroshot import class_embeddings, zero_shot_metrics
 
@@ -32,7 +32,7 @@ def encode_in_chunks(encode: Encoder, inputs: Chunks | Tensor, device: torch.dev
     for start, chunk in zip(rounds, chunks.read(min(start + dist.get_rank(), len(chunks) - 1) for start in rounds), strict=True):
         own = encode(chunk.to(device)).float()
         # Rows of a chunk that is not full, the last one, are preceded by their number.
-        padded = own.new_zeros(CHUNK + 1, own.shape[1])
+        padded = own.new_zeros(chunks.chunk_size + 1, own.shape[1])
         padded[0], padded[1 : len(own) + 1] = len(own), own
         gathered = [torch.empty_like(padded) for _ in range(world_size)]
         dist.all_gather(gathered, padded)

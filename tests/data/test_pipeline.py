@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmlg_scale.data import captions
+from mmlg_scale.data import captions, evaluation
 from mmlg_scale.data.evaluation import load_eval_split
 from mmlg_scale.data.images import decode
 from mmlg_scale.data.pipeline import Batch, StreamSettings, TrainStream
@@ -137,3 +137,22 @@ def test_evaluation_split_maps_captions_to_images(scenes: Path) -> None:
     image = decode(split.image_png(4), 32)
     assert np.array_equal(image, decode(reader.image_bytes(4), 32))
     assert torch.equal(split.images_uint8_NCHW()[4], torch.from_numpy(image.copy()).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("kept_bytes", [evaluation.KEPT_BYTES, 0])
+def test_chunks_of_an_evaluation_are_the_split(kept_bytes: int, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size of a chunk, in any order and twice; nothing is kept of a split that is too large for it."""
+    monkeypatch.setattr(evaluation, "CHUNK", 7)
+    monkeypatch.setattr(evaluation, "KEPT_BYTES", kept_bytes)
+    spec, reader = spec_for(scenes), ShardReader(scenes / "test")
+    split = load_eval_split(scenes / "test", spec)
+    pixels = np.stack([reader.image(index, 32) for index in range(30)]).transpose(0, 3, 1, 2)
+    for _ in range(2):
+        for number, chunk in zip((4, 0, 2, 2), split.images.read([4, 0, 2, 2]), strict=True):
+            assert np.array_equal(chunk.numpy(), pixels[7 * number : 7 * number + 7])
+        assert np.array_equal(split.images_uint8_NCHW().numpy(), pixels)
+        assert torch.equal(split.texts_MT(), spec.tokenizer(list(split.captions), 16))
+    assert (len(split.images), len(split.texts)) == (5, 9)
+    assert (split.images._kept is None) == (kept_bytes == 0)
+    assert split.captions[-1] == split.captions[59] == reader.about(29)["captions"][-1]
+    assert split.captions[57:] == list(split.captions)[57:]
