@@ -82,10 +82,10 @@ def _memory(key: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-class _Measured:
+class Measured:
     """Seconds of a block on the wall and of the processor, and its peak memory above what the process had."""
 
-    def __enter__(self) -> _Measured:
+    def __enter__(self) -> Measured:
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
         self._memory = _memory("VmRSS")
         self._wall, self._processor = time.perf_counter(), time.process_time()
@@ -114,12 +114,12 @@ def _look_up(reader: ShardReader, order: EpochOrder, first: int, count: int) -> 
 def measure_process(root: Path, handed: Path) -> dict[str, Any]:
     """What a training process does before its first batch; what a worker is handed goes to the file `handed`."""
     _memory("VmRSS")
-    with _Measured() as opened:
+    with Measured() as opened:
         reader, order = _open(root)
-    with _Measured() as first:
+    with Measured() as first:
         _look_up(reader, order, 0, SHARE)
     handed.write_bytes(pickle.dumps((reader, order)))
-    with _Measured() as places:
+    with Measured() as places:
         for start in range(0, PLACES, BATCH):
             _look_up(reader, order, start, BATCH)
     return {
@@ -132,14 +132,14 @@ def measure_process(root: Path, handed: Path) -> dict[str, Any]:
 def measure_resume(root: Path) -> dict[str, Any]:
     """The first places of a process that resumes."""
     reader, order = _open(root)
-    with _Measured() as resumed:
+    with Measured() as resumed:
         _look_up(reader, order, RESUMED_STEP * BATCH, SHARE)
     return {"resume": resumed.row()}
 
 
 def measure_worker(handed: Path) -> dict[str, Any]:
     """What a loader worker holds after 64 batches."""
-    with _Measured() as worked:
+    with Measured() as worked:
         payload = handed.read_bytes()
         reader, order = pickle.loads(payload)  # noqa: S301  # which this program wrote
         for step in range(64):
