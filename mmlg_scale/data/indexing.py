@@ -201,13 +201,16 @@ def join_parts(
 
 
 def _clear(root: Path, groups: Mapping[str, Sequence[Path]]) -> None:
-    """Remove the notes, and indexes of shards that are no longer there."""
+    """Remove the notes, and what an earlier pass wrote for shards and splits that are no longer there."""
     for split in SPLITS:
-        keep = {index_path(root / split, path.name).name for path in groups.get(split, ())}
-        for file in (root / split / "index").glob("*"):
-            if file.suffix in (".json", ".npy") and file.name not in keep:
-                with contextlib.suppress(OSError):
-                    file.unlink()
+        folder = root / split
+        keep = {index_path(folder, path.name).name for path in groups.get(split, ())}
+        old = [file for file in (folder / "index").glob("*") if file.suffix in (".json", ".npy") and file.name not in keep]
+        if split not in groups:
+            old += [folder / "manifest.json", *folder.glob("checked*.json")]
+        for file in old:
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 def _told(problems: Mapping[str, int]) -> str:

@@ -34,6 +34,8 @@ Check = Literal["auto", "decode", "structure"]
 CHECKS = ("auto", "decode", "structure")
 AUTO_DECODE_SAMPLES = 200_000
 """Up to so many samples of a split `auto` decodes every image, which takes a core about a minute for 200,000 of 300 pixels."""
+ANNOUNCE_FROM = 20_000
+"""Samples from which a scan, which then takes a minute or more, says that it is under way."""
 CACHE_VERSION = 2
 CACHE_FILE = "checked.json"
 SAVE_SECONDS = 60.0
@@ -128,8 +130,11 @@ def scan(
     states = {shard: cache.kept(reader, shard, decode, hashed) for shard in shards[rank::world_size]}
     states = _exchanged(states) if shared else states
     missing = [shard for shard in sorted(states) if states[shard] is None]
+    to_read = int(reader.shards.samples[missing].sum())
+    if rank == 0 and is_first_rank() and progress is None and to_read >= ANNOUNCE_FROM:
+        print(f"checking {to_read:,} samples of {folder}, once; kept in {CACHE_FILE}", flush=True)
     work = _Work(reader, missing, decode, hashed or decode, rank, world_size)
-    found = work.run(threads, progress or _bar(f"checking {folder}, once"), cache if world_size == 1 else None)
+    found = work.run(threads, progress or _bar("checking data"), cache if world_size == 1 else None)
     if shared:
         found = _merged(found)
     done = {shard: state for shard, state in states.items() if state is not None} | work.states(found)
@@ -141,12 +146,13 @@ def scan(
 
 def _bar(description: str) -> Progress:
     """A progress bar with the time that is left, on the first rank's terminal."""
+    if not is_first_rank() or not sys.stderr.isatty():
+        return lambda items: items
     from rich.progress import track
 
     from mmlg_scale.terminal import Terminal
 
-    hidden = not is_first_rank() or not sys.stderr.isatty()
-    return lambda items: track(items, description=description, console=Terminal(stderr=True), disable=hidden)
+    return lambda items: track(items, description=description, console=Terminal(stderr=True))
 
 
 def _exchanged(own: Mapping[int, Any]) -> dict[int, Any]:

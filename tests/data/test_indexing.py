@@ -76,6 +76,8 @@ def test_a_shard_that_changes_between_the_passes_is_indexed_again(tmp_path: Path
         indexing.join_dataset(root, tokenizer=NONE, **options)
     counts, _ = index_dataset(root)
     assert counts == {"train": 14, "val": 4, "test": 4}
+    assert index_dataset(root, val_shards=0)[0] == {"train": 18, "test": 4}
+    assert not [path for path in (root / "val").rglob("*") if path.is_file()]  # nothing of the split that is no more
 
 
 def test_the_index_pass_has_checked_headers_and_captions(tmp_path: Path) -> None:
