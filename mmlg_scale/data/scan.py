@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -134,9 +134,8 @@ def scan(
     if rank == 0 and is_first_rank() and progress is None and to_read >= ANNOUNCE_FROM:
         print(f"checking {to_read:,} samples of {folder}, once; kept in {CACHE_FILE}", flush=True)
     work = _Work(reader, missing, decode, hashed or decode, rank, world_size)
-    found = work.run(threads, progress or _bar("checking data"), cache if world_size == 1 else None)
-    if shared:
-        found = _merged(found)
+    bar = progress or _bar("checking data")
+    found = _shared(lambda: work.run(threads, bar, None)) if shared else work.run(threads, bar, cache)
     done = {shard: state for shard, state in states.items() if state is not None} | work.states(found)
     if rank == 0:
         names = reader.shards.names
@@ -162,17 +161,28 @@ def _exchanged(own: Mapping[int, Any]) -> dict[int, Any]:
     return {key: value for found in gathered for key, value in found.items()}
 
 
-Found = dict[int, list[Span]]
+Found: TypeAlias = dict[int, list[Span]]
 """By shard; an entry (-1, 0, HASH, ...) says that its bytes have changed."""
 
 
-def _merged(own: Found) -> Found:
+def _shared(work: Callable[[], Found]) -> Found:
+    """What all ranks found; what ends the work of one ends that of all, so that none waits for it."""
+    own: Found = {}
+    error: Exception | None = None
+    try:
+        own = work()
+    except (UserError, OSError) as raised:
+        error = raised
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
+    dist.all_gather_object(gathered, (own, None if error is None else str(error)))
+    if error is not None:
+        raise error
     merged: Found = {}
-    for found in gathered:
+    for found, told in gathered:
+        if told is not None:
+            raise UserError(told)
         for shard, spans in found.items():
-            merged.setdefault(shard, []).extend(tuple(span) for span in spans)
+            merged.setdefault(shard, []).extend(spans)
     return merged
 
 

@@ -141,6 +141,16 @@ def _rank(rank: int, port: int, root: str, out: str) -> None:
         with pytest.raises(UserError) as raised:
             stream(Path(root), rank=rank, world_size=2, **options)
         errors.append(str(raised.value))
+    dist.barrier()
+    index = Path(root) / "train" / "index" / "shard-000001.npy"
+    if rank == 0:
+        index.rename(index.with_suffix(".away"))
+    dist.barrier()
+    with pytest.raises(UserError, match=r"no index .*shard-000001\.npy"):
+        scan(Path(root) / "train", ShardReader(Path(root) / "train"), shared=True, fresh=True)
+    dist.barrier()
+    if rank == 0:
+        index.with_suffix(".away").rename(index)
     (Path(out) / f"{rank}.errors").write_text(json.dumps(errors))
     dist.destroy_process_group()
 
