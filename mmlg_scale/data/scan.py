@@ -311,7 +311,8 @@ def load_states(folder: Path) -> dict[str, ShardState]:
     """What earlier scans of this manifest found, by the shard's name; anything unreadable counts as nothing found."""
     try:
         identity = manifest_digest(folder)
-        files = sorted(folder.glob("checked*.json"), key=lambda file: (file.name == CACHE_FILE, file.name))
+        # Of two that say as much of a shard the newer one counts: the shard may have changed in between.
+        files = sorted(folder.glob("checked*.json"), key=lambda file: (file.stat().st_mtime_ns, file.name))
     except (UserError, OSError):
         return {}
     states: dict[str, ShardState] = {}
