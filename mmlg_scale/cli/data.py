@@ -129,7 +129,7 @@ def check(arguments: list[str]) -> int:
         "data check",
         "DIR [options]",
         "Check a data set: manifest, sizes, SHA-256, sample headers, captions, images. Exit code 0: intact; 1: damaged, with a list.",
-        ("data check data", "data check data --split val test --no-decode", "data check data --part 3/8"),
+        ("data check data --split val test --no-decode", "data check data --part 3/8"),
     )
     parser.add_argument("folder", type=str, metavar="DIR", help="The data set.")
     parser.add_argument("--split", type=str, nargs="+", default=None, choices=SPLITS, help="Only these splits.")
@@ -164,11 +164,7 @@ def index(arguments: list[str]) -> int:
         "Make a data set of webdataset shards from elsewhere (KEY.jpg with KEY.txt or KEY.json): manifests and indexes are written beside "
         "the shards, which are not touched. A pass that was stopped goes on where it was. A set of an earlier version gets a new "
         "index.",
-        (
-            "data index cc3m --val-shards 2 --test-shards 2",
-            "data index laion --tokenizer bpe",
-            "data index laion --part 3/8    # one of eight jobs; when all are done: data index laion --join",
-        ),
+        ("data index cc3m --val-shards 2 --test-shards 2", "data index laion --part 3/8"),
     )
     parser.add_argument("folder", type=str, metavar="DIR", help="The folder of the shards, or of train/, val/ and test/ with shards.")
     help_text = "Shards for the validation split, where there are no folders of splits."
