@@ -176,14 +176,18 @@ def sample_rows(root: Path, count: int, **options: object) -> list[list[list[int
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_windows_are_one_order_for_all_ranks_workers_and_starts(windows: Path, num_workers: int) -> None:
-    """1, 2 and 4 ranks, stopped and resumed in the middle of a window: the same samples and captions, none lost, none twice."""
+    """1, 2 and 4 ranks, stopped and resumed in the middle of a window: the same samples and captions, none lost, none twice.
+
+    With three workers only what is resumed on two ranks: each worker takes seconds to start.
+    """
     whole = sample_rows(windows, 14)
     flat = [sample for step in whole for sample, _ in step]
     intact = set(range(150)) - {12, 13, 83, 149}
     for epoch in range(2):
         assert sorted(flat[146 * epoch : 146 * (epoch + 1)]) == sorted(intact)
-    for world_size in (1, 2, 4):
-        for start, stop in ((0, 4), (4, 9)):  # step 4 begins at place 96, in the second window of the first epoch
+    resumed = (4, 9)  # step 4 begins at place 96, in the second window of the first epoch
+    for world_size in (2,) if num_workers else (1, 2, 4):
+        for start, stop in (resumed,) if num_workers else ((0, 4), resumed):
             ranks = range(world_size)
             parts = [
                 sample_rows(windows, stop - start, start_step=start, rank=rank, world_size=world_size, num_workers=num_workers)
