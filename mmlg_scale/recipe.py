@@ -89,9 +89,10 @@ class Data:
     tokenizer: Literal["auto", "model"] = "auto"
     """auto: a model trained from scratch takes the data set's tokenizer (open_clip's byte pairs where it has none), and a model that has a
     tokenizer must have the same one as the data set; model: the model's own (byte pairs from scratch), whatever the data set has."""
-    check: Literal["decode", "structure"] = "decode"
+    check: Literal["auto", "decode", "structure"] = "auto"
     """What is looked at once before the first step, so that every epoch reads each intact sample exactly once: decode also decodes every
-    image; structure reads only headers and captions, and replaces an image that does not decode by another sample."""
+    image; structure reads only headers and captions, and replaces an image that does not decode by another sample; auto is decode up to
+    200,000 training images, else structure."""
     max_bad_fraction: ClosedUnitInterval = 0.01
     """Fraction of damaged samples, which are skipped and listed, above which the run stops with the list."""
 

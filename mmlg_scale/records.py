@@ -25,7 +25,11 @@ def record_text(content: Mapping[str, Any]) -> str:
     """The file's text. NaN and infinity are refused because they are not JSON."""
     assert content
     assert KEY not in content
-    body = json.dumps(content, indent=1, allow_nan=False).removesuffix("\n}")
+    return sealed(json.dumps(content, indent=1, allow_nan=False).removesuffix("\n}"))
+
+
+def sealed(body: str) -> str:
+    """A record's text, `body` being that of a JSON object without the brace that closes it."""
     return f'{body}{_MARK}{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
 
 

@@ -25,6 +25,8 @@ class Stream(IntEnum):
     """(epoch, sample, attempt): what is read in place of a sample that cannot be."""
     SIZES = 4
     """(step, student): the sizes that extraction trains."""
+    WINDOW_ORDER = 5
+    """(epoch, window): the order of samples in a window of shards; see `data.order`."""
 
 
 def key(seed: int, stream: Stream, *position: int) -> list[int]:

@@ -9,12 +9,14 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import signal
 import socket
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,7 +29,9 @@ from mmlg_scale import load_learngene, towers
 from mmlg_scale.bounds import MAX_CAPTION
 from mmlg_scale.cli import main
 from mmlg_scale.data.corpus import Corpus, open_pairs
+from mmlg_scale.data.index import RECORD, index_content, index_digest, write_index
 from mmlg_scale.data.indexing import index_dataset
+from mmlg_scale.data.manifest import write_manifest
 from mmlg_scale.data.reader import LONG, DamagedSample, ShardReader
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.errors import UserError
@@ -372,24 +376,84 @@ def test_names_in_a_tar_are_never_paths(tmp_path: Path) -> None:
     index_dataset(tmp_path / "set", val_shards=0, test_shards=0)
     reader = ShardReader(tmp_path / "set" / "train")
     assert [reader.about(index)["captions"] for index in range(len(reader))] == [["red"]] * len(reader)
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a.tar", "dataset.json", "manifest.json"]
+    written = ["a.npy", "a.tar", "checked.json", "dataset.json", "manifest.json"]
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == written
     assert not Path("/tmp/mmlg-canary.png").exists()
 
 
 @pytest.mark.parametrize("name", ["../../canary", "/etc/hostname", "..", "a/b.tar", "", 5])
 def test_a_manifest_names_shards_alone(name: Any, tmp_path: Path) -> None:
-    shard = {"file": name, "sha256": "0", "num_bytes": 1, "samples": [{"key": "a", "image": ["png", 512, 1], "text": [512, 1]}]}
-    (tmp_path / "train").mkdir()
-    write_record(tmp_path / "train" / "manifest.json", {"format_version": 1, "num_samples": 1, "shards": [shard]})
+    write_manifest(tmp_path / "train", "train", [{"file": name, "samples": 1, "bytes": 4096, "sha256": "0", "index": "0"}])
     assert_one_line(lambda: ShardReader(tmp_path / "train"), "manifest.json", "no shard's name")
 
 
-@pytest.mark.parametrize("place", [[-512, 10], [512, -10], [512, 2**63], ["a", 1], [512, 1.5], [0, 4], [True, 4]])
-def test_places_in_a_manifest_are_places(place: list[Any], tmp_path: Path) -> None:
-    shard = {"file": "a.tar", "sha256": "0", "num_bytes": 1, "samples": [{"key": "a", "image": ["png", *place], "text": [512, 1]}]}
-    (tmp_path / "train").mkdir()
-    write_record(tmp_path / "train" / "manifest.json", {"format_version": 1, "num_samples": 1, "shards": [shard]})
-    assert_one_line(lambda: ShardReader(tmp_path / "train"), "manifest.json", "no place in a shard")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image": 0},
+        {"image": 100},
+        {"image": 513},
+        {"image": 2**63},
+        {"image_size": 2**32 - 1},
+        {"text": 4096},
+        {"text": 2**64 - 512},
+        {"text_size": 4097},
+        {"text": 0},
+        {"text": 0, "text_size": 0},
+        {"json_size": 1},
+        {"extension": 200},
+    ],
+    ids=str,
+)
+def test_places_in_an_index_are_places(change: dict[str, int], tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    record = {"image": 512, "image_size": 100, "text": 1536, "text_size": 3, "key": 1}
+    for content in (record, record | change):
+        records = np.zeros(1, RECORD)
+        for name, value in content.items():
+            records[name] = value
+        entry = {"file": "a.tar", "samples": 1, "bytes": 4096, "sha256": "0", "index": write_index(folder, "a.tar", records)}
+        write_manifest(folder, "train", [entry])
+        if content is record:
+            assert ShardReader(folder).records(0)["image"] == 512
+    assert_one_line(lambda: ShardReader(folder).about(0), "index/a.npy is damaged", "no place in a shard of 4096 bytes")
+
+
+def npy(header: str, body: bytes = b"") -> bytes:
+    padded = header.ljust(118 - 1) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded.encode("latin1") + body
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x93NUMPY",
+        npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", pickle.dumps(print)),
+        npy("{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,), }"),
+        npy("{'descr': '<f8', 'fortran_order': False, 'shape': (-1,), }"),
+        npy("__import__('os').system('touch canary')"),
+        npy("(" * 100),
+        index_content(np.zeros(2, RECORD)),
+        index_content(np.zeros(1, RECORD))[:-1],
+        index_content(np.zeros(1, RECORD)).replace(b"<u8", b"|O8"),
+    ],
+)
+def test_an_index_is_nothing_but_its_records(content: bytes, tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    (folder / "index").mkdir(parents=True)
+    (folder / "index" / "a.npy").write_bytes(content)
+    entry = {"file": "a.tar", "samples": 1, "bytes": 4096, "sha256": "0", "index": index_digest(content)}
+    write_manifest(folder, "train", [entry])
+    with mock.patch.object(pickle, "loads", side_effect=AssertionError):
+        assert_one_line(lambda: ShardReader(folder).about(0), "index/a.npy is damaged")
+    write_manifest(folder, "train", [entry | {"index": "0" * 32}])
+    (folder / "index" / "a.npy").write_bytes(index_content(np.zeros(1, RECORD)))
+    assert_one_line(lambda: ShardReader(folder).about(0), "index/a.npy is damaged", "SHA-256")
+    (folder / "index" / "a.npy").unlink()
+    assert_one_line(lambda: ShardReader(folder).about(0), "no index", "mmlg data index")
+    os.mkfifo(folder / "index" / "a.npy")
+    assert_one_line(lambda: ShardReader(folder).about(0), "index/a.npy is damaged")
 
 
 @pytest.mark.parametrize("extension", ["txt", "json"])

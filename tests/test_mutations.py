@@ -112,8 +112,8 @@ class Readers:
         texts = [reader.about(index) for index in range(len(reader))]
         pixels = [reader.image(index, 32) for index in range(len(reader))]
         return (
-            of_arrays(test.images_uint8_NCHW, test.texts_MT, *pixels),
-            test.captions,
+            of_arrays(test.images_uint8_NCHW(), test.texts_MT(), *pixels),
+            list(test.captions),
             texts,
             corpus.classes,
             corpus.pairs.tokenizer.identity,

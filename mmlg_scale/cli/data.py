@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmlg_scale.bounds import MAX_PROCESSES
 from mmlg_scale.cli.parsing import make_parser, parse, progress
 from mmlg_scale.data import RESTVAL, SPLITS
 from mmlg_scale.errors import UserError
@@ -128,7 +129,7 @@ def check(arguments: list[str]) -> int:
         "data check",
         "DIR [options]",
         "Check a data set: manifest, sizes, SHA-256, sample headers, captions, images. Exit code 0: intact; 1: damaged, with a list.",
-        ("data check data", "data check data --split val test --no-decode"),
+        ("data check data --split val test --no-decode", "data check data --part 3/8"),
     )
     parser.add_argument("folder", type=str, metavar="DIR", help="The data set.")
     parser.add_argument("--split", type=str, nargs="+", default=None, choices=SPLITS, help="Only these splits.")
@@ -136,13 +137,23 @@ def check(arguments: list[str]) -> int:
     parser.add_argument("--no-decode", dest="decode", action="store_false", help="Do not decode images: faster.")
     help_text = "Threads that read and decode."
     parser.add_argument("--threads", type=Threads, default=os.cpu_count() or 1, metavar="N", help=help_text)
+    help_text = "Only the I-th of N parts of the shards, for an array of jobs; what they find is kept together."
+    parser.add_argument("--part", type=str, default="1/1", metavar="I/N", help=help_text)
     args = parse(parser, arguments)
     from mmlg_scale.data.check import check_dataset, print_damage
 
-    root = Path(args.folder)
-    found = check_dataset(root, splits=args.split, decode=args.decode, threads=args.threads, progress=progress("check"))
+    root, part = Path(args.folder), _part(args.part)
+    found = check_dataset(root, splits=args.split, decode=args.decode, threads=args.threads, part=part, progress=progress("check"))
     print_damage(found, root)
     return 1 if found else 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    """ "3/8" as (3, 8)."""
+    number, slash, total = text.partition("/")
+    if not slash or not (number + total).isdecimal() or not 1 <= int(number) <= int(total) <= MAX_PROCESSES:
+        raise UserError(f"--part {text!r} is no part. Give the part's number, from 1, and how many there are: --part 3/8.")
+    return int(number), int(total)
 
 
 def index(arguments: list[str]) -> int:
@@ -150,9 +161,10 @@ def index(arguments: list[str]) -> int:
     parser = make_parser(
         "data index",
         "DIR [options]",
-        "Make a data set of webdataset shards from elsewhere (KEY.jpg with KEY.txt or KEY.json): manifests are written beside the shards, "
-        "which are not touched.",
-        ("data index cc3m --val-shards 2 --test-shards 2", "data index laion --tokenizer bpe"),
+        "Make a data set of webdataset shards from elsewhere (KEY.jpg with KEY.txt or KEY.json): manifests and indexes are written beside "
+        "the shards, which are not touched. A pass that was stopped goes on where it was. A set of an earlier version gets a new "
+        "index.",
+        ("data index cc3m --val-shards 2 --test-shards 2", "data index laion --part 3/8"),
     )
     parser.add_argument("folder", type=str, metavar="DIR", help="The folder of the shards, or of train/, val/ and test/ with shards.")
     help_text = "Shards for the validation split, where there are no folders of splits."
@@ -160,14 +172,34 @@ def index(arguments: list[str]) -> int:
     help_text = "Shards for the test split, likewise: the last ones."
     parser.add_argument("--test-shards", type=NonNegativeInt, default=1, metavar="N", help=help_text)
     parser.add_argument("--tokenizer", type=str, default="none", metavar="T", help=TOKENIZER_HELP)
+    help_text = "Processes that read shards."
+    parser.add_argument("--processes", type=Threads, default=os.cpu_count() or 1, metavar="N", help=help_text)
+    help_text = "Index only the I-th of N parts of the shards, for an array of jobs with the same other options."
+    parser.add_argument("--part", type=str | None, default=None, metavar="I/N", help=help_text)
+    parser.add_argument("--join", action="store_true", help="After all parts: write the manifests.")
     args = parse(parser, arguments)
-    from mmlg_scale.data.indexing import index_dataset, print_index
+    from mmlg_scale.data import indexing, reindexing
     from mmlg_scale.data.summary import print_summary
 
-    root = Path(args.folder)
-    counts, problems = index_dataset(
-        root, val_shards=args.val_shards, test_shards=args.test_shards, tokenizer=args.tokenizer, progress=progress("index")
-    )
-    print_index(counts, problems, root)
+    root, bar = Path(args.folder), progress("index")
+    splits = {"val_shards": args.val_shards, "test_shards": args.test_shards}
+    if args.part is not None and args.join:
+        raise UserError("--part and --join do not go together. Run all parts, then once --join.")
+    if reindexing.old_splits(root):
+        told = ", ".join(f"{split} {count}" for split, count in reindexing.rewrite_index(root, bar).items())
+        print(f"{root}: index rewritten, {told} samples. Shards and identity are as they were.")
+    elif indexing.recorded_kind(root) not in (None, "indexed"):
+        made = sum(reindexing.renew_index(root, bar).values())
+        print(f"{root} was packed with its index: {made} of its files were missing or damaged, and made again.")
+    elif args.part is not None:
+        part = _part(args.part)
+        now, total = indexing.index_shards_of(root, part, processes=args.processes, progress=bar, **splits)
+        print(f"{root}: part {args.part}: {now} shards indexed, {total - now} were. When all parts are: mmlg data index {root} --join")
+        return 0
+    else:
+        write = indexing.join_dataset if args.join else indexing.index_dataset
+        more = {} if args.join else {"processes": args.processes, "progress": bar}
+        counts, problems = write(root, tokenizer=args.tokenizer, **splits, **more)
+        indexing.print_index(counts, problems, root)
     print_summary(root)
     return 0

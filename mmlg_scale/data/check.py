@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmlg_scale.data import SPLITS
-from mmlg_scale.data.faults import scan
 from mmlg_scale.data.manifest import Progress
-from mmlg_scale.data.reader import CHANGED_BYTES, CUT, HASH, MISSING, REMEDIES, Fault, ShardReader
+from mmlg_scale.data.reader import CHANGED_BYTES, CUT, HASH, MISSING, REMEDIES, ShardReader
+from mmlg_scale.data.scan import Check, Span, scan
 from mmlg_scale.errors import UserError
+from mmlg_scale.reading import shown
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Damage:
 
     def __str__(self) -> str:
         lost = f"{self.num_samples} samples" if self.num_samples else "the shard as a whole"
-        which = f"sample {self.key}" if self.key is not None else lost
+        which = f"sample {shown(self.key)}" if self.key is not None else lost
         return f"{self.shard}: {which}: {self.cause} ({self.detail}); {REMEDIES[self.cause]}"
 
 
@@ -37,11 +38,13 @@ def check_dataset(
     splits: Sequence[str] | None = None,
     decode: bool = True,
     threads: int = 1,
+    part: tuple[int, int] = (1, 1),
     progress: Progress = lambda items: items,
 ) -> list[Damage]:
     """Compare each shard's bytes with the manifest's SHA-256, and read each sample: headers, caption, JSON, image where `decode`.
 
-    What it finds is kept beside each manifest, so that a training run need not look again.
+    What it finds is kept beside each manifest, so that a training run need not look again. Of several parts, (i, n), each looks at its own
+    shards, and what they find is kept together.
 
     Raises:
         UserError: no data set, no such split, a damaged manifest.
@@ -58,34 +61,36 @@ def check_dataset(
         )
     found: list[Damage] = []
     for split in splits or present:
-        found += _check_split(root / split, split, decode, threads, progress)
+        found += _check_split(root / split, split, decode, threads, part, progress)
     return found
 
 
-def _check_split(folder: Path, split: str, decode: bool, threads: int, progress: Progress) -> list[Damage]:
+def _check_split(folder: Path, split: str, decode: bool, threads: int, part: tuple[int, int], progress: Progress) -> list[Damage]:
     reader = ShardReader(folder)
-    faults = scan(folder, reader, check="decode" if decode else "structure", threads=threads, fresh=True, progress=progress)
-    by_shard: dict[str, list[Fault]] = defaultdict(list)
-    for fault in faults:
-        by_shard[fault.shard].append(fault)
+    check: Check = "decode" if decode else "structure"
+    faults = scan(folder, reader, check=check, hashed=True, threads=threads, fresh=True, part=part, progress=progress)
     found = []
-    for number, shard in enumerate(reader.shards):
-        faults = by_shard[str(shard.file)]
-        found += _lines(split, str(shard.file), faults)
-        known = any(fault.cause == HASH for fault in faults) or (decode and not faults)  # the scan has hashed it
-        if any(fault.cause == HASH for fault in faults) or (not known and reader.is_changed(number)):
-            found.append(Damage(split, str(shard.file), None, HASH, CHANGED_BYTES, 0))
+    for shard in range(part[0] - 1, len(reader.shards), part[1]):
+        file, spans = str(reader.shards.path(shard)), faults.spans.get(shard, [])
+        found += _lines(split, file, shard, spans, reader)
+        # The scan has compared the bytes of shards whose samples are all well; of others too, but keeps what it found in the samples.
+        if any(cause == HASH for _, _, cause, _ in spans) or (spans and reader.is_changed(shard)):
+            found.append(Damage(split, file, None, HASH, CHANGED_BYTES, 0))
     return found
 
 
-def _lines(split: str, shard: str, faults: Sequence[Fault]) -> list[Damage]:
+def _lines(split: str, file: str, shard: int, spans: Sequence[Span], reader: ShardReader) -> list[Damage]:
     """A line per sample, but one for all samples that went with a missing or a cut shard."""
-    lines = [Damage(split, shard, fault.key, fault.cause, fault.detail, 1) for fault in faults if fault.cause not in (MISSING, CUT, HASH)]
+    start, lines = int(reader.shards.starts[shard]), list[Damage]()
+    for first, count, cause, detail in spans:
+        if cause not in (MISSING, CUT, HASH):
+            lines += [Damage(split, file, reader.key(start + first + number), cause, detail, 1) for number in range(count)]
     for cause in (MISSING, CUT):
-        lost = [fault for fault in faults if fault.cause == cause]
+        lost = [span for span in spans if span[2] == cause]
         if lost:
-            detail = lost[0].detail if cause == MISSING else f"from sample {lost[0].key} on: {lost[0].detail}"
-            lines.append(Damage(split, shard, None, cause, detail, len(lost)))
+            first, _, _, detail = lost[0]
+            told = detail if cause == MISSING else f"from sample {shown(reader.key(start + first))} on: {detail}"
+            lines.append(Damage(split, file, None, cause, told, sum(count for _, count, _, _ in lost)))
     return lines
 
 

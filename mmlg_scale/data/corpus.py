@@ -13,8 +13,10 @@ from torch import Tensor
 
 from mmlg_scale.bounds import MAX_CAPTION
 from mmlg_scale.data import SPLITS
-from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, manifest_digest, print_report
-from mmlg_scale.data.pipeline import EvalSplit, StreamSettings, TrainStream, load_eval_split
+from mmlg_scale.data.evaluation import EvalSplit, load_eval_split
+from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, print_report
+from mmlg_scale.data.manifest import manifest_digest
+from mmlg_scale.data.pipeline import StreamSettings, TrainStream
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.data.sweep import Sweep
 from mmlg_scale.data.tokens import offered_tokenizer
@@ -126,13 +128,13 @@ class Corpus:
         return self.pairs.classes
 
     def eval_split(self, split: str, *, max_bad_fraction: float = MAX_BAD_FRACTION) -> EvalSplit:
-        """A whole split in memory; see `load_eval_split`."""
+        """A whole split, decoded as it is read; see `load_eval_split`. Ranks open it together."""
         return load_eval_split(self.pairs.root / split, self.spec, max_bad_fraction=max_bad_fraction)
 
     def name_of(self, split: str, index: int) -> str:
         """A sample's shard and key, as far as they can be read. Reads the index: for messages."""
         try:
-            place = ShardReader(self.pairs.root / split).places[index]
+            place = ShardReader(self.pairs.root / split).place(index)
         except (OSError, UserError):
             return str(index)
         return f"{place.shard.name}/{shown(place.key)}"

@@ -1,11 +1,10 @@
-"""Which samples of a split are damaged: found once before the first step, kept beside the manifest, listed, and limited.
+"""What becomes of damaged samples: left out of the epochs, counted, listed, and limited.
 
-Why before the first step. Batches are full on every rank, their order is a function of (seed, epoch, position), and a run resumes at the
-exact sample; so the number of samples of an epoch must be known before it starts, and be the same on all ranks. A sample that is found
-damaged in mid-epoch could only be replaced by one that the epoch reads anyway. Therefore each split is scanned: sizes, tar headers, UTF-8,
-JSON, and a decode of every image. That costs what the decoding of one epoch costs, is shared by the ranks and by threads, and is kept
-in `checked.json` beside the manifest, with size and time of every shard, until a shard changes. `mmlg data check` writes the same file
-ahead of time. With `structure` images are not decoded: what does not decode is then found when it is read.
+Why they are known before the first step. Batches are full on every rank, their order is a function of (seed, epoch, position), and a run
+resumes at the exact sample; so the number of samples of an epoch must be known before it starts, and be the same on all ranks. A sample
+that is found damaged in mid-epoch could only be replaced by one that the epoch reads anyway. Therefore each split is scanned (`scan.py`):
+sizes, tar headers, UTF-8, JSON, and, of splits that are not too large, a decode of every image. That is shared by ranks and threads, and is
+kept until a shard changes. With `structure` images are not decoded: what does not decode is then found when it is read.
 
 Damage that only appears while a run reads (a failing disk, an undecodable image under `structure`) is met by a substitute from the same
 epoch order (`pipeline.py`), counted under its cause, and counted towards the same limit.
@@ -13,38 +12,29 @@ epoch order (`pipeline.py`), counted under its cause, and counted towards the sa
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-import torch.distributed as dist
 
 from mmlg_scale.bounds import MAX_MANIFEST_BYTES
-from mmlg_scale.data.manifest import Progress
-from mmlg_scale.data.reader import CHANGED_BYTES, HASH, MISSING, READ, REMEDIES, DamagedSample, Fault, ShardReader
-from mmlg_scale.digests import file_digest
+from mmlg_scale.data.manifest import listed_text, manifest_digest
+from mmlg_scale.data.reader import Fault, ShardReader
+from mmlg_scale.data.scan import Check, Findings, Span, checked_spans, scan
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import make_folder, open_append, writing
-from mmlg_scale.ranks import is_first_rank, on_first_rank, several_ranks
+from mmlg_scale.files import make_folder, open_append, write_text_atomic, writing
+from mmlg_scale.ranks import is_first_rank, on_first_rank
 from mmlg_scale.reading import one_line
-from mmlg_scale.records import read_record, write_record
+from mmlg_scale.records import read_record
 
 MAX_BAD_FRACTION = 0.01
-Check = Literal["decode", "structure"]
-CHECKS = ("decode", "structure")
-CACHE_VERSION = 1
-CACHE_FILE = "checked.json"
-ANNOUNCE_FROM = 20_000
-"""Samples from which a scan, which then takes a minute or more, says that it is under way."""
-
-ShardState = dict[str, Any]
-"""num_bytes and mtime_ns of a shard's file (null: missing), decode (whether images were decoded), faults [position, cause, detail]."""
+SHOWN = 3
+"""Faults that a message names."""
 
 
 @dataclass(frozen=True)
@@ -95,159 +85,21 @@ def print_report(report: EpochReport) -> None:
         print(report.told_cut(), flush=True)
 
 
-def scan(
-    folder: Path,
-    reader: ShardReader,
-    *,
-    check: Check = "decode",
-    threads: int = 1,
-    shared: bool = False,
-    fresh: bool = False,
-    progress: Progress = lambda items: items,
-) -> list[Fault]:
-    """The damaged samples of a split in its order, from `checked.json` for the shards that have not changed since.
-
-    Args:
-        folder: the split that `reader` reads.
-        threads: PIL decodes outside Python's lock, so threads share the work.
-        shared: split the shards over the ranks of the running process group and exchange what they found; all ranks must call.
-        fresh: look at every shard again.
-
-    Raises:
-        UserError: `check` is unknown.
-    """
-    if check not in CHECKS:
-        raise UserError(f"data.check {check!r} is unknown. Use one of: {', '.join(CHECKS)}.")
-    identity = manifest_digest(folder)
-    files = [shard.file for shard in reader.shards]
-    starts = _starts(reader.shard_sizes)
-    known = {} if fresh else _load_cache(folder, identity)
-    shared = shared and several_ranks()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
-
-    def state_of(shard: int) -> tuple[int, ShardState]:
-        found, stamp = known.get(files[shard].name), _stamp(files[shard])
-        unchanged = found is not None and stamp["num_bytes"] is not None and all(found[key] == stamp[key] for key in stamp)
-        fits = found is not None and all(0 <= fault[0] < reader.shard_sizes[shard] for fault in found["faults"])
-        if found is not None and unchanged and fits and (found["decode"] or check == "structure"):
-            return shard, found
-        part = reader.part(starts[shard], starts[shard] + reader.shard_sizes[shard])
-        try:
-            return shard, {**stamp, "decode": check == "decode", "faults": _scan_shard(part, decode=check == "decode")}
-        finally:
-            part.close()
-
-    own = range(rank, len(files), world_size)
-    if rank == 0 and check == "decode" and not known and len(reader) >= ANNOUNCE_FROM:
-        print(f"checking the {len(reader)} samples of {folder}, once; kept in {CACHE_FILE}", flush=True)
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        states = dict(progress(pool.map(state_of, own)))
-    if shared:
-        gathered: list[Any] = [None] * world_size
-        dist.all_gather_object(gathered, states)
-        states = {shard: state for part in gathered for shard, state in part.items()}
-    if rank == 0:
-        _save_cache(folder, identity, {files[shard].name: state for shard, state in sorted(states.items())}, known)
-    return [
-        Fault(str(files[shard]), reader.places[starts[shard] + position].key, starts[shard] + position, cause, detail)
-        for shard in range(len(files))
-        for position, cause, detail in states[shard]["faults"]
-    ]
-
-
-def manifest_digest(folder: Path) -> str:
-    """SHA-256 of a split's manifest.json. Raises UserError where it cannot be read."""
-    return file_digest(folder / "manifest.json", "the split's manifest")
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    starts, total = [], 0
-    for size in sizes:
-        starts.append(total)
-        total += size
-    return starts
-
-
-def _stamp(file: Path) -> dict[str, int | None]:
-    try:
-        stat = file.stat()
-    except OSError:
-        return {"num_bytes": None, "mtime_ns": None}
-    return {"num_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-def _scan_shard(part: ShardReader, *, decode: bool) -> list[tuple[int, str, str]]:
-    faults = []
-    for position in range(len(part)):
-        try:
-            part.check_headers(position)
-            part.check_text(position)
-            if decode:
-                part.check_image(position)
-        except DamagedSample as damage:
-            faults.append((position, damage.cause, damage.detail))
-    if decode and not faults and part.shards and part.is_changed(0):
-        # Pixels or words are others than were packed, and nothing says in which samples.
-        faults = [(position, HASH, CHANGED_BYTES) for position in range(len(part))]
-    return faults
-
-
-def changed_faults(reader: ShardReader, faults: Sequence[Fault]) -> list[Fault]:
-    """All samples of the shards whose bytes are not those of the manifest, though none of their samples is among `faults`."""
-    found, starts, damaged = [], _starts(reader.shard_sizes), {fault.shard for fault in faults}
-    for number, (shard, start) in enumerate(zip(reader.shards, starts, strict=True)):
-        if str(shard.file) not in damaged and shard.num_samples and reader.is_changed(number):
-            places = enumerate(reader.places[start : start + shard.num_samples], start)
-            found += [Fault(str(shard.file), place.key, index, HASH, CHANGED_BYTES) for index, place in places]
-    return found
-
-
-def _load_cache(folder: Path, identity: str) -> dict[str, ShardState]:
-    """What an earlier scan of this manifest found; anything unreadable counts as nothing found."""
-    try:
-        content = read_record(folder / CACHE_FILE, "record of checks", "", MAX_MANIFEST_BYTES)
-        if content["format_version"] == CACHE_VERSION and content["manifest_sha256"] == identity:
-            return {name: _checked_state(state) for name, state in content["shards"].items()}
-    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return {}
-
-
-def _checked_state(state: ShardState) -> ShardState:
-    """A shard's state as the cache holds it, if it is one."""
-    for position, cause, detail in state["faults"]:
-        if type(position) is not int or cause not in REMEDIES or not isinstance(detail, str):
-            raise ValueError(f"{cause!r} is no cause of damage")
-    return {key: state[key] for key in ("num_bytes", "mtime_ns", "decode", "faults")}
-
-
-def _save_cache(folder: Path, identity: str, states: dict[str, ShardState], known: dict[str, ShardState]) -> None:
-    """Keep the states, except of shards that could not be read: storage may come back."""
-    lasting = {
-        name: {**state, "faults": [list(fault) for fault in state["faults"]]}
-        for name, state in states.items()
-        if not any(cause in (MISSING, READ) for _, cause, _ in state["faults"])
-    }
-    if lasting == known:
-        return
-    content = {"format_version": CACHE_VERSION, "manifest_sha256": identity, "shards": lasting}
-    with contextlib.suppress(OSError):  # a data set may be read-only: then every run scans
-        write_record(folder / CACHE_FILE, content)
-
-
-def check_limit(faults: Sequence[Fault], num_samples: float, max_bad_fraction: float, listed_in: Path | None, what: str) -> None:
-    """Stop where more than `max_bad_fraction` of `num_samples` are damaged.
+def check_limit(
+    counts: Counter[str], first: Iterable[Fault], num_samples: float, max_bad_fraction: float, listed_in: Path | None, what: str
+) -> None:
+    """Stop where more than `max_bad_fraction` of `num_samples` are damaged: `counts` by cause, of which some come `first`.
 
     Raises:
         UserError: with the counts by cause, the first faults, and where the full list is.
     """
-    if len(faults) <= max_bad_fraction * num_samples:
+    if counts.total() <= max_bad_fraction * num_samples:
         return
-    first = "; ".join(str(fault) for fault in faults[:3])
+    told = "; ".join(str(fault) for fault in islice(first, SHOWN))
     where = f"Full list: {listed_in}." if listed_in is not None else "mmlg data check lists them all."
     raise UserError(
-        f"{what}: {len(faults)} damaged samples ({_causes(Counter(fault.cause for fault in faults))}) are more than "
-        f"data.max_bad_fraction {max_bad_fraction:g} of them. First: {first}. {where} Fix the data, or raise data.max_bad_fraction."
+        f"{what}: {counts.total()} damaged samples ({_causes(counts)}) are more than "
+        f"data.max_bad_fraction {max_bad_fraction:g} of them. First: {told}. {where} Fix the data, or raise data.max_bad_fraction."
     )
 
 
@@ -263,7 +115,7 @@ class FaultLog:
 
     def __init__(
         self,
-        known: Sequence[Fault],
+        known: Findings,
         num_samples: int,
         *,
         share: float,
@@ -273,7 +125,7 @@ class FaultLog:
         on_epoch: Callable[[EpochReport], None],
         what: str,
     ) -> None:
-        self.known, self.num_samples, self.share, self.what = list(known), num_samples, share, what
+        self.known, self.num_samples, self.share, self.what = known, num_samples, share, what
         self.max_bad_fraction, self.file, self.on_epoch = max_bad_fraction, file, on_epoch
         self.context_length = context_length
         self._met: dict[int, list[Fault]] = {}
@@ -293,7 +145,8 @@ class FaultLog:
         met += new
         append_faults(self.file, new, epoch=epoch, step=step)
         if len(met) + self.share * len(self.known) > self.max_bad_fraction * self.num_samples * self.share:
-            check_limit([*met, *self.known], 0.0, self.max_bad_fraction, self.file, f"{self.what}, epoch {epoch}")
+            counts = Counter(fault.cause for fault in met) + self.known.counts
+            check_limit(counts, chain(met, self.known), 0.0, self.max_bad_fraction, self.file, f"{self.what}, epoch {epoch}")
 
     def add_captions(self, read: Mapping[int, int], cut: Mapping[int, int]) -> None:
         """Count captions by epoch: those that were read, and those of them that were cut."""
@@ -303,14 +156,14 @@ class FaultLog:
     def end_epoch(self, epoch: int) -> None:
         """Report the epoch; every rank reports what it met itself."""
         met = self._met.pop(epoch, [])
-        counts = dict(Counter(fault.cause for fault in (*self.known, *met)))
+        counts = dict(self.known.counts + Counter(fault.cause for fault in met))
         captions, cut = self._captions.pop(epoch, 0), self._cut.pop(epoch, 0)
         self.on_epoch(EpochReport(epoch, self.num_samples - len(self.known), counts, self.file, captions, cut, self.context_length))
 
 
 def known_faults(
     folder: Path, reader: ShardReader, *, check: Check, max_bad_fraction: float, record: Path | None, rank: int, threads: int, shared: bool
-) -> list[Fault]:
+) -> Findings:
     """The damaged samples that a run leaves out: as its record says, or else as a scan finds them, the same on every rank.
 
     Args:
@@ -323,9 +176,9 @@ def known_faults(
     identity = manifest_digest(folder)
     file = None if record is None else record / "data-skipped.json"
     first = on_first_rank if shared else _call
-    recorded = first(lambda: _load_record(file, identity))
+    recorded = first(lambda: _load_record(file, identity, reader))
     if recorded is not None:
-        return recorded
+        return Findings(reader, recorded)
     faults = scan(folder, reader, check=check, threads=threads, shared=shared)
     list_file = fault_list(record, 0 if shared else rank)
 
@@ -336,10 +189,11 @@ def known_faults(
 
     def keep() -> None:
         if file is not None:
-            write_record(file, {"manifest_sha256": identity, "faults": [vars(fault) for fault in faults]})
+            entries = [(str(shard), spans) for shard, spans in faults.spans.items()]
+            write_text_atomic(file, listed_text({"manifest_sha256": identity}, "shards", entries))
 
     first(note)
-    check_limit(faults, len(reader), max_bad_fraction, list_file, str(folder))
+    check_limit(faults.counts, faults, len(reader), max_bad_fraction, list_file, str(folder))
     first(keep)
     return faults
 
@@ -356,31 +210,41 @@ def fault_list(record: Path | None, rank: int) -> Path | None:
     return None if record is None else record / f"data-faults-rank{rank}.jsonl"
 
 
-def _load_record(file: Path | None, identity: str) -> list[Fault] | None:
+def _load_record(file: Path | None, identity: str, reader: ShardReader) -> dict[int, list[Span]] | None:
     """The damaged samples that the run left out so far; None where it starts afresh, or on another data set."""
     if file is None or not file.is_file():
         return None
     remedy = "Remove it; the run then checks its data again."
     content = read_record(file, "record of skipped samples", remedy, MAX_MANIFEST_BYTES)
     try:
-        return [Fault(**fault) for fault in content["faults"]] if content["manifest_sha256"] == identity else None
-    except (KeyError, TypeError) as error:
+        if content["manifest_sha256"] != identity:
+            return None
+        if "faults" in content:  # of an earlier version
+            return _by_shard(content["faults"], reader)
+        spans = {int(shard): checked_spans(found) for shard, found in content["shards"].items()}
+        for shard, found in spans.items():
+            if not 0 <= shard < len(reader.shards) or any(first + count > reader.shards.samples[shard] for first, count, *_ in found):
+                raise ValueError("a sample that the data set does not have")
+        return spans
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({one_line(error)}). {remedy}") from error
 
 
-def intact_samples(reader: ShardReader, faults: Sequence[Fault]) -> list[np.ndarray]:
-    """The samples of each shard that are not damaged: int64 [N] per shard."""
-    whole = np.ones(len(reader), bool)
-    whole[[fault.index for fault in faults]] = False
-    edges = np.cumsum(reader.shard_sizes)[:-1]
-    return [part[keep] for part, keep in zip(np.split(np.arange(len(reader)), edges), np.split(whole, edges), strict=True)]
+def _by_shard(faults: Iterable[Mapping[str, Any]], reader: ShardReader) -> dict[int, list[Span]]:
+    found: dict[int, list[Span]] = {}
+    for fault in faults:
+        shard = int(np.searchsorted(reader.shards.starts, fault["index"], side="right")) - 1
+        if not 0 <= shard < len(reader.shards):
+            raise ValueError("a sample that the data set does not have")
+        found.setdefault(shard, []).append((fault["index"] - int(reader.shards.starts[shard]), 1, fault["cause"], fault["detail"]))
+    return {shard: checked_spans(spans) for shard, spans in found.items()}
 
 
-def append_faults(file: Path | None, faults: Sequence[Fault], *, epoch: int, step: int) -> None:
+def append_faults(file: Path | None, faults: Findings | Sequence[Fault], *, epoch: int, step: int) -> None:
     """Append one JSON line per fault."""
-    if file is None or not faults:
+    if file is None or not len(faults):
         return
-    lines = [json.dumps({"epoch": epoch, "step": step, **vars(fault)}, ensure_ascii=False) + "\n" for fault in faults]
     make_folder(file.parent)
     with writing(file), open_append(file) as opened:
-        opened.write("".join(lines))
+        for fault in faults:
+            opened.write(json.dumps({"epoch": epoch, "step": step, **vars(fault)}, ensure_ascii=False) + "\n")

@@ -1,31 +1,38 @@
-"""`mmlg data index`: manifests for webdataset shards that were made elsewhere (KEY.jpg beside KEY.txt or KEY.json). No shard is touched."""
+"""`mmlg data index`: manifest and indexes for webdataset shards that were made elsewhere (KEY.jpg beside KEY.txt or KEY.json).
+
+No shard is touched. Each is read once: where its members lie, whether headers, captions and JSON can be read, its SHA-256. What was found
+is written beside the index as soon as the shard is done (index/NAME.json), so that a pass that was stopped goes on where it was, and
+several jobs share one; these notes go when the manifest, which is made of them, is there.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
-import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mmlg_scale.bounds import MAX_SAMPLE_TEXT_BYTES
+from mmlg_scale.bounds import MAX_JSON_BYTES, MAX_SAMPLE_TEXT_BYTES
 from mmlg_scale.data import SPLITS
-from mmlg_scale.data.manifest import BLOCK, FORMAT_VERSION, Progress, tokenizer_digests, write_manifest
-from mmlg_scale.data.reader import DamagedSample, ShardReader, header_checksum
-from mmlg_scale.data.tokens import BPE, NONE, read_offer, recorded_offer, remove_tokenizer
+from mmlg_scale.data.index import BLOCK, EXTENSIONS, MAX_MEMBER_BYTES, RecordBuilder, index_path, write_index
+from mmlg_scale.data.manifest import Progress, shards_of, tokenizer_digests, write_manifest
+from mmlg_scale.data.publish import DESCRIPTION_VERSION
+from mmlg_scale.data.reader import KEY, DamagedSample, ShardReader, content_digest, header_checksum, open_shard
+from mmlg_scale.data.scan import ShardState, check_samples, checked_spans, save_states, state_of
+from mmlg_scale.data.tokens import BPE, NONE, Offer, read_offer, recorded_offer, remove_tokenizer
 from mmlg_scale.errors import UserError
-from mmlg_scale.reading import one_line, open_regular
+from mmlg_scale.files import write_json_atomic
+from mmlg_scale.reading import one_line, read_json
 from mmlg_scale.records import read_record, write_record
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp")
-KINDS = {"txt": "text", "json": "json", **dict.fromkeys(IMAGES, "image")}
-_NAME = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")
-"""webdataset's rule: a key is all up to the first dot of the base name."""
+KINDS = {"txt": "text", "json": "json", **dict.fromkeys(EXTENSIONS, "image")}
 
 DAMAGED_HEADER, CUT_SHARD, NO_IMAGE, NO_CAPTION, TWICE, DOTTED, OTHER = (
     "damaged places (tar header)",
@@ -36,13 +43,16 @@ DAMAGED_HEADER, CUT_SHARD, NO_IMAGE, NO_CAPTION, TWICE, DOTTED, OTHER = (
     "members with a dot in their name before the extension, where webdataset ends the key (rename KEY.v2.jpg to KEY_v2.jpg)",
     "members of other kinds",
 )
+FEW_BYTES = 2**28
+"""Below this, processes take longer to start than to index."""
 
 
 @dataclass
 class Indexed:
-    """One shard's manifest entry, and its problems: counts by cause."""
+    """One shard's manifest entry, what was found damaged in it, and its problems: counts by cause."""
 
     entry: dict[str, Any]
+    state: ShardState
     problems: Counter[str] = field(default_factory=Counter)
 
 
@@ -52,9 +62,10 @@ def index_dataset(
     val_shards: int = 1,
     test_shards: int = 1,
     tokenizer: str = NONE,
+    processes: int = 1,
     progress: Progress = lambda items: items,
 ) -> tuple[dict[str, int], Counter[str]]:
-    """Write a manifest per split and dataset.json, so that ROOT is a data set; returns the samples of each split and the problems found.
+    """Write index, manifest and dataset.json, so that ROOT is a data set; returns the samples of each split and the problems found.
 
     Splits are the subfolders train, val and test; where there is none of them, ROOT's own shards in the order of their names, the last
     ones for test and those before for val. Indexing again renews what indexing wrote. `tokenizer`: as in `pack.PackSettings`.
@@ -67,30 +78,139 @@ def index_dataset(
     groups = _groups(root, val_shards, test_shards)
     _refuse_foreign(root)
     _refuse_tokenizer(root)
+    index_part(root, groups, processes=processes, progress=progress)
+    return join_parts(root, groups, offer, {"val_shards": val_shards, "test_shards": test_shards, "tokenizer": offer.name})
+
+
+def index_shards_of(
+    root: Path, part: tuple[int, int], *, val_shards: int, test_shards: int, processes: int, progress: Progress
+) -> tuple[int, int]:
+    """One of several jobs: index every n-th shard, `part` being (i, n) counted from 1; returns how many were done now, and of how many.
+
+    Raises:
+        UserError: as `index_dataset`.
+    """
+    groups = _groups(root, val_shards, test_shards)
+    _refuse_foreign(root)
+    return index_part(root, groups, part, processes=processes, progress=progress)
+
+
+def join_dataset(root: Path, *, val_shards: int, test_shards: int, tokenizer: str) -> tuple[dict[str, int], Counter[str]]:
+    """After all parts: the manifest and dataset.json out of what they found; returns as `index_dataset`.
+
+    Raises:
+        UserError: as `index_dataset`; a shard that no part has indexed, or that has changed since.
+    """
+    offer = read_offer(tokenizer)
+    groups = _groups(root, val_shards, test_shards)
+    _refuse_foreign(root)
+    _refuse_tokenizer(root)
+    return join_parts(root, groups, offer, {"val_shards": val_shards, "test_shards": test_shards, "tokenizer": offer.name})
+
+
+def index_part(
+    root: Path, groups: Mapping[str, Sequence[Path]], part: tuple[int, int] = (1, 1), *, processes: int, progress: Progress
+) -> tuple[int, int]:
+    """Index the shards of a part that are not yet, in as many processes; returns how many were done now, and of how many."""
+    tasks = [(root / split, path) for split, paths in groups.items() for path in paths][part[0] - 1 :: part[1]]
+    missing = [task for task in tasks if read_note(*task) is None]
+    size = sum(path.stat().st_size for _, path in missing if path.is_file())
+    if min(processes, len(missing)) < 2 or size < FEW_BYTES:
+        for task in progress(missing):
+            _index_and_note(task)
+    else:
+        # Spawned: a progress bar is a thread, which a fork would break.
+        with ProcessPoolExecutor(min(processes, len(missing)), mp_context=get_context("spawn")) as pool:
+            for _ in progress(_Counted(pool.map(_index_and_note, missing), len(missing))):
+                pass
+    return len(missing), len(tasks)
+
+
+class _Counted:
+    """An iterable of known length, for a progress bar."""
+
+    def __init__(self, items: Iterable[Any], count: int) -> None:
+        self._items, self._count = items, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._items)
+
+    def __length_hint__(self) -> int:
+        return self._count
+
+
+def _note_path(folder: Path, shard: Path) -> Path:
+    return index_path(folder, shard.name).with_suffix(".json")
+
+
+def _index_and_note(task: tuple[Path, Path]) -> None:
+    folder, path = task
+    found = index_shard(path, folder)
+    note = {"entry": found.entry, "state": found.state, "problems": found.problems}
+    write_json_atomic(_note_path(folder, path), note)
+
+
+def read_note(folder: Path, path: Path) -> Indexed | None:
+    """What a pass that is not joined yet found in a shard; None: nothing, or the shard has changed."""
+    note = _note_path(folder, path)
+    if not note.is_file() or not index_path(folder, path.name).is_file():
+        return None
+    try:
+        content = read_json(note, "note of a shard's index", "", MAX_JSON_BYTES)
+        stat, state = path.stat(), content["state"]
+        if (state["num_bytes"], state["mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
+            return None
+        state = {**state, "faults": checked_spans(state["faults"])}
+        shards_of(folder, [content["entry"]])
+        problems = Counter({str(cause): int(count) for cause, count in content["problems"].items()})
+    except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return Indexed(content["entry"], state, problems)
+
+
+def join_parts(
+    root: Path, groups: Mapping[str, Sequence[Path]], offer: Offer, args: Mapping[str, Any]
+) -> tuple[dict[str, int], Counter[str]]:
+    """Manifest and dataset.json out of the notes of all shards, which then go."""
     problems: Counter[str] = Counter()
-    manifests: dict[str, dict[str, Any]] = {}
+    found: dict[str, list[Indexed]] = {}
     for split, paths in groups.items():
-        shards = []
-        for path in progress(paths):
-            found = index_shard(path)
-            found.entry["file"] = path.name if path.parent == root / split else f"../{path.name}"
-            problems += found.problems
-            shards.append(found.entry)
-        total = sum(len(shard["samples"]) for shard in shards)
-        if not total:
+        found[split] = []
+        for path in paths:
+            one = read_note(root / split, path)
+            if one is None:
+                raise UserError(
+                    f"shard {path} is not indexed, or has changed since. Run mmlg data index {root} with the --part that it is in."
+                )
+            found[split].append(one)
+            problems += one.problems
+        if not sum(one.entry["samples"] for one in found[split]):
             raise UserError(
                 f"{root}: split {split} has no whole sample (an image with a .txt, or a .json with a caption). {_told(problems)}"
             )
-        manifests[split] = {"format_version": FORMAT_VERSION, "split": split, "num_samples": total, "shards": shards}
-    for split, manifest in manifests.items():
-        write_manifest(root / split, manifest)
+    for split, shards in found.items():
+        write_manifest(root / split, split, [one.entry for one in shards])
+        save_states(root / split, {one.entry["file"]: one.state for one in shards})
     remove_tokenizer(root)
     offer.write(root, lambda: _captions(root / "train"))
-    counts = {split: manifest["num_samples"] for split, manifest in manifests.items()}
-    args = {"val_shards": val_shards, "test_shards": test_shards, "tokenizer": offer.name}
-    described = {"format_version": FORMAT_VERSION, "kind": "indexed", "args": args, "splits": counts}
+    counts = {split: sum(one.entry["samples"] for one in shards) for split, shards in found.items()}
+    described = {"format_version": DESCRIPTION_VERSION, "kind": "indexed", "args": dict(args), "splits": counts}
     write_record(root / "dataset.json", {**described, **tokenizer_digests(root)})
+    _clear(root, groups)
     return counts, problems
+
+
+def _clear(root: Path, groups: Mapping[str, Sequence[Path]]) -> None:
+    """Remove the notes, and what an earlier pass wrote for shards and splits that are no longer there."""
+    for split in SPLITS:
+        folder = root / split
+        keep = {index_path(folder, path.name).name for path in groups.get(split, ())}
+        old = [file for file in (folder / "index").glob("*") if file.suffix in (".json", ".npy") and file.name not in keep]
+        if split not in groups:
+            old += [folder / "manifest.json", *folder.glob("checked*.json")]
+        for file in old:
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 def _told(problems: Mapping[str, int]) -> str:
@@ -121,11 +241,17 @@ def _groups(root: Path, val_shards: int, test_shards: int) -> dict[str, list[Pat
 
 
 def _refuse_foreign(root: Path) -> None:
+    kind = recorded_kind(root)
+    if kind not in (None, "indexed"):
+        raise UserError(f"{root} was packed by another command ({kind}), with its manifests. Check it with mmlg data check.")
+
+
+def recorded_kind(root: Path) -> str | None:
+    """How a data set came about: indexed, packed, scenes; None where there is no dataset.json."""
     file = root / "dataset.json"
-    if file.is_file():
-        kind = read_record(file, "description of a data set", "Remove it and index the shards again.").get("kind")
-        if kind != "indexed":
-            raise UserError(f"{root} was packed by another command ({kind}), with its manifests. Check it with mmlg data check.")
+    return (
+        str(read_record(file, "description of a data set", "Remove it and index the shards again.").get("kind")) if file.is_file() else None
+    )
 
 
 def _refuse_tokenizer(root: Path) -> None:
@@ -144,54 +270,53 @@ def _captions(folder: Path) -> Iterator[str]:
     reader.close()
 
 
-def index_shard(path: Path) -> Indexed:
-    """A shard's manifest entry; what is damaged is left out and counted."""
+def index_shard(path: Path, folder: Path) -> Indexed:
+    """Write a shard's index for the split `folder`; what is damaged beyond use is left out and counted.
+
+    Raises:
+        UserError: the shard cannot be opened, or is no regular file.
+    """
     problems: Counter[str] = Counter()
-    samples: dict[str, dict[str, Any]] = {}
+    builder = RecordBuilder()
     for member in _members(path, problems):
-        named = _NAME.match(member.name) if member.isfile() else None
+        named = KEY.match(member.name) if member.isfile() else None
         if named is None:
             continue
-        key, extension = named[1], named[2].lower()
+        extension = named[2].lower()
         kind = KINDS.get(extension)
-        if kind is None:
-            problems[DOTTED if extension.rpartition(".")[2] in KINDS else OTHER] += 1
-            continue
-        entry = samples.setdefault(key, {"key": key})
-        if kind in entry:
+        if kind is None or member.size > MAX_MEMBER_BYTES:
+            problems[DOTTED if extension.rpartition(".")[2] in KINDS and kind is None else OTHER] += 1
+        elif not builder.add(named[1], kind, extension, member.offset, member.offset_data, member.size):
             problems[TWICE] += 1
-            continue
-        place = [member.offset_data, member.size]
-        entry[kind] = [named[2], *place] if kind == "image" else place
-    whole = []
     with _open_shard(path) as file:
-        for entry in samples.values():
-            if "json" in entry and not _json_counts(file, entry):
-                del entry["json"]
-            if "image" not in entry:
+        for members in builder.samples().values():
+            if "json" in members and not _json_counts(file, members):
+                del members["json"]
+            if "image" not in members:
                 problems[NO_IMAGE] += 1
-            elif "text" not in entry and "json" not in entry:
+            elif "text" not in members and "json" not in members:
                 problems[NO_CAPTION] += 1
-            else:
-                whole.append(entry)
         file.seek(0)
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        size = file.tell()
-    return Indexed({"file": path.name, "sha256": digest.hexdigest(), "num_bytes": size, "samples": whole}, problems)
+        sha256, size = content_digest(file), file.tell()
+    records = builder.records()
+    name = path.name if path.parent == folder else f"../{path.name}"
+    entry = {"file": name, "samples": len(records), "bytes": size, "sha256": sha256, "index": write_index(folder, path.name, records)}
+    reader = ShardReader.of_shards(shards_of(folder, [entry]), {0: records})
+    state = state_of(path, check_samples(reader, range(len(records)), 0, decode=False))
+    reader.close()
+    return Indexed(entry, state, problems)
 
 
 def _open_shard(path: Path) -> BinaryIO:
     try:
-        return open_regular(path)
+        return open_shard(path)
     except OSError as error:
         raise UserError(f"shard {path} cannot be read ({one_line(error)}). Copy it again, or remove it.") from error
 
 
-def _json_counts(file: Any, entry: Mapping[str, Any]) -> bool:
+def _json_counts(file: BinaryIO, entry: Mapping[str, tuple[int, int, int, str]]) -> bool:
     """Whether captions come from the sample's JSON: always where it has a list of them, else only for want of a text."""
-    offset, size = entry["json"]
+    _, offset, size, _ = entry["json"]
     if size > MAX_SAMPLE_TEXT_BYTES:
         return "text" not in entry  # the reader refuses it
     file.seek(offset)

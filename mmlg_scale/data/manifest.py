@@ -1,4 +1,4 @@
-"""Data sets on disk: webdataset shards with a manifest.
+"""Data sets on disk: webdataset shards, a manifest of the shards, and an index of the samples of each.
 
     ROOT/
       dataset.json                  what the set is and how it was made
@@ -6,52 +6,40 @@
       tokenizer/                    optional: a word tokenizer
       train/  val/  test/
         shard-000000.tar ...        KEY.png|jpg, KEY.txt (first caption), KEY.json ({"captions": [...], "label": int | null})
-        manifest.json               per shard: SHA-256, bytes, samples (key, image [extension, offset, size], text and json [offset, size])
+        index/shard-000000.npy ...  where the members of each sample lie (index.py)
+        manifest.json               per shard: file, samples, bytes, SHA-256, and the first half of its index's SHA-256
+        checked.json                what the last check found (scan.py)
 
-A set is written into a temporary folder and published by a rename, so that there is never half a set under its name. Shards are written by
-webdataset and indexed by the standard library's tarfile; reading goes by the manifest's offsets. Of shards made elsewhere (`indexing.py`) a
-sample has a text, or a JSON, or both.
+The manifest is all that is read of a set before its samples are: its size, and the memory of a process, grow with the shards. Of shards
+made elsewhere (`indexing.py`), which lie here or one folder up, a sample has a text, or a JSON, or both.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import io
 import json
-import os
-import shutil
-import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import webdataset as wds
+import numpy as np
 
 from mmlg_scale.bounds import MAX_MANIFEST_BYTES
-from mmlg_scale.data import SPLITS
+from mmlg_scale.data.index import MAX_SHARD_SAMPLES
+from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
-from mmlg_scale.files import make_folder, remove_leftovers, temporary_name, write_text_atomic, writing
+from mmlg_scale.files import write_text_atomic
 from mmlg_scale.reading import one_line, open_regular, shown
-from mmlg_scale.records import read_record, record_text, write_record
+from mmlg_scale.records import parse_record, read_record, sealed
 
-FORMAT_VERSION = 1
-BLOCK = 512
-"""Of a tar: headers and data begin at its multiples."""
+FORMAT_VERSION = 2
+OLD_FORMAT = 1
+"""A manifest that lists every sample."""
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image with its captions, as it is packed."""
-
-    key: str
-    image: bytes
-    extension: str
-    captions: list[str]
-    label: int | None = None
+_OLD = re.compile(rb'\s*\{\s*"format_version": 1,')
 
 
 @dataclass(frozen=True)
@@ -67,54 +55,59 @@ class Location:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A shard file as the manifest describes it."""
+class Shards:
+    """The shards of a split, as its manifest lists them; the samples of each follow those of the one before.
 
-    file: Path
-    sha256: str
-    num_samples: int
-
-
-@contextmanager
-def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | None]:
-    """Give a temporary folder to write a data set into; publish it as `root` when the block ends without an error.
-
-    Yields None, and says so, where `root` already is the data set that these arguments make.
-
-    Raises:
-        UserError: `root` contains something else, or is a file.
-        OSError: it cannot be written, with the path; nothing is left of the set.
+    Attributes:
+        names: file names, relative to `folder`.
+        samples, num_bytes: int64 [S], of each.
+        sha256, indexes: digests of each shard and of its index.
+        starts: int64 [S + 1], the first sample of each, and the number of all.
     """
-    identity = {"format_version": FORMAT_VERSION, "kind": kind, "args": args}
-    if root.exists():
-        if not root.is_dir():
-            raise UserError(f"{root} is a file. Give a folder that does not exist yet.")
-        marker = root / "dataset.json"
-        found = _read_object(marker, "description of a data set") if marker.is_file() else None
-        if found is not None and {key: found.get(key) for key in identity} == json.loads(json.dumps(identity)):
-            print(f"{root} already contains this data set ({found.get('splits')}): nothing to do.")
-            yield None
-            return
-        if found is not None or any(root.iterdir()):
-            what = "a data set made with other arguments" if found is not None else "files that are not a data set"
-            raise UserError(f"{root} contains {what}. Give another --out, or remove it.")
-    make_folder(root.parent)
-    remove_leftovers(root.parent.absolute())
-    temporary = temporary_name(root)
-    try:
-        temporary.mkdir()
-        yield temporary
-        counts = {split: load_manifest(temporary / split)["num_samples"] for split in SPLITS if (temporary / split).is_dir()}
-        write_record(temporary / "dataset.json", {**identity, "splits": counts, **tokenizer_digests(temporary)})
-        if root.exists():
-            root.rmdir()  # empty, as checked above
-        os.replace(temporary, root)
-    except OSError as error:
-        if isinstance(error.filename, str) and Path(error.filename).is_relative_to(temporary):
-            error.filename = str(root)  # the name that the user knows
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    folder: Path
+    names: list[str]
+    samples: np.ndarray
+    num_bytes: np.ndarray
+    sha256: list[str]
+    indexes: list[str]
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, shard: int) -> Path:
+        """The file of a shard."""
+        return self.folder / self.names[shard]
+
+
+def shards_of(folder: Path, entries: Sequence[Mapping[str, Any]]) -> Shards:
+    """The shards that a manifest's entries describe. Raises ValueError, KeyError or TypeError where they are damaged."""
+    names, samples, num_bytes, sha256, indexes = list[str](), list[int](), list[int](), list[str](), list[str]()
+    for entry in entries:
+        count, size = entry["samples"], entry["bytes"]
+        if type(count) is not int or type(size) is not int or not 0 <= count <= MAX_SHARD_SAMPLES or not 0 <= size < 2**62:
+            raise ValueError(f"a shard of {shown(count)} samples in {shown(size)} bytes")
+        if not all(isinstance(entry[name], str) for name in ("sha256", "index")):
+            raise ValueError("a digest is no text")
+        names.append(_shard_name(entry["file"]))
+        samples.append(count)
+        num_bytes.append(size)
+        sha256.append(entry["sha256"])
+        indexes.append(entry["index"])
+    if len(set(names)) < len(names):
+        raise ValueError("a shard is listed twice")
+    counts = np.array(samples, np.int64)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    return Shards(folder, names, counts, np.array(num_bytes, np.int64), sha256, indexes, starts)
+
+
+def _shard_name(name: Any) -> str:
+    """A shard lies in the split's folder, or in the one above it (`data index`); a manifest cannot name any other file."""
+    base = name.removeprefix("../") if isinstance(name, str) else ""
+    if not base or "/" in base or "\0" in base or base in (".", ".."):
+        raise ValueError(f"no shard's name: {shown(name)!r}")
+    return str(name)
 
 
 def tokenizer_digests(root: Path) -> dict[str, Any]:
@@ -126,77 +119,50 @@ def tokenizer_digests(root: Path) -> dict[str, Any]:
     return {"tokenizer": digests} if digests else {}
 
 
-def _read_object(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object that this module or `indexing` wrote."""
-    return read_record(path, what, "Remove the data set and make it again.", MAX_MANIFEST_BYTES)
+def listed_text(head: Mapping[str, Any], name: str, entries: Iterable[Any]) -> str:
+    """The text of a record whose last value, the list or object `name`, has an entry per shard: a line each.
+
+    `entries` are JSON values, or (key, value) pairs of an object.
+    """
+    lines, pairs = list[str](), False
+    for entry in entries:
+        pairs = isinstance(entry, tuple)
+        lines.append(f"{json.dumps(entry[0])}:{_compact(entry[1])}" if pairs else _compact(entry))
+    start, end = ("{", "}") if pairs or not lines else ("[", "]")
+    inside = ",\n".join(lines)
+    return sealed(json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}") + f',\n "{name}": {start}\n{inside}\n {end}')
 
 
-def write_split(root: Path, split: str, samples: Iterable[Sample], *, samples_per_shard: int) -> None:
-    """Write one split's shards and manifest. The same samples give the same bytes."""
-    assert samples_per_shard > 0
-    folder = root / split
-    folder.mkdir()
-    source = iter(samples)
-    shards: list[dict[str, Any]] = []
-    while chunk := list(islice(source, samples_per_shard)):
-        path = folder / f"shard-{len(shards):06d}.tar"
-        # Fixed owner and time, so that the bytes depend only on the samples.
-        with writing(path), wds.TarWriter(str(path), user="mmlg", group="mmlg", mode=0o644, mtime=0) as writer:
-            for sample in chunk:
-                about = json.dumps({"captions": sample.captions, "label": sample.label}, ensure_ascii=False)
-                writer.write(
-                    {
-                        "__key__": sample.key,
-                        sample.extension: sample.image,
-                        "txt": sample.captions[0].encode(),
-                        "json": about.encode(),
-                    }
-                )
-        shards.append(_index(path))
-    if not shards:
-        raise UserError(f"split {split} has no samples. Give more data, or other fractions.")
-    total = sum(len(shard["samples"]) for shard in shards)
-    manifest = {"format_version": FORMAT_VERSION, "split": split, "num_samples": total, "shards": shards}
-    write_manifest(folder, manifest)
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write FOLDER/manifest.json. Raises UserError where it is too large to be read again."""
-    text = record_text(manifest)
+def write_manifest(folder: Path, split: str, entries: Sequence[Mapping[str, Any]], *, identity: str | None = None) -> None:
+    """Write FOLDER/manifest.json.
+
+    Args:
+        entries: of each shard `file`, `samples`, `bytes`, `sha256` and `index`.
+        identity: `manifest_digest` of the manifest in the old format that this one says the same as.
+
+    Raises:
+        UserError: it is too large to be read again.
+    """
+    assert entries
+    head = {"format_version": FORMAT_VERSION, "split": split, "num_samples": sum(entry["samples"] for entry in entries)}
+    text = listed_text({**head, **({"identity": identity} if identity else {})}, "shards", entries)
     if len(text) > MAX_MANIFEST_BYTES:
         raise UserError(
-            f"{folder}: a manifest of {manifest['num_samples']:,} samples would take {len(text) / 2**30:.1f} GiB, "
-            f"{MAX_MANIFEST_BYTES / 2**30:.0f} are supported. Pack or index fewer shards in one data set."
+            f"{folder}: a manifest of {len(entries):,} shards would take {len(text) / 2**30:.1f} GiB, "
+            f"{MAX_MANIFEST_BYTES / 2**30:.0f} are supported. Make larger shards."
         )
     write_text_atomic(folder / "manifest.json", text)
 
 
-def _index(path: Path) -> dict[str, Any]:
-    """A shard's manifest entry, from the tar as it is on disk."""
-    payload = path.read_bytes()
-    samples: dict[str, dict[str, Any]] = {}
-    with tarfile.open(fileobj=io.BytesIO(payload)) as tar:
-        for member in tar:
-            key, _, extension = member.name.partition(".")
-            entry = samples.setdefault(key, {"key": key})
-            place = [member.offset_data, member.size]
-            if extension in ("txt", "json"):
-                entry["text" if extension == "txt" else "json"] = place
-            else:
-                entry["image"] = [extension, *place]
-    return {
-        "file": path.name,
-        "sha256": hashlib.sha256(payload).hexdigest(),
-        "num_bytes": len(payload),
-        "samples": list(samples.values()),
-    }
-
-
 def load_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a split. Whether the shards are there and whole is for `faults.scan` to say.
+    """The manifest of a split. Whether the shards are there and whole is for `scan` to say.
 
     Raises:
-        UserError: no folder, no manifest, no samples.
+        UserError: no folder, no manifest, no samples, or the old format.
     """
     path = folder / "manifest.json"
     if not folder.is_dir():
@@ -204,44 +170,59 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         shards = len(list(folder.glob("*.tar")))
         raise UserError(f"{folder} has {shards} shards and no manifest.json. mmlg data index writes one for shards made elsewhere.")
-    manifest = _read_object(path, "manifest")
+    if has_old_format(folder):
+        raise UserError(
+            f"{path} has the format of earlier versions, which lists every sample. mmlg data index {folder.parent} rewrites it; "
+            "shards stay as they are."
+        )
+    manifest = read_record(path, "manifest", _REMEDY, MAX_MANIFEST_BYTES)
     if manifest.get("format_version") != FORMAT_VERSION or not manifest.get("num_samples"):
-        raise UserError(f"{path} is empty or of another version. Pack the data set again.")
+        raise UserError(f"{path} is empty or of another version. {_REMEDY}")
     return manifest
 
 
-def _span(place: Sequence[int] | None) -> tuple[int, int] | None:
-    if place is None:
-        return None
-    offset, size = place
-    if type(offset) is not int or type(size) is not int or not BLOCK <= offset < 2**62 or not 0 <= size < 2**62:
-        raise ValueError(f"no place in a shard: {shown(place)}")
-    return offset, size
+_REMEDY = "Pack the data set again, or index its shards again with mmlg data index."
 
 
-def _shard(folder: Path, name: Any) -> Path:
-    """A shard lies in the split's folder, or in the one above it (`data index`); a manifest cannot name any other file."""
-    base = name.removeprefix("../") if isinstance(name, str) else ""
-    if not base or "/" in base or "\0" in base or base in (".", ".."):
-        raise ValueError(f"no shard's name: {shown(name)!r}")
-    return folder / name
-
-
-def locations(folder: Path) -> tuple[list[Location], list[Shard]]:
-    """Every sample of a split in shard order, and the shards. Raises UserError where the manifest is damaged."""
-    manifest = load_manifest(folder)
-    places, shards = [], []
+def has_old_format(folder: Path) -> bool:
+    """Whether a split's manifest is of an earlier version. Reads no more than its beginning."""
     try:
-        for shard in manifest["shards"]:
-            file = _shard(folder, shard["file"])
-            for sample in shard["samples"]:
-                extension, *place = sample["image"]
-                image, text, about = _span(place), _span(sample.get("text")), _span(sample.get("json"))
-                if image is None or (text is None and about is None):
-                    raise KeyError(f"text or json of sample {sample['key']}")
-                places.append(Location(file, str(sample["key"]), str(extension), image, text, about))
-            shards.append(Shard(file, str(shard["sha256"]), len(shard["samples"])))
+        with open_regular(folder / "manifest.json") as file:
+            return _OLD.match(file.read(64)) is not None
+    except OSError:
+        return False
+
+
+def load_shards(folder: Path) -> Shards:
+    """The shards of a split. Raises UserError as `load_manifest`, and where the manifest is damaged."""
+    manifest = load_manifest(folder)
+    try:
+        shards = shards_of(folder, manifest["shards"])
+        if shards.starts[-1] != manifest["num_samples"]:
+            raise ValueError("the samples of its shards are not as many as it says")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        told = one_line(error)
-        raise UserError(f"{folder / 'manifest.json'} is damaged, or of another version: {told}. Pack the data set again.") from error
-    return places, shards
+        raise UserError(f"{folder / 'manifest.json'} is damaged, or of another version: {one_line(error)}. {_REMEDY}") from error
+    return shards
+
+
+def manifest_digest(folder: Path) -> str:
+    """What a split's manifest is known by: its SHA-256, or that of the manifest in the old format that it was rewritten from.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = folder / "manifest.json"
+    digest = file_digest(path, "the split's manifest")
+    return _former_identity(path, digest) or digest
+
+
+@functools.lru_cache(maxsize=64)
+def _former_identity(path: Path, digest: str) -> str | None:
+    """`digest` is of the file's content, so that a file that changes is read again."""
+    with open_regular(path) as file:
+        if b'"identity"' not in file.read(4096):
+            return None
+        file.seek(0)
+        content = parse_record(file.read(), path, _REMEDY)
+    found = content.get("identity")
+    return found if isinstance(found, str) else None

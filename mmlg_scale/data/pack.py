@@ -20,7 +20,8 @@ from PIL import Image
 from mmlg_scale.bounds import MAX_CAPTION, MAX_IMAGE_BYTES, MAX_TABLE_BYTES
 from mmlg_scale.data import SPLITS
 from mmlg_scale.data.images import as_shown, check_decodes, decode
-from mmlg_scale.data.manifest import Progress, Sample, new_dataset, write_split
+from mmlg_scale.data.manifest import Progress
+from mmlg_scale.data.publish import Sample, new_dataset, write_split
 from mmlg_scale.data.tokens import NONE, read_offer
 from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError

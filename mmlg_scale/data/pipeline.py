@@ -8,58 +8,40 @@ An epoch is the intact samples of the split: the damaged ones are known before t
 that set is written down when a run starts and used again when it resumes, so that a shard that is fixed or breaks in between changes no
 batch. A sample that fails only when it is read is replaced by another one, drawn by a function of (seed, epoch, sample): the batch stays
 full, no rank needs to hear of it, and the epoch reads the substitute twice.
-
-The shuffle is by blocks: shards are shuffled, then samples inside a window of consecutive shards, so that reading stays near-sequential.
 """
 
 from __future__ import annotations
 
 import functools
-import io
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmlg_scale.data.augment import crop_batch, crop_boxes
-from mmlg_scale.data.faults import (
-    MAX_BAD_FRACTION,
-    Check,
-    EpochReport,
-    FaultLog,
-    changed_faults,
-    check_limit,
-    fault_list,
-    intact_samples,
-    known_faults,
-    print_report,
-    told_truncation,
-)
+from mmlg_scale.data.captions import CaptionTokens
+from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, FaultLog, fault_list, known_faults, print_report
+from mmlg_scale.data.order import EpochOrder
 from mmlg_scale.data.reader import DamagedSample, Fault, ShardReader
-from mmlg_scale.data.tokens import truncated
+from mmlg_scale.data.scan import Check, Findings, num_threads
 from mmlg_scale.data.workers import from_workers, require_shared_memory, worker_options
 from mmlg_scale.errors import UserError
-from mmlg_scale.ranks import is_first_rank, on_first_rank, several_ranks
+from mmlg_scale.ranks import on_first_rank, several_ranks
 from mmlg_scale.streams import Stream, generator
 from mmlg_scale.towers import ModelSpec
 
-SHUFFLE_WINDOW = 16
-"""Shards whose samples are mixed."""
 AUGMENTATIONS = ("none", "crop", "resized_crop")
 ATTEMPTS = 100
 """Substitutes that are tried for a sample before reading is given up."""
 CACHE_BYTES = 512 * 2**20
 """A split whose decoded images fit into this is decoded once and kept."""
-TOKEN_CACHE_BYTES = 64 * 2**20
-"""Of token ids, in each loader process; when they are more, they are forgotten and made again."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +54,8 @@ class StreamSettings:
         num_workers: processes that decode; 0 decodes here. The batches are the same.
         augment: `none`; `crop` (a random square of 80 to 100 % of the side of the image as the model sees it); `resized_crop` (open_clip's:
             90 to 100 % of the whole image's area at a random aspect ratio).
-        check: whether damaged images are found before the first step (`decode`) or when they are read (`structure`).
+        check: whether damaged images are found before the first step (`decode`) or when they are read (`structure`); `auto`: by the size of
+            the split.
         max_bad_fraction: fraction of the samples of an epoch above which damage stops the run.
         cache_decoded: keep decoded images where they fit into memory.
 
@@ -86,7 +69,7 @@ class StreamSettings:
     world_size: int = 1
     num_workers: int = 0
     augment: str = "none"
-    check: Check = "decode"
+    check: Check = "auto"
     max_bad_fraction: float = MAX_BAD_FRACTION
     cache_decoded: bool = True
 
@@ -118,28 +101,6 @@ class Batch:
         return Batch(self.image_uint8_BCHW.pin_memory(), self.text_BT.pin_memory(), self.samples_B2)
 
 
-def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int) -> np.ndarray:
-    """The samples of one epoch in reading order: shards shuffled, then samples inside each window of shards."""
-    draws = generator(seed, Stream.EPOCH_ORDER, epoch)
-    starts = np.concatenate([[0], np.cumsum(shard_sizes)])
-    shards = draws.permutation(len(shard_sizes))
-    windows = [shards[i : i + SHUFFLE_WINDOW] for i in range(0, len(shards), SHUFFLE_WINDOW)]
-    return np.concatenate([draws.permutation(np.concatenate([np.arange(starts[s], starts[s + 1]) for s in w])) for w in windows])
-
-
-class _Order:
-    """(epoch, sample) of each position of the endless concatenation of epochs over the intact samples of each shard."""
-
-    def __init__(self, shards: Sequence[np.ndarray], seed: int) -> None:
-        self.intact = np.concatenate(shards)
-        sizes = [len(shard) for shard in shards if len(shard)]
-        self._epoch = functools.lru_cache(maxsize=2)(lambda epoch: self.intact[epoch_order(sizes, seed, epoch)])
-
-    def __call__(self, position: int) -> tuple[int, int]:
-        epoch, offset = divmod(position, len(self.intact))
-        return epoch, int(self._epoch(epoch)[offset])
-
-
 class _News(NamedTuple):
     """What reading a batch brought to light besides the batch."""
 
@@ -152,58 +113,47 @@ class _News(NamedTuple):
 
 
 class _Pairs(Dataset[tuple[Batch, _News]]):
-    """Batches by their list of (epoch, sample)."""
+    """Batches by their places, int64 [B, 2]: epoch and sample."""
 
-    def __init__(self, reader: ShardReader, intact: np.ndarray, spec: ModelSpec, settings: StreamSettings) -> None:
-        self.reader, self.intact, self.seed, self.augment = reader, intact, settings.seed, settings.augment
-        self.tokenizer, self.preprocess = spec.tokenizer, spec.preprocess
-        self.image_size, self.context_length = spec.image_size, spec.context_length
+    def __init__(self, reader: ShardReader, order: EpochOrder, spec: ModelSpec, settings: StreamSettings) -> None:
+        self.reader, self.order, self.seed, self.augment = reader, order, settings.seed, settings.augment
+        self.preprocess, self.image_size = spec.preprocess, spec.image_size
         fits = len(reader) * self.image_size * self.image_size * 3 <= CACHE_BYTES
         self._keep = settings.cache_decoded and fits and self.augment != "resized_crop"
         # Made at the first image, so that it is made inside a worker process and does not travel there.
         self._cached: np.ndarray | None = None
-        self._known = np.zeros(len(reader), bool)
-        self._captions: dict[int, list[str]] = {}
-        self._tokens: dict[int, Tensor] = {}
-        self._token_bytes = 0
-        # (sample, caption) of the captions that are cut.
-        self._cut: set[tuple[int, int]] = set()
+        self._known: np.ndarray | None = None
+        self._captions = CaptionTokens(spec.tokenizer, spec.context_length, settings.seed)
 
-    def __getitem__(self, places: Sequence[tuple[int, int]]) -> tuple[Batch, _News]:
-        if self._token_bytes > TOKEN_CACHE_BYTES:  # starts again: what is kept does not grow with the data set
-            self._tokens.clear()
-            self._cut.clear()
-            self._token_bytes = 0
+    def __getitem__(self, places_B2: np.ndarray) -> tuple[Batch, _News]:
         met: list[tuple[int, Fault]] = []
-        epochs = [epoch for epoch, _ in places]
-        indices = [index for _, index in places]
-        if self._cached is not None and self._known[indices].all() and all(index in self._tokens for index in indices):
-            images = self._cached[indices]
+        epochs, wanted = places_B2[:, 0].tolist(), places_B2[:, 1].tolist()
+        if self._cached is not None and self._known is not None and self._known[wanted].all() and self._captions.has(wanted):
+            indices, images, texts = wanted, self._cached[wanted], {}
         else:
-            read = [self._readable(epoch, index, met) for epoch, index in places]
+            texts = dict[int, list[str]]()
+            read = [self._readable(epoch, index, texts, met) for epoch, index in zip(epochs, wanted, strict=True)]
             indices, images = [index for index, _ in read], np.stack([image for _, image in read])
         if self.augment == "crop":
             images = crop_batch(images, crop_boxes(self.seed, np.array(epochs), np.array(indices), self.image_size))
         else:
             images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        self._tokenize(indices)
-        texts, captions = zip(*(self._text(epoch, index) for epoch, index in zip(epochs, indices, strict=True)), strict=True)
-        cut = [epoch for epoch, *place in zip(epochs, indices, captions, strict=True) if tuple(place) in self._cut] if self._cut else []
-        news = _News(met, dict(Counter(epochs)), dict(Counter(cut)))
-        return Batch(torch.from_numpy(images), torch.stack(texts), torch.tensor([indices, captions]).T), news
+        text_BT, chosen, cut = self._captions.draw(epochs, indices, texts)
+        news = _News(met, dict(Counter(epochs)), dict(Counter(epochs[row] for row in cut)))
+        return Batch(torch.from_numpy(images), text_BT, torch.tensor([indices, chosen]).T), news
 
-    def _readable(self, epoch: int, wanted: int, met: list[tuple[int, Fault]]) -> tuple[int, np.ndarray]:
-        """The sample, or the first of its substitutes that can be read, with its image."""
+    def _readable(self, epoch: int, wanted: int, texts: dict[int, list[str]], met: list[tuple[int, Fault]]) -> tuple[int, np.ndarray]:
+        """The sample, or the first of its substitutes that can be read, with its image; captions that are needed go to `texts`."""
         index = wanted
         for attempt in range(ATTEMPTS):
             try:
-                if index not in self._tokens and index not in self._captions:
-                    self._captions[index] = self.reader.about(index)["captions"]
+                if index not in texts and not self._captions.has([index]):
+                    texts[index] = self.reader.about(index)["captions"]
                 return index, self._image(epoch, index)
             except DamagedSample as damage:
-                met.append((epoch, damage.fault(index)))
+                met.append((epoch, damage.fault))
                 draws = generator(self.seed, Stream.SUBSTITUTE, epoch, wanted, attempt)
-                index = int(self.intact[draws.integers(len(self.intact))])
+                index = self.order.intact(int(draws.integers(self.order.num_intact)))
         last = met[-1][1]
         raise UserError(f"{ATTEMPTS} samples in a row cannot be read, the last being {last}. Check the storage.")
 
@@ -214,7 +164,8 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
             return self.reader.crop(index, self.image_size, draws, preprocess=self.preprocess)
         if not self._keep:
             return self._drafted(index)
-        if self._cached is None:
+        if self._cached is None or self._known is None:
+            self._known = np.zeros(len(self.reader), bool)
             self._cached = np.empty((len(self.reader), self.image_size, self.image_size, 3), np.uint8)
         if not self._known[index]:
             self._cached[index] = self._drafted(index)
@@ -224,47 +175,19 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
     def _drafted(self, index: int) -> np.ndarray:
         return self.reader.image(index, self.image_size, preprocess=self.preprocess, draft=True)
 
-    def _tokenize(self, indices: Sequence[int]) -> None:
-        """Tokenise the captions of samples that are met for the first time, all in one call: a call each costs five times as much."""
-        captions, self._captions = self._captions, {}
-        new = [index for index in dict.fromkeys(indices) if index not in self._tokens]
-        if not new:
-            return
-        texts = [text for index in new for text in captions[index]]
-        tokens = self.tokenizer(texts, self.context_length)
-        cut = truncated(self.tokenizer, texts, tokens)
-        if cut:
-            places = [(index, caption) for index in new for caption in range(len(captions[index]))]
-            self._cut.update(places[row] for row in cut)
-        for index, part in zip(new, tokens.split([len(captions[index]) for index in new]), strict=True):
-            self._tokens[index] = part
-        self._token_bytes += tokens.nbytes
 
-    def _text(self, epoch: int, index: int) -> tuple[Tensor, int]:
-        """The tokens of one of the sample's captions, and which."""
-        tokens = self._tokens[index]
-        if len(tokens) == 1:
-            return tokens[0], 0
-        # A hash of (seed, epoch, index) instead of a generator: this runs for every sample of every batch.
-        mixed = (self.seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB) & (2**64 - 1)
-        mixed = ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) & (2**64 - 1)
-        chosen = (mixed >> 33) % len(tokens)
-        return tokens[chosen], chosen
+class _Steps(Sampler[np.ndarray]):
+    """This rank's places for each step from `start` on, without end: int64 [B, 2], epoch and sample."""
 
-
-class _Steps(Sampler[list[tuple[int, int]]]):
-    """This rank's list of (epoch, sample) for each step from `start` on, without end."""
-
-    def __init__(self, order: _Order, batch_size: int, rank: int, world_size: int, start: int) -> None:
+    def __init__(self, order: EpochOrder, batch_size: int, rank: int, world_size: int, start: int) -> None:
         self.order, self.batch_size, self.start = order, batch_size, start
         self.share = batch_size // world_size
         self.offset = rank * self.share
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[np.ndarray]:
         step = self.start
         while True:
-            first = step * self.batch_size + self.offset
-            yield [self.order(position) for position in range(first, first + self.share)]
+            yield np.stack(self.order.places(step * self.batch_size + self.offset, self.share), axis=1)
             step += 1
 
 
@@ -304,11 +227,11 @@ class TrainStream:
             max_bad_fraction=settings.max_bad_fraction,
             record=record,
             rank=rank,
-            threads=max(1, settings.num_workers),
+            threads=num_threads(),
             shared=shared,
         )
-        order = _Order(intact_samples(reader, known), settings.seed)
-        self.num_intact = len(order.intact)
+        order = EpochOrder(reader.shards.samples, known.positions(), settings.seed)
+        self.num_intact = order.num_intact
         if self.num_intact < batch_size:
             raise UserError(f"{folder} has {self.num_intact} samples, batch_size is {batch_size}. Use a smaller batch, or more data.")
         self._start, self._batch_size = start_step, batch_size
@@ -323,7 +246,7 @@ class TrainStream:
             what=str(folder),
         )
         self._loader: DataLoader[tuple[Batch, _News]] = DataLoader(
-            _Pairs(reader, order.intact, spec, settings),
+            _Pairs(reader, order, spec, settings),
             batch_size=None,
             sampler=_Steps(order, batch_size, rank, world_size, start_step),
             pin_memory=torch.cuda.is_available(),
@@ -345,88 +268,12 @@ class TrainStream:
             step += 1
 
 
-def _only_new(on_epoch: Callable[[EpochReport], None], known: Sequence[Fault]) -> Callable[[EpochReport], None]:
+def _only_new(on_epoch: Callable[[EpochReport], None], known: Findings) -> Callable[[EpochReport], None]:
     """Reports of ranks but the first: what all know is the first's to tell."""
-    shared = Counter(fault.cause for fault in known)
+    shared = known.counts
 
     def report(found: EpochReport) -> None:
         own = dict(Counter(found.skipped) - shared)
         on_epoch(replace(found, skipped=own))
 
     return report
-
-
-@dataclass(frozen=True)
-class EvalSplit:
-    """A whole split, decoded and tokenised.
-
-    Attributes:
-        images_uint8_NCHW: all images.
-        texts_MT: all captions of all images.
-        text_to_image_M: the image of each caption.
-        labels_N: class of each image, where the set has classes.
-        captions: all captions as texts.
-        skipped: the damaged samples, which are left out.
-        num_truncated: captions that are cut to the context length.
-    """
-
-    images_uint8_NCHW: Tensor
-    texts_MT: Tensor
-    text_to_image_M: Tensor
-    labels_N: Tensor | None
-    captions: list[str]
-    skipped: list[Fault] = field(default_factory=list)
-    num_truncated: int = 0
-
-    def image_png(self, index: int) -> bytes:
-        """Image `index` as a PNG file."""
-        buffer = io.BytesIO()
-        Image.fromarray(self.images_uint8_NCHW[index].permute(1, 2, 0).numpy()).save(buffer, "PNG")
-        return buffer.getvalue()
-
-
-def load_eval_split(folder: Path, spec: ModelSpec, *, max_bad_fraction: float = MAX_BAD_FRACTION) -> EvalSplit:
-    """Read a whole split into memory as the model `spec` sees it.
-
-    Damaged samples are left out and named on the console, metrics are then over the others; captions that are cut are counted there.
-
-    Raises:
-        UserError: more than `max_bad_fraction` of the samples are damaged; with the first of them.
-    """
-    reader = ShardReader(folder)
-    read, faults = dict[int, tuple[np.ndarray, dict[str, Any]]](), list[Fault]()
-    for index in range(len(reader)):
-        try:
-            reader.check_headers(index)
-            reader.check_text(index)
-            found = reader.about(index)
-            read[index] = reader.image(index, spec.image_size, preprocess=spec.preprocess), found
-        except DamagedSample as damage:
-            faults.append(damage.fault(index))
-    reader.close()
-    faults += changed_faults(reader, faults)
-    check_limit(faults, len(reader), max_bad_fraction, None, str(folder))
-    for fault in faults:
-        read.pop(fault.index, None)
-    images, about = [image for image, _ in read.values()], [found for _, found in read.values()]
-    if not images:
-        raise UserError(f"{folder}: no sample can be read. mmlg data check says why.")
-    captions = [text for item in about for text in item["captions"]]
-    owners = [position for position, item in enumerate(about) for _ in item["captions"]]
-    labels = [item["label"] for item in about]
-    texts_MT = spec.tokenizer(captions, spec.context_length)
-    num_truncated = len(truncated(spec.tokenizer, captions, texts_MT))
-    if is_first_rank():
-        for fault in faults:
-            print(f"left out of the evaluation: {fault}", flush=True)
-        if num_truncated:
-            print(f"{folder}: {told_truncation(num_truncated, len(captions), spec.context_length)}", flush=True)
-    return EvalSplit(
-        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
-        texts_MT,
-        torch.tensor(owners),
-        None if any(label is None for label in labels) else torch.tensor(labels),
-        captions,
-        faults,
-        num_truncated,
-    )

@@ -1,25 +1,29 @@
 """Samples by their place in a shard, each read checked: what is damaged raises `DamagedSample` with its cause.
 
-Reading goes by the manifest's offsets, so damage in one place never hides what lies behind it. Files are read by `pread`, not mapped:
-a mapped file that is cut or whose disk fails while a run reads it would kill the process instead of raising.
+Reading goes by the offsets in the shard's index, so damage in one place never hides what lies behind it. Files are read by `pread`, not
+mapped: a mapped file that is cut or whose disk fails while a run reads it would kill the process instead of raising.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import io
 import json
 import os
+import re
+import tarfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from mmlg_scale.bounds import MAX_CAPTION, MAX_IMAGE_BYTES, MAX_SAMPLE_TEXT_BYTES
 from mmlg_scale.data.images import PLAIN, check_decodes, check_png, decode, load_cheaply, random_resized_crop
-from mmlg_scale.data.manifest import BLOCK, Location, locations
-from mmlg_scale.digests import content_digest
+from mmlg_scale.data.index import BLOCK, EXTENSIONS, PLAIN_KEY, RECORD, index_path, key_checksum, read_index
+from mmlg_scale.data.manifest import Location, Shards, load_shards
 from mmlg_scale.errors import UserError
 from mmlg_scale.reading import one_line, open_regular, shown
 from mmlg_scale.towers import Preprocess
@@ -27,7 +31,9 @@ from mmlg_scale.towers import Preprocess
 __all__ = ["REMEDIES", "DamagedSample", "Fault", "ShardReader", "check_decodes", "decode", "header_problem", "random_resized_crop"]
 
 OPEN_SHARDS = 32
-"""Files kept open: more than the shards that are mixed with each other."""
+"""Files and indexes that are kept: more than the shards that are mixed with each other."""
+KEY = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")
+"""webdataset's rule for a member's name: the key is all up to the first dot of the base name."""
 
 MISSING, CUT, HEADER, LONG = "missing shard", "cut shard", "tar header", "caption too long"
 ENCODING, JSON, IMAGE, READ, HASH = "caption not UTF-8", "unreadable JSON", "undecodable image", "read error", "SHA-256"
@@ -61,99 +67,189 @@ class Fault:
 
 
 class DamagedSample(UserError):
-    """A sample that cannot be read; `cause` is a key of REMEDIES."""
+    """A sample that cannot be read; `fault` says which, where and why."""
 
-    def __init__(self, place: Location, cause: str, detail: str) -> None:
-        super().__init__(f"{place.shard} sample {shown(place.key)}: {cause} ({shown(detail)}). Remedy: {REMEDIES[cause]}.")
-        self.place, self.cause, self.detail = place, cause, detail
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(
+            f"{fault.shard} sample {shown(fault.key)}: {fault.cause} ({shown(fault.detail)}). Remedy: {REMEDIES[fault.cause]}."
+        )
+        self.fault, self.cause, self.detail = fault, fault.cause, fault.detail
 
-    def fault(self, index: int) -> Fault:
-        """This damage as a record; `index` is the sample's position in the split."""
-        return Fault(str(self.place.shard), self.place.key, index, self.cause, self.detail)
+
+def open_shard(path: Path) -> BinaryIO:
+    """Open a shard for `pread`: the one place through which shards are opened. Raises OSError."""
+    return open_regular(path, buffering=0)
+
+
+class _Spot(NamedTuple):
+    """A sample by its shard, and its record in plain numbers."""
+
+    shard: int
+    position: int
+    image: tuple[int, int]
+    text: tuple[int, int] | None
+    json: tuple[int, int] | None
+    key: int
+    lead: int
+    extension: str
+    flags: int
 
 
 class ShardReader:
-    """Random access to a split by seek: (image bytes, captions, label) of sample i. Every method may raise DamagedSample."""
+    """Random access to a split by seek: (image bytes, captions, label) of sample i. Every method may raise DamagedSample.
+
+    What it holds grows with the number of shards; indexes and files of the few shards that are being read are kept open.
+
+    Raises:
+        UserError: no manifest, or a damaged one; while reading, a missing or damaged index.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.places, self.shards = locations(folder)
-        self._open: OrderedDict[Path, BinaryIO] = OrderedDict()
+        self.shards = load_shards(folder)
+        self._open, self._indexes = OrderedDict[int, BinaryIO](), OrderedDict[int, np.ndarray]()
+
+    @classmethod
+    def of_shards(cls, shards: Shards, records: dict[int, np.ndarray] | None = None) -> ShardReader:
+        """A reader of shards that no manifest lists yet, by the records of each."""
+        reader = cls.__new__(cls)
+        reader.shards, reader._open, reader._indexes = shards, OrderedDict(), OrderedDict(records or {})
+        return reader
 
     def __len__(self) -> int:
-        return len(self.places)
+        return int(self.shards.starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_open": OrderedDict()}  # open files do not travel to worker processes
+        # Open files do not travel to worker processes, nor need indexes.
+        return {"shards": self.shards, "_open": OrderedDict(), "_indexes": OrderedDict()}
 
-    @property
-    def shard_sizes(self) -> list[int]:
-        """Samples of each shard."""
-        return [shard.num_samples for shard in self.shards]
-
-    def part(self, start: int, stop: int) -> ShardReader:
-        """A reader of its own, with its own open files, of samples start ... stop - 1."""
-        reader = ShardReader.__new__(ShardReader)
-        reader.places, reader._open = self.places[start:stop], OrderedDict()
-        reader.shards = [shard for shard in self.shards if start < stop and shard.file == self.places[start].shard]
-        return reader
+    def clone(self) -> ShardReader:
+        """A reader of the same split with open files of its own, for another thread."""
+        return ShardReader.of_shards(self.shards)
 
     def close(self) -> None:
         """Close the shards; a later read opens them again."""
         while self._open:
             self._open.popitem()[1].close()
+        self._indexes.clear()
 
     def __del__(self) -> None:
         if hasattr(self, "_open"):  # not so where the constructor failed
             self.close()
 
-    def _file(self, place: Location) -> BinaryIO:
-        file = self._open.get(place.shard)
-        if file is None:
+    def records(self, shard: int) -> np.ndarray:
+        """The index of a shard: RECORD [N]. Raises UserError where it is missing or damaged."""
+        found = self._indexes.get(shard)
+        if found is None:
+            of = self.shards
+            path = index_path(of.folder, of.names[shard])
+            found = read_index(path, int(of.samples[shard]), int(of.num_bytes[shard]), of.indexes[shard])
+            self._indexes[shard] = found
+            if len(self._indexes) > OPEN_SHARDS:
+                self._indexes.popitem(last=False)
+        self._indexes.move_to_end(shard)
+        return found
+
+    def locate(self, samples_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shard [N] and the record, RECORD [N], of each of many samples."""
+        shards_N = np.searchsorted(self.shards.starts, samples_N, side="right") - 1
+        found_N = np.empty(len(samples_N), RECORD)
+        order_N = np.argsort(shards_N, kind="stable")
+        names, firsts = np.unique(shards_N[order_N], return_index=True)
+        for shard, rows in zip(names.tolist(), np.split(order_N, firsts[1:]), strict=True):
+            found_N[rows] = self.records(shard)[samples_N[rows] - self.shards.starts[shard]]
+        return shards_N, found_N
+
+    def place(self, index: int) -> Location:
+        """Where a sample lies, with its key: for people, and for tests."""
+        spot = self._spot(index)
+        return Location(self.shards.path(spot.shard), self._key(spot), spot.extension, spot.image, spot.text, spot.json)
+
+    def key(self, index: int) -> str:
+        """A sample's key, read from the tar; where it cannot be read, the sample's number in the shard, after a #."""
+        return self._key(self._spot(index))
+
+    def _spot(self, index: int) -> _Spot:
+        shard = int(np.searchsorted(self.shards.starts, index, side="right")) - 1
+        position = index - int(self.shards.starts[shard])
+        image, text, about, image_size, text_size, json_size, key, lead, extension, flags = self.records(shard)[position].item()
+        return _Spot(
+            shard,
+            position,
+            (image, image_size),
+            (text, text_size) if text else None,
+            (about, json_size) if about else None,
+            key,
+            lead,
+            EXTENSIONS[extension],
+            flags,
+        )
+
+    def _key(self, spot: _Spot) -> str:
+        lead = max(1, spot.lead)
+        for part, blocks in ((spot.image, lead), (spot.text, 1), (spot.json, 1)):
+            if part is None:
+                continue
             try:
-                file = self._open[place.shard] = open_regular(place.shard, buffering=0)
-            except FileNotFoundError as error:
-                raise DamagedSample(place, MISSING, "no such file") from error
-            except OSError as error:
-                raise DamagedSample(place, READ, str(error)) from error
+                header = self._pread(spot.shard, part[0] - blocks * BLOCK, blocks * BLOCK)
+                with tarfile.open(fileobj=io.BytesIO(header), mode="r:") as tar:
+                    named = KEY.match((tar.next() or tarfile.TarInfo("")).name)
+            except Exception:  # of headers that are damaged, or made to damage, tarfile raises nearly anything  # noqa: S112
+                continue
+            if named is not None and (key_checksum(named[1]) == spot.key or not spot.flags & PLAIN_KEY):
+                return named[1]
+        return f"#{spot.position}"
+
+    def _damaged(self, spot: _Spot, cause: str, detail: str) -> DamagedSample:
+        shard = self.shards.path(spot.shard)
+        index = int(self.shards.starts[spot.shard]) + spot.position
+        return DamagedSample(Fault(str(shard), self._key(spot), index, cause, detail))
+
+    def _pread(self, shard: int, offset: int, size: int) -> bytes:
+        """Raises OSError."""
+        file = self._open.get(shard)
+        if file is None:
+            file = self._open[shard] = open_shard(self.shards.path(shard))
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
-        self._open.move_to_end(place.shard)
-        return file
+        self._open.move_to_end(shard)
+        payload = os.pread(file.fileno(), size, offset)
+        while 0 < len(payload) < size:  # one read gives at most 2 GiB, and less over some network file systems
+            more = os.pread(file.fileno(), size - len(payload), offset + len(payload))
+            if not more:
+                break
+            payload += more
+        return payload
 
-    def _read(self, place: Location, offset: int, size: int) -> bytes:
-        file = self._file(place)
+    def _read(self, spot: _Spot, offset: int, size: int) -> bytes:
         try:
-            payload = os.pread(file.fileno(), size, offset)
-            while 0 < len(payload) < size:  # one read gives at most 2 GiB, and less over some network file systems
-                more = os.pread(file.fileno(), size - len(payload), offset + len(payload))
-                if not more:
-                    break
-                payload += more
+            payload = self._pread(spot.shard, offset, size)
+        except FileNotFoundError as error:
+            raise self._damaged(spot, MISSING, "no such file") from error
         except OSError as error:
-            raise DamagedSample(place, READ, str(error)) from error
+            raise self._damaged(spot, READ, str(error)) from error
         if len(payload) < size:
-            raise DamagedSample(
-                place, CUT, f"bytes {offset} to {offset + size} are wanted, the file ends at {os.fstat(file.fileno()).st_size}"
-            )
+            end = os.fstat(self._open[spot.shard].fileno()).st_size
+            raise self._damaged(spot, CUT, f"bytes {offset} to {offset + size} are wanted, the file ends at {end}")
         return payload
 
     def check_headers(self, index: int) -> None:
-        """Compare the tar header before each member with the manifest: checksum, name, size."""
-        place = self.places[index]
-        for extension, part in ((place.extension, place.image), ("txt", place.text), ("json", place.json)):
+        """Compare the tar header before each member with the index: checksum, name, size."""
+        spot = self._spot(index)
+        key = spot.key if spot.flags & PLAIN_KEY else None
+        for extension, part in ((spot.extension, spot.image), ("txt", spot.text), ("json", spot.json)):
             if part is not None:
-                problem = header_problem(self._read(place, part[0] - 512, 512), f"{place.key}.{extension}", part[1])
+                problem = header_problem(self._read(spot, part[0] - BLOCK, BLOCK), extension, part[1], key)
                 if problem:
-                    raise DamagedSample(place, HEADER, f".{extension}: {problem}")
+                    raise self._damaged(spot, HEADER, f".{extension}: {problem}")
                 # Headers, and so the end of the data too: a shard can be cut inside the last member.
-                self._read(place, part[0] + max(0, part[1] - 1), min(1, part[1]))
+                self._read(spot, part[0] + max(0, part[1] - 1), min(1, part[1]))
 
     def image_bytes(self, index: int) -> bytes:
         """The encoded image as packed."""
-        place = self.places[index]
-        if place.image[1] > MAX_IMAGE_BYTES:
-            raise DamagedSample(place, IMAGE, f"{place.image[1]} bytes, more than the {MAX_IMAGE_BYTES:,} that are read")
-        return self._read(place, *place.image)
+        spot = self._spot(index)
+        if spot.image[1] > MAX_IMAGE_BYTES:
+            raise self._damaged(spot, IMAGE, f"{spot.image[1]} bytes, more than the {MAX_IMAGE_BYTES:,} that are read")
+        return self._read(spot, *spot.image)
 
     def image(self, index: int, image_size: int, *, preprocess: Preprocess = PLAIN, draft: bool = False) -> np.ndarray:
         """The image as a model with this preprocessing sees it: uint8 [H, W, 3]; `draft` as in `decode`."""
@@ -175,54 +271,63 @@ class ShardReader:
             check_png(payload)
             return decoder(payload)
         except Exception as error:  # of damaged bytes PIL's plugins raise nearly anything: struct.error, EOFError, SyntaxError, ...
-            raise DamagedSample(self.places[index], IMAGE, " ".join(str(error).split())) from error
+            raise self._damaged(self._spot(index), IMAGE, " ".join(str(error).split())) from error
 
     def about(self, index: int) -> dict[str, Any]:
         """{"captions": [...], "label": int | None}: from the JSON's `captions`, else from the text, else from the JSON's `caption`."""
-        place = self.places[index]
+        spot = self._spot(index)
         content: Any = {}
-        if place.json is not None:
+        if spot.json is not None:
             try:
-                content = json.loads(self._text(place, place.json, "json"))
+                content = json.loads(self._text(spot, spot.json, "json"))
             except (ValueError, RecursionError) as error:
-                raise DamagedSample(place, JSON, one_line(error)) from error
+                raise self._damaged(spot, JSON, one_line(error)) from error
             if not isinstance(content, dict):
-                raise DamagedSample(place, JSON, "no JSON object")
+                raise self._damaged(spot, JSON, "no JSON object")
         captions = content.get("captions")
-        if captions is None and place.text is not None:
-            captions = [self._text(place, place.text, "txt").strip()]
+        if captions is None and spot.text is not None:
+            captions = [self._text(spot, spot.text, "txt").strip()]
         if captions is None:
             captions = [content.get("caption")]
         if not isinstance(captions, list) or not captions or not all(isinstance(text, str) and text.strip() for text in captions):
-            raise DamagedSample(place, JSON, "no captions, or an empty one")
+            raise self._damaged(spot, JSON, "no captions, or an empty one")
         longest = max(map(len, captions))
         if longest > MAX_CAPTION:
-            raise DamagedSample(place, LONG, f"{longest} characters, at most {MAX_CAPTION} are supported")
+            raise self._damaged(spot, LONG, f"{longest} characters, at most {MAX_CAPTION} are supported")
         label = content.get("label")
         return {"captions": captions, "label": label if type(label) is int and abs(label) < 2**31 else None}
 
     def is_changed(self, shard: int) -> bool:
         """Whether the bytes of a shard are not those that the manifest's SHA-256 is of; False also where it cannot be read."""
         try:
-            return content_digest(self.shards[shard].file) != self.shards[shard].sha256
+            with open_shard(self.shards.path(shard)) as file:
+                return content_digest(file) != self.shards.sha256[shard]
         except OSError:
             return False
 
     def check_text(self, index: int) -> None:
         """Read captions and label, and the text also where the captions come from the JSON."""
         self.about(index)
-        place = self.places[index]
-        if place.text is not None:
-            self._text(place, place.text, "txt")
+        spot = self._spot(index)
+        if spot.text is not None:
+            self._text(spot, spot.text, "txt")
 
-    def _text(self, place: Location, part: tuple[int, int], extension: str) -> str:
+    def _text(self, spot: _Spot, part: tuple[int, int], extension: str) -> str:
         if part[1] > MAX_SAMPLE_TEXT_BYTES:
-            raise DamagedSample(place, LONG, f".{extension} of {part[1]} bytes, at most {MAX_SAMPLE_TEXT_BYTES:,} are read")
-        payload = self._read(place, *part)
+            raise self._damaged(spot, LONG, f".{extension} of {part[1]} bytes, at most {MAX_SAMPLE_TEXT_BYTES:,} are read")
+        payload = self._read(spot, *part)
         try:
             return payload.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DamagedSample(place, ENCODING, f".{extension}, byte {error.start}") from error
+            raise self._damaged(spot, ENCODING, f".{extension}, byte {error.start}") from error
+
+
+def content_digest(file: BinaryIO) -> str:
+    """SHA-256 of an open file from its present position on. Raises OSError where it cannot be read."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def header_checksum(header: bytes) -> bool:
@@ -236,8 +341,13 @@ def header_checksum(header: bytes) -> bool:
         return False
 
 
-def header_problem(header: bytes, name: str, size: int) -> str | None:
-    """What is wrong with a tar header block of 512 bytes (POSIX.1-1988 ustar) that should announce `name` with `size` bytes."""
+def header_problem(header: bytes, extension: str, size: int, key: int | None) -> str | None:
+    """What is wrong with a tar header block of 512 bytes (POSIX.1-1988 ustar).
+
+    Args:
+        extension, size: of the member that it should announce.
+        key: checksum of the member's key; None where the header need not hold the whole of it.
+    """
     if not header_checksum(header):
         return "wrong checksum"
     field = header[124:136]
@@ -246,11 +356,12 @@ def header_problem(header: bytes, name: str, size: int) -> str | None:
     except ValueError:
         return "unreadable size"
     if found != size:
-        return f"announces {found} bytes, the manifest says {size}"
-    short = header[:100].rstrip(b"\0").decode("utf-8", "replace")
-    prefix = header[345:500].rstrip(b"\0").decode("utf-8", "replace") if header[257:262] == b"ustar" else ""
-    told = f"{prefix}/{short}" if prefix else short
-    # Names that are long or not ASCII are in an extended header; what is here is a shortened or mangled copy.
-    if name.isascii() and len(name) < 100 and told.lower() != name.lower():
-        return f"belongs to {told!r}"
+        return f"announces {found} bytes, the index says {size}"
+    if key is not None:
+        short = header[:100].rstrip(b"\0").decode("utf-8", "replace")
+        prefix = header[345:500].rstrip(b"\0").decode("utf-8", "replace") if header[257:262] == b"ustar" else ""
+        told = f"{prefix}/{short}" if prefix else short
+        named = KEY.match(told)
+        if named is None or key_checksum(named[1]) != key or named[2].lower() != extension:
+            return f"belongs to {told!r}"
     return None

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmlg_scale.data.manifest import Progress, Sample, new_dataset, write_split
+from mmlg_scale.data.manifest import Progress
+from mmlg_scale.data.publish import Sample, new_dataset, write_split
 from mmlg_scale.data.tokens import word_tokenizer_files, write_tokenizer
 from mmlg_scale.errors import UserError
 from mmlg_scale.records import write_record

@@ -15,7 +15,6 @@ import torch
 
 from mmlg_scale.data import SPLITS
 from mmlg_scale.data.images import open_image
-from mmlg_scale.data.manifest import load_manifest
 from mmlg_scale.data.reader import DamagedSample, ShardReader
 from mmlg_scale.data.tokens import UNKNOWN, offered_tokenizer
 from mmlg_scale.towers import BytePairTokenizer, Tokenizer, told
@@ -69,7 +68,7 @@ def summarise_split(folder: Path, *, max_samples: int = MAX_SAMPLES, max_images:
         except (DamagedSample, OSError, ValueError, SyntaxError):
             continue
     reader.close()
-    num_bytes = sum(shard["num_bytes"] for shard in load_manifest(folder)["shards"])
+    num_bytes = int(reader.shards.num_bytes.sum())
     return SplitSummary(len(reader), num_bytes, min(max_samples, len(reader)), captions, sizes)
 
 

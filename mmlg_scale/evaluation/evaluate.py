@@ -11,30 +11,32 @@ from torch import Tensor
 
 from mmlg_scale import towers
 from mmlg_scale.data.corpus import Corpus, open_pairs
-from mmlg_scale.data.pipeline import EvalSplit
+from mmlg_scale.data.evaluation import Chunks, EvalSplit, TensorChunks
 from mmlg_scale.evaluation.retrieval import recall_at_k
 from mmlg_scale.evaluation.zeroshot import class_embeddings, zero_shot_metrics
 
 Encoder = Callable[[Tensor], Tensor]
 
 
-def encode_in_chunks(encode: Encoder, inputs: Tensor, device: torch.device, *, chunk_size: int = 256) -> Tensor:
+def encode_in_chunks(encode: Encoder, inputs: Chunks | Tensor, device: torch.device) -> Tensor:
     """`encode` over the rows of `inputs`, moved to `device` chunk by chunk -> fp32 features [N, D] on the CPU.
 
-    Under several ranks each encodes every world-size-th chunk and all get all features: the same numbers as on one rank. Every rank calls
-    `encode` equally often (the last chunk again where there are none left), since under ZeRO-3 a forward pass is a collective.
+    Under several ranks each reads and encodes every world-size-th chunk and all get all features: the same numbers as on one rank. Every
+    rank calls `encode` equally often (the last chunk again where there are none left), since under ZeRO-3 a forward pass is a collective.
     """
-    chunks = inputs.split(chunk_size)
+    chunks = TensorChunks(inputs) if isinstance(inputs, Tensor) else inputs
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return torch.cat([encode(chunk.to(device)).float().cpu() for chunk in chunks])
-    world_size, parts = dist.get_world_size(), []
-    for start in range(0, len(chunks), world_size):
-        own = encode(chunks[min(start + dist.get_rank(), len(chunks) - 1)].to(device)).float()
-        padded = own.new_zeros(len(chunks[0]), own.shape[1])
-        padded[: len(own)] = own
+        return torch.cat([encode(chunk.to(device)).float().cpu() for chunk in chunks.read(range(len(chunks)))])
+    world_size, parts = dist.get_world_size(), list[Tensor]()
+    rounds = range(0, len(chunks), world_size)
+    for start, chunk in zip(rounds, chunks.read(min(start + dist.get_rank(), len(chunks) - 1) for start in rounds), strict=True):
+        own = encode(chunk.to(device)).float()
+        # Rows of a chunk that is not full, the last one, are preceded by their number.
+        padded = own.new_zeros(chunks.chunk_size + 1, own.shape[1])
+        padded[0], padded[1 : len(own) + 1] = len(own), own
         gathered = [torch.empty_like(padded) for _ in range(world_size)]
         dist.all_gather(gathered, padded)
-        parts += [part[: len(chunk)].cpu() for part, chunk in zip(gathered, chunks[start : start + world_size], strict=False)]
+        parts += [part[1 : int(part[0, 0]) + 1].cpu() for part in gathered[: len(chunks) - start]]
     return torch.cat(parts)
 
 
@@ -56,8 +58,8 @@ def evaluate_pairs(
         preprocess: uint8 -> normalised float images.
         tokenize: captions -> token ids; needed with `classes`.
     """
-    image_ND = encode_in_chunks(lambda images: encode_image(preprocess(images)), split.images_uint8_NCHW, device)
-    text_MD = encode_in_chunks(encode_text, split.texts_MT, device)
+    image_ND = encode_in_chunks(lambda images: encode_image(preprocess(images)), split.images, device)
+    text_MD = encode_in_chunks(encode_text, split.texts, device)
     metrics = recall_at_k(image_ND, text_MD, split.text_to_image_M)
     if classes is not None and split.labels_N is not None:
         assert tokenize is not None
@@ -109,6 +111,5 @@ def evaluate_folder(model: Path, data: Path, split: str) -> dict[str, float]:
 def folder_features(model: Path, data: Path, split: str) -> tuple[Tensor, Tensor, EvalSplit]:
     """Features of a split, [N, D] of its images and [M, D] of its captions, and the split itself."""
     loaded = _Loaded(model, data, split)
-    images = loaded.split.images_uint8_NCHW
-    image_ND = encode_in_chunks(lambda chunk: loaded.clip.encode_image(loaded.preprocess(chunk)), images, loaded.device)
-    return image_ND, encode_in_chunks(loaded.clip.encode_text, loaded.split.texts_MT, loaded.device), loaded.split
+    image_ND = encode_in_chunks(lambda chunk: loaded.clip.encode_image(loaded.preprocess(chunk)), loaded.split.images, loaded.device)
+    return image_ND, encode_in_chunks(loaded.clip.encode_text, loaded.split.texts, loaded.device), loaded.split

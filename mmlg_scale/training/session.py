@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from mmlg_scale import recipe
 from mmlg_scale.data.corpus import Corpus, PairSet, open_pairs
-from mmlg_scale.data.pipeline import Batch, EvalSplit, StreamSettings, TrainStream
+from mmlg_scale.data.evaluation import EvalSplit
+from mmlg_scale.data.pipeline import Batch, StreamSettings, TrainStream
 from mmlg_scale.evaluation.evaluate import evaluate_pairs
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.engine import Engine, start_ranks, stop_ranks

@@ -6,26 +6,27 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from mmlg_scale.data.manifest import load_manifest
-from mmlg_scale.data.reader import CUT, ENCODING, HEADER, IMAGE, JSON, MISSING
+from mmlg_scale.data.manifest import Location
+from mmlg_scale.data.reader import CUT, ENCODING, HEADER, IMAGE, JSON, MISSING, ShardReader
 
 Damage = Callable[[Path, int, int], set[int]]
 """(split, shard, position in it) -> the positions in the shard that are lost by damaging that one."""
 
 
 def overwrite(split: Path, shard: int, offset: int, payload: bytes) -> None:
-    with open(split / load_manifest(split)["shards"][shard]["file"], "r+b") as file:
+    with open(ShardReader(split).shards.path(shard), "r+b") as file:
         file.seek(offset)
         file.write(payload)
 
 
-def sample_of(split: Path, shard: int, position: int) -> dict:
-    return load_manifest(split)["shards"][shard]["samples"][position]
+def sample_of(split: Path, shard: int, position: int) -> Location:
+    reader = ShardReader(split)
+    return reader.place(int(reader.shards.starts[shard]) + position)
 
 
 def header(member: str) -> Damage:
     def damage(split: Path, shard: int, position: int) -> set[int]:
-        offset = sample_of(split, shard, position)[member][-2]
+        offset, _ = getattr(sample_of(split, shard, position), member)
         overwrite(split, shard, offset - 512 + 3, b"\xff")  # one byte of the name
         return {position}
 
@@ -33,21 +34,21 @@ def header(member: str) -> Damage:
 
 
 def image_zeroed(split: Path, shard: int, position: int) -> set[int]:
-    _, offset, _ = sample_of(split, shard, position)["image"]
+    offset, _ = sample_of(split, shard, position).image
     overwrite(split, shard, offset, bytes(20))
     return {position}
 
 
 def image_cut(split: Path, shard: int, position: int) -> set[int]:
     """As a download that ended early and was filled up with zeros."""
-    _, offset, size = sample_of(split, shard, position)["image"]
+    offset, size = sample_of(split, shard, position).image
     overwrite(split, shard, offset + size // 2, bytes(size - size // 2))
     return {position}
 
 
 def caption_not_utf8(member: str) -> Damage:
     def damage(split: Path, shard: int, position: int) -> set[int]:
-        offset, _ = sample_of(split, shard, position)[member]
+        offset, _ = getattr(sample_of(split, shard, position), member)
         overwrite(split, shard, offset + 18, b"\xe9")  # Latin-1, inside the first caption of the JSON
         return {position}
 
@@ -55,30 +56,29 @@ def caption_not_utf8(member: str) -> Damage:
 
 
 def json_cut(split: Path, shard: int, position: int) -> set[int]:
-    offset, size = sample_of(split, shard, position)["json"]
+    offset, size = sample_of(split, shard, position).json or (0, 0)
     overwrite(split, shard, offset + size - 5, b"     ")
     return {position}
 
 
 def json_empty(split: Path, shard: int, position: int) -> set[int]:
-    offset, size = sample_of(split, shard, position)["json"]
+    offset, size = sample_of(split, shard, position).json or (0, 0)
     overwrite(split, shard, offset, json.dumps({"captions": []}).encode().ljust(size))
     return {position}
 
 
 def shard_cut(split: Path, shard: int, position: int) -> set[int]:
     """The file ends inside the image of the sample."""
-    entry = load_manifest(split)["shards"][shard]
-    _, offset, size = entry["samples"][position]["image"]
-    with open(split / entry["file"], "r+b") as file:
-        file.truncate(offset + size // 2)
-    return set(range(position, len(entry["samples"])))
+    place, shards = sample_of(split, shard, position), ShardReader(split).shards
+    with open(place.shard, "r+b") as file:
+        file.truncate(place.image[0] + place.image[1] // 2)
+    return set(range(position, int(shards.samples[shard])))
 
 
 def shard_missing(split: Path, shard: int, position: int) -> set[int]:
-    entry = load_manifest(split)["shards"][shard]
-    (split / entry["file"]).unlink()
-    return set(range(len(entry["samples"])))
+    shards = ShardReader(split).shards
+    shards.path(shard).unlink()
+    return set(range(int(shards.samples[shard])))
 
 
 KINDS: dict[str, tuple[Damage, str]] = {

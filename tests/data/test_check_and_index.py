@@ -24,11 +24,14 @@ from PIL import Image
 from mmlg_scale import files
 from mmlg_scale.cli import main
 from mmlg_scale.data import indexing, manifest
+from mmlg_scale.data import reader as reader_module
 from mmlg_scale.data.check import check_dataset
-from mmlg_scale.data.faults import scan
+from mmlg_scale.data.index import key_checksum
 from mmlg_scale.data.indexing import index_dataset, index_shard
-from mmlg_scale.data.manifest import Sample, load_manifest, new_dataset, write_split
-from mmlg_scale.data.reader import HASH, HEADER, IMAGE, ShardReader, header_problem
+from mmlg_scale.data.manifest import shards_of
+from mmlg_scale.data.publish import Sample, new_dataset, write_split
+from mmlg_scale.data.reader import HASH, HEADER, IMAGE, LONG, ShardReader, header_problem
+from mmlg_scale.data.scan import scan
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.data.tokens import offered_tokenizer
 from mmlg_scale.errors import UserError
@@ -66,8 +69,9 @@ def test_every_kind_of_damage_is_one_line_with_its_remedy(kind: str, packed: Pat
 
 
 def test_bytes_that_only_the_hash_tells(packed: Path) -> None:
-    sample = load_manifest(packed / "val")["shards"][0]["samples"][2]
-    overwrite(packed / "val", 0, sample["text"][0], b"A")
+    place = ShardReader(packed / "val").place(2)
+    assert place.text is not None
+    overwrite(packed / "val", 0, place.text[0], b"A")
     assert [(line.split, line.key, line.cause, line.num_samples) for line in check_dataset(packed)] == [("val", None, HASH, 0)]
 
 
@@ -189,7 +193,9 @@ def test_many_ways_to_name_and_caption(tmp_path: Path) -> None:
             "members with a dot in their name before the extension, where webdataset ends the key": 3,
             "members of other kinds": 3,
         }
-        assert scan(root / "train", ShardReader(root / "train")) == []
+        assert {fault.key: fault.cause for fault in scan(root / "train", ShardReader(root / "train"))} == {}
+        reader = ShardReader(root / "train")
+        assert [reader.key(index) for index in range(7)] == ["a/b.c/one", "two", "three", "./four", long, "\u00fcnf", "six"]
         tokenizer = offered_tokenizer(root)
         assert tokenizer is not None
         assert tokenizer.vocab_size == 4 + len({"one", "two", "three", "drei", "vi\u00e9r", "long", "umlaut", "first"})
@@ -204,7 +210,7 @@ def test_webdatasets_own_shards_are_read_as_it_reads_them(tmp_path: Path) -> Non
     index_dataset(tmp_path)
     theirs = list(webdataset.WebDataset(str(tmp_path / "train" / "0.tar"), shardshuffle=False))
     reader = ShardReader(tmp_path / "train")
-    assert [place.key for place in reader.places] == [sample["__key__"] for sample in theirs]
+    assert [reader.key(index) for index in range(len(reader))] == [sample["__key__"] for sample in theirs]
     for index, sample in enumerate(theirs):
         assert reader.image_bytes(index) == sample["jpg"]
         assert reader.about(index)["captions"] == [sample["txt"].decode()]
@@ -232,9 +238,11 @@ def test_indexing_finds_every_sample_that_is_whole(headers: set[int], cut: int |
         if cut is not None:
             del payload[places[cut][1] + 350 :]
         path.write_bytes(payload)
-        found = index_shard(path)
+        found = index_shard(path, Path(folder))
+        reader = ShardReader.of_shards(shards_of(Path(folder), [found.entry]))
+        keys = [reader.key(index) for index in range(len(reader))]
     lost = {number // 2 for number in headers} | (set(range(cut // 2, 12)) if cut is not None else set())
-    assert [int(sample["key"]) for sample in found.entry["samples"]] == sorted(set(range(12)) - lost)
+    assert [int(key) for key in keys] == sorted(set(range(12)) - lost)
     reached = {number for number in headers if cut is None or number < cut}
     runs = {number for number in reached if number - 1 not in reached}
     places_counted = found.problems["damaged places (tar header)"]
@@ -266,18 +274,21 @@ def test_what_cannot_be_indexed(packed: Path, tmp_path: Path) -> None:
 
 
 def test_a_huge_json_is_not_read_by_indexing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexing, "MAX_SAMPLE_TEXT_BYTES", 100)
+    for module in (indexing, reader_module):
+        monkeypatch.setattr(module, "MAX_SAMPLE_TEXT_BYTES", 100)
     about = json.dumps({"captions": ["long " * 50]}).encode()
     write_tar(tmp_path / "train" / "0.tar", {"a.jpg": b"x", "a.txt": b"short", "a.json": about, "b.jpg": b"x", "b.json": about})
     with mock.patch.object(indexing.json, "loads", side_effect=AssertionError):
-        (entry,) = [entry for entry in indexing.index_shard(tmp_path / "train" / "0.tar").entry["samples"] if entry["key"] == "a"]
-    assert "json" not in entry
+        found = indexing.index_shard(tmp_path / "train" / "0.tar", tmp_path / "train")
+    reader = ShardReader.of_shards(shards_of(tmp_path / "train", [found.entry]))
+    assert [(reader.key(index), reader.place(index).json is None) for index in range(2)] == [("a", True), ("b", False)]
+    assert found.state["faults"][0][:3] == (1, 1, LONG)
 
 
 def test_a_manifest_too_large_to_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "MAX_MANIFEST_BYTES", 1000)
+    monkeypatch.setattr(manifest, "MAX_MANIFEST_BYTES", 500)
     samples = [Sample(f"{index:08d}", b"x", "png", ["x"]) for index in range(20)]
-    with pytest.raises(UserError, match=r"a manifest of 20 samples would take .* Pack or index fewer shards"):
+    with pytest.raises(UserError, match=r"a manifest of 4 shards would take .* Make larger shards"):
         write_split(tmp_path, "train", samples, samples_per_shard=5)
 
 
@@ -287,13 +298,16 @@ def test_any_changed_byte_of_a_header_is_noticed(position: int, value: int) -> N
     info = tarfile.TarInfo("sub/key.png")
     info.size = 123456
     header = bytearray(info.tobuf())
-    assert header_problem(bytes(header), "sub/key.png", 123456) is None
+    key = key_checksum("sub/key")
+    assert header_problem(bytes(header), "png", 123456, key) is None
     header[position] ^= value
-    changed = header_problem(bytes(header), "sub/key.png", 123456)
+    changed = header_problem(bytes(header), "png", 123456, key)
     # The two bytes behind the checksum's digits are padding that its own sum leaves out.
     assert changed is not None or 148 <= position < 156
-    assert header_problem(info.tobuf(), "sub/kez.png", 123456) is not None
-    assert header_problem(info.tobuf(), "sub/key.png", 123457) is not None
+    assert header_problem(info.tobuf(), "png", 123456, key_checksum("sub/kez")) is not None
+    assert header_problem(info.tobuf(), "jpg", 123456, key) is not None
+    assert header_problem(info.tobuf(), "png", 123457, key) is not None
+    assert header_problem(info.tobuf(), "png", 123456, None) is None
 
 
 def is_there_during_a_start(out: Path, folder: Path) -> bool:
@@ -309,7 +323,7 @@ def is_there_during_a_start(out: Path, folder: Path) -> bool:
 
 def test_a_killed_command_leaves_a_folder_that_the_next_start_removes(tmp_path: Path) -> None:
     out = tmp_path / "set"
-    code = "import sys; from mmlg_scale.data.manifest import new_dataset; from pathlib import Path\n"
+    code = "import sys; from mmlg_scale.data.publish import new_dataset; from pathlib import Path\n"
     code += "with new_dataset(Path(sys.argv[1]), 'x', {}) as root: print(root, flush=True); import time; time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True, env=os.environ) as process:
         assert process.stdout is not None

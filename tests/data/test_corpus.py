@@ -123,10 +123,10 @@ def test_a_corpus_reads_as_its_model_does(scenes: Path, tmp_path: Path) -> None:
         assert torch.equal(left.image_uint8_BCHW, right.image_uint8_BCHW)
         assert torch.equal(left.text_BT, right.text_BT)
         assert left.text_BT.shape == (10, 12)
-    assert json.loads((tmp_path / "data-skipped.json").read_text())["faults"] == []
+    assert json.loads((tmp_path / "data-skipped.json").read_text())["shards"] == {}
     split = corpus.eval_split("val")
-    assert split.images_uint8_NCHW.shape == (20, 3, 24, 24)
-    assert torch.equal(corpus.tokenize(split.captions), split.texts_MT)
+    assert split.images_uint8_NCHW().shape == (20, 3, 24, 24)
+    assert torch.equal(corpus.tokenize(split.captions), split.texts_MT())
     assert corpus.classes is not None
     assert corpus.classes["classnames"] == classnames()
     samples = corpus.sweep()[0]

@@ -15,9 +15,10 @@ from PIL import Image, ImageChops
 
 from mmlg_scale import towers
 from mmlg_scale.data import images as images_module
+from mmlg_scale.data.evaluation import load_eval_split
 from mmlg_scale.data.images import as_shown, check_decodes, decode, open_image, random_resized_crop
 from mmlg_scale.data.pack import PackSettings, pack_table
-from mmlg_scale.data.pipeline import StreamSettings, TrainStream, load_eval_split
+from mmlg_scale.data.pipeline import StreamSettings, TrainStream
 from mmlg_scale.data.reader import ShardReader
 from tests.data.specs import spec_for
 
@@ -203,7 +204,7 @@ def test_streams_sweeps_and_evaluations_obey_the_models_geometry(scenes: Path, r
             assert np.array_equal(batch.image_uint8_BCHW[row].numpy(), wanted(reader, index))
     assert np.array_equal(Sweep(reader, spec, item_size=4)[1].image_uint8_NCHW[2].numpy(), wanted(reader, 6))
     split = load_eval_split(scenes / "test", spec)
-    assert np.array_equal(split.images_uint8_NCHW[7].numpy(), wanted(ShardReader(scenes / "test"), 7))
+    assert np.array_equal(split.images_uint8_NCHW()[7].numpy(), wanted(ShardReader(scenes / "test"), 7))
 
 
 def stored_otherwise() -> dict[str, tuple[bytes, Image.Image]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import tarfile
@@ -13,9 +14,10 @@ import pytest
 import webdataset
 from PIL import Image
 
-from mmlg_scale.data.manifest import Sample, load_manifest, new_dataset, write_split
+from mmlg_scale.data.evaluation import load_eval_split
+from mmlg_scale.data.manifest import load_manifest
 from mmlg_scale.data.pack import PackSettings, pack_folders, pack_table
-from mmlg_scale.data.pipeline import load_eval_split
+from mmlg_scale.data.publish import Sample, new_dataset, write_split
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.data.scenes import COLOURS, SHAPES, SIZES, all_scenes, captions, classnames, render, write_scenes
 from mmlg_scale.errors import UserError
@@ -113,17 +115,25 @@ def test_offsets_are_tarfiles(scenes: Path) -> None:
     reader = ShardReader(scenes / "train")
     position = 0
     for shard in load_manifest(scenes / "train")["shards"]:
-        with tarfile.open(scenes / "train" / shard["file"]) as tar:
+        assert set(shard) == {"file", "samples", "bytes", "sha256", "index"}
+        content = (scenes / "train" / shard["file"]).read_bytes()
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
             members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
-        for sample in shard["samples"]:
-            assert reader.image_bytes(position) == members[f"{sample['key']}.png"]
-            assert reader.about(position) == json.loads(members[f"{sample['key']}.json"])
-            assert members[f"{sample['key']}.txt"].decode() == reader.about(position)["captions"][0]
-            assert sample["image"][0] == "png"
-            offset, size = sample["text"]
-            assert (scenes / "train" / shard["file"]).read_bytes()[offset : offset + size] == members[f"{sample['key']}.txt"]
+        for key in dict.fromkeys(name.partition(".")[0] for name in members):
+            place = reader.place(position)
+            assert (place.key, place.extension) == (key, "png")
+            assert reader.image_bytes(position) == members[f"{key}.png"]
+            assert reader.about(position) == json.loads(members[f"{key}.json"])
+            assert members[f"{key}.txt"].decode() == reader.about(position)["captions"][0]
+            for (offset, size), extension in ((place.image, "png"), (place.text or (0, 0), "txt"), (place.json or (0, 0), "json")):
+                assert content[offset : offset + size] == members[f"{key}.{extension}"]
             position += 1
     assert position == 150
+    samples = np.random.default_rng(0).permutation(150)
+    shards, records = reader.locate(samples)
+    for sample, number, record in zip(samples.tolist(), shards.tolist(), records, strict=True):
+        place = reader.place(sample)
+        assert (reader.shards.path(number), record["image"], record["image_size"]) == (place.shard, *place.image)
 
 
 def test_webdataset_reads_the_shards(scenes: Path) -> None:
@@ -140,7 +150,7 @@ def test_webdataset_reads_the_shards(scenes: Path) -> None:
 def edit(manifest: Path, change: Callable[[dict], object]) -> None:
     content = json.loads(manifest.read_text())
     del content[KEY]
-    change(content["shards"][0]["samples"][0])
+    change(content["shards"][0])
     manifest.write_text(json.dumps(content))
 
 
@@ -151,7 +161,10 @@ def edit(manifest: Path, change: Callable[[dict], object]) -> None:
         (lambda split: (split / "manifest.json").unlink(), "4 shards and no manifest.json"),
         (lambda split: (split / "manifest.json").write_text('{"format_ver'), "manifest.json is damaged: it is not JSON"),
         (lambda split: (split / "manifest.json").write_text("{}"), "is empty or of another version"),
-        (lambda split: edit(split / "manifest.json", lambda sample: sample.pop("image")), "is damaged, or of another version: 'image'"),
+        (lambda split: edit(split / "manifest.json", lambda shard: shard.pop("bytes")), "is damaged, or of another version: 'bytes'"),
+        (lambda split: edit(split / "manifest.json", lambda shard: shard.update(samples=39)), "not as many as it says"),
+        (lambda split: edit(split / "manifest.json", lambda shard: shard.update(samples=10**9)), "a shard of 1000000000 samples"),
+        (lambda split: edit(split / "manifest.json", lambda shard: shard.update(file="shard-000001.tar")), "a shard is listed twice"),
     ],
 )
 def test_damage_is_named(scenes: Path, tmp_path: Path, damage, said: str) -> None:

@@ -107,7 +107,7 @@ def test_keys_with_dots_and_other_members_are_counted(tmp_path: Path, capsys: py
         write_tar(tmp_path / split / "0.tar", members)
     counts, problems = index_dataset(tmp_path)
     assert counts == {"train": 3, "val": 3, "test": 3}
-    assert index_shard(tmp_path / "train" / "0.tar").problems.total() == 12
+    assert index_shard(tmp_path / "train" / "0.tar", tmp_path / "train").problems.total() == 12
     print_index(counts, problems, tmp_path)
     out = capsys.readouterr().out.splitlines()
     assert "left out: 18 members with a dot in their name before the extension, where webdataset ends the key" in out[2]

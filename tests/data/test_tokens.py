@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from mmlg_scale import towers
+from mmlg_scale.data.evaluation import load_eval_split
 from mmlg_scale.data.indexing import index_dataset
 from mmlg_scale.data.pack import PackSettings, pack_table
-from mmlg_scale.data.pipeline import StreamSettings, TrainStream, load_eval_split
+from mmlg_scale.data.pipeline import StreamSettings, TrainStream
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.data.tokens import MAX_IDS, WORDS_LIMIT, offered_tokenizer, read_offer, truncated, word_tokenizer_files
 from mmlg_scale.errors import UserError

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmlg_scale.data.evaluation import TensorChunks
 from mmlg_scale.errors import UserError
 from mmlg_scale.evaluation.evaluate import encode_in_chunks
 from mmlg_scale.evaluation.retrieval import recall_at_k, retrieval_ranks
@@ -83,7 +84,7 @@ def _encode_on_rank(rank: int, store: str, out: str) -> None:
         return torch.stack([chunk.sum(dim=1), chunk[:, 0] * 7], dim=1)
 
     inputs = torch.arange(46.0).reshape(23, 2)
-    found = encode_in_chunks(encode, inputs, torch.device("cpu"), chunk_size=4)
+    found = encode_in_chunks(encode, TensorChunks(inputs, 4), torch.device("cpu"))
     torch.save((found, calls), f"{out}/{rank}.pt")
     dist.destroy_process_group()
 

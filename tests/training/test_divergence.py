@@ -150,7 +150,7 @@ def test_steps_that_are_not_finite_are_passed_over_and_named(
     order = Corpus(stream, towers.load_clip(tmp_path / "run" / "model").spec).stream(StreamSettings(global_batch_size=16, seed=0))
     read, reader = list(itertools.islice(order, 5)), ShardReader(data / "train")
     for step, line in zip((1, 2, 4), told, strict=True):
-        places = [reader.places[int(index)] for index in read[step].indices_B[:4]]
+        places = [reader.place(int(index)) for index in read[step].indices_B[:4]]
         keys = ", ".join(f"{place.shard.name}/{place.key}" for place in places)
         assert line.endswith(f"(samples {keys}, …): this step changes nothing.")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["skipped_steps"] == 3
