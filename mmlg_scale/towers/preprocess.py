@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mmlg_scale.errors import UserError
 from mmlg_scale.reading import shown
-from mmlg_scale.towers.library import open_clip
 
 RESIZE_MODES = ("shortest", "longest", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
@@ -28,8 +27,8 @@ class Preprocess:
         fill_color: grey level of the padding.
     """
 
-    mean: tuple[float, ...] = open_clip.OPENAI_DATASET_MEAN
-    std: tuple[float, ...] = open_clip.OPENAI_DATASET_STD
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of the data that CLIP was trained on
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
     fill_color: int = 0
