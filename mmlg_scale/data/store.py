@@ -108,12 +108,9 @@ class Store:
         self._queue: queue.Queue[tuple[RemoteFile, frozenset[str]]] = queue.Queue()
         self._thread: threading.Thread | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[type[Store], tuple[str, CacheSettings | None]]:
         """To loader workers, which fetch ahead by a thread of their own."""
-        return {"root": self.root, "cache": self.cache}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        return Store, (self.root, self.cache)
 
     def url(self, name: str) -> str:
         """Where a file of the set is.

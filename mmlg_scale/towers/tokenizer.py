@@ -240,12 +240,9 @@ class BytePairTokenizer:
         self._known: dict[str, tuple[int, ...]] = {}
         self._forget()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Loader workers get none of what can be had again."""
-        return {}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[BytePairTokenizer], tuple[()]]:
+        """Loader workers get none of what they can make themselves."""
+        return BytePairTokenizer, ()
 
     def __call__(self, texts: Sequence[str], context_length: int) -> Tensor:
         ids_NT = np.zeros((len(texts), context_length), np.int64)
