@@ -85,7 +85,8 @@ class Data:
     """The procedural set, used when path is null."""
     augment: Literal["none", "crop", "resized_crop"] = "none"
     """Augmentation of training images: crop takes 80 to 100 % of the side of the centre square; resized_crop takes 90 to 100 % of the whole
-    image's area (open_clip's, for photographs). Never a horizontal flip, since captions say left and right."""
+    image's area (open_clip's, for photographs). Never a horizontal flip, since captions say left and right. Training reads JPEGs the quick
+    way, up to two grey levels from what evaluation sees."""
     tokenizer: Literal["auto", "model"] = "auto"
     """auto: a model trained from scratch takes the data set's tokenizer (open_clip's byte pairs where it has none), and a model that has a
     tokenizer must have the same one as the data set; model: the model's own (byte pairs from scratch), whatever the data set has."""

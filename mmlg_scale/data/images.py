@@ -1,7 +1,8 @@
 """Encoded images -> what a model sees: the geometry of open_clip's evaluation transform, and random crops for training.
 
-The grey levels are open_clip's to the last bit, whatever the image's mode: it resizes and crops before it converts to RGB, so that an image
-with a palette is resized to the nearest pixel, and transparent colours count less. So do we.
+In evaluation grey levels are open_clip's to the last bit, whatever the image's mode: it resizes and crops before it converts to RGB, so
+that an image with a palette is resized to the nearest pixel, and transparent colours count less. So do we. Training reads ordinary JPEGs
+in a third of the time (`jpeg.py`), a grey level apart here and there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
+from mmlg_scale.data.jpeg import jpeg_size, read_jpeg, resize
 from mmlg_scale.towers import Preprocess
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -23,6 +25,8 @@ MAX_RESIZED_PIXELS = 2**24
 """Of an image that is resized as a whole before it is cropped; of a thinner one only what the crop needs is."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PLAIN = Preprocess()
+Box = tuple[int, int, int, int]
+"""(left, top, width, height) in pixels of the whole image."""
 
 # Ours is the bound that counts; PIL warns from two thirds of it on.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -108,9 +112,13 @@ def decode(payload: bytes, image_size: int, *, preprocess: Preprocess = PLAIN, d
     An image so thin that `longest` leaves less than half a pixel of its shorter side keeps one; open_clip fails there.
 
     Args:
-        draft: decode a JPEG at 1/2, 1/4 or 1/8 of its size where that is still no smaller than what is wanted: faster, a grey level or two
-            apart, so meant for training.
+        draft: for training: an ordinary JPEG is read by `jpeg.py`, and any JPEG at 1/2, 1/4 or 1/8 of its size where that is still no
+            smaller than what is wanted. Faster, a grey level or two apart.
     """
+    if draft:
+        quick = _decode_quickly(payload, image_size, preprocess)
+        if quick is not None:
+            return quick
     resample = resampling(preprocess)
     with open_image(payload) as image:
         whole = image.size
@@ -124,6 +132,36 @@ def decode(payload: bytes, image_size: int, *, preprocess: Preprocess = PLAIN, d
         box = None if reduced == 1 else (0, 0, whole[0] / reduced, whole[1] / reduced)
         found = image.resize(size, resample, box=box) if image.size != size else image
         return np.asarray(_crop_or_pad(found, image_size, preprocess.fill_color).convert("RGB"))
+
+
+def _decode_quickly(payload: bytes, image_size: int, preprocess: Preprocess) -> np.ndarray | None:
+    """`decode` of an ordinary JPEG that is neither padded nor thin; None for others."""
+    whole = jpeg_size(payload, MAX_PIXELS)
+    if whole is None:
+        return None
+    size = _resized(whole, image_size, preprocess.resize_mode)
+    if min(size) < image_size or math.prod(size) > MAX_RESIZED_PIXELS:
+        return None
+    found = _read_part(payload, whole, (0, 0, *whole), size, preprocess)
+    if found is None:
+        return None
+    left, top = (round((side - image_size) / 2) for side in size)
+    return found[top : top + image_size, left : left + image_size]
+
+
+def _read_part(payload: bytes, whole: tuple[int, int], box: Box, size: tuple[int, int], preprocess: Preprocess) -> np.ndarray | None:
+    """The box of an ordinary JPEG, resized to `size`; None where PIL should have a look."""
+    wanted = min(1.0, max(side / part for side, part in zip(size, box[2:], strict=True)))
+    read = read_jpeg(payload, whole, (math.ceil(whole[0] * wanted), math.ceil(whole[1] * wanted)))
+    if read is None:
+        return None
+    pixels, fraction = read
+    left, top, width, height = box
+    if fraction == 1:
+        return resize(pixels[top : top + height, left : left + width], size, preprocess.interpolation)
+    # torch's resize has no boxes that begin or end within a pixel. So large an image is slow to decode anyway.
+    inside = (left * fraction, top * fraction, (left + width) * fraction, (top + height) * fraction)
+    return np.asarray(Image.fromarray(pixels).resize(size, resampling(preprocess), box=inside))
 
 
 def resampling(preprocess: Preprocess) -> Image.Resampling:
@@ -189,25 +227,29 @@ def random_resized_crop(
     """RGB, a box of `scale` of the area with a log-uniform aspect ratio in `ratio`, resized: uint8 [H, W, 3].
 
     The distribution is that of torchvision's RandomResizedCrop with open_clip's settings: ten draws, then the central crop whose ratio is
-    nearest. JPEGs are decoded at a fraction of their size where the box then still has `image_size` pixels in each direction. Of
-    `preprocess` only the interpolation is used: a box that is drawn has no other geometry.
+    nearest. JPEGs are decoded at a fraction of their size where the box then still has `image_size` pixels in each direction, ordinary ones
+    by `jpeg.py`. Of `preprocess` only the interpolation is used: a box that is drawn has no other geometry.
     """
+    whole = jpeg_size(payload, MAX_PIXELS)
+    box = None if whole is None else _crop_box(*whole, generator, scale, ratio)
+    if whole is not None and box is not None:
+        found = _read_part(payload, whole, box, (image_size, image_size), preprocess)
+        if found is not None:
+            return found
     with open_image(payload) as opened:
         width, height = opened.size
-        left, top, box_width, box_height = _crop_box(width, height, generator, scale, ratio)
+        left, top, box_width, box_height = box or _crop_box(width, height, generator, scale, ratio)
         wanted = image_size / min(box_width, box_height)
         if wanted < 1:
             opened.draft("RGB", (math.ceil(width * wanted), math.ceil(height * wanted)))
         image = opened.convert("RGB")
     reduced = round(width / image.width)
-    box = (left / reduced, top / reduced, (left + box_width) / reduced, (top + box_height) / reduced)
-    return np.asarray(image.resize((image_size, image_size), resampling(preprocess), box=box))
+    inside = (left / reduced, top / reduced, (left + box_width) / reduced, (top + box_height) / reduced)
+    return np.asarray(image.resize((image_size, image_size), resampling(preprocess), box=inside))
 
 
-def _crop_box(
-    width: int, height: int, generator: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of the box."""
+def _crop_box(width: int, height: int, generator: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
+    """A random box."""
     for _ in range(10):
         area = width * height * generator.uniform(*scale)
         aspect = float(np.exp(generator.uniform(np.log(ratio[0]), np.log(ratio[1]))))

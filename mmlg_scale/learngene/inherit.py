@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from mmlg_scale import towers
@@ -90,6 +89,8 @@ def align(layers: Sequence[Layer], num_heads: int, what: str = "the layers", sta
 
 def _matched(similarity: Tensor) -> Tensor:
     """For each row the column that belongs to it, so that the sum of similarities is largest (the Hungarian method)."""
+    from scipy.optimize import linear_sum_assignment  # half a second, which only this start needs
+
     return torch.from_numpy(np.asarray(linear_sum_assignment(similarity.numpy(), maximize=True)[1]))
 
 

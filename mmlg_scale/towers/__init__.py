@@ -3,6 +3,10 @@
 Only open_clip's plain VisionTransformer and TextTransformer are supported; every other configuration is refused in one line.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 from mmlg_scale.towers.bundle import Bundle, ModelSpec, export, export_tower, load_ancestor, load_clip, load_tower
 from mmlg_scale.towers.config import (
     architecture_names,
@@ -21,7 +25,7 @@ from mmlg_scale.towers.config import (
     with_sizes,
 )
 from mmlg_scale.towers.foreign import read_tensors, signed
-from mmlg_scale.towers.library import CLIP, open_clip
+from mmlg_scale.towers.modules import CLIP
 from mmlg_scale.towers.preprocess import Preprocess
 from mmlg_scale.towers.run import (
     INITIAL_LOGIT_SCALE,
@@ -107,3 +111,12 @@ __all__ = [
     "with_logit_bias",
     "with_sizes",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`towers.open_clip` is imported when it is asked for: that takes seconds, and training and evaluating do without it."""
+    if name == "open_clip":
+        from mmlg_scale.towers.library import open_clip
+
+        return open_clip
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

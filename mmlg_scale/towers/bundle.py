@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ from mmlg_scale.records import read_record, record_text
 from mmlg_scale.towers import hugging_face
 from mmlg_scale.towers.config import context_length, first_difference, image_size, model_config, vocab_size, with_sizes
 from mmlg_scale.towers.foreign import DIGEST, is_folder, read_tensors, require_folder, signed, stated_digest
-from mmlg_scale.towers.library import CLIPTextCfg, CLIPVisionCfg, TextTransformer, VisionTransformer, open_clip
 from mmlg_scale.towers.preprocess import Preprocess
+from mmlg_scale.towers.run import build_meta
 from mmlg_scale.towers.tokenizer import (
     TOKENIZER_FILES,
     BytePairTokenizer,
@@ -35,6 +35,9 @@ from mmlg_scale.towers.tokenizer import (
     told,
 )
 from mmlg_scale.towers.weights import OPEN_CLIP_CONFIG, check_kind, finite, fit_state, load_weights, read_state, say, warn_of_activation
+
+if TYPE_CHECKING:
+    from mmlg_scale.towers.library import TextTransformer, VisionTransformer
 
 CONFIG_FILE, WEIGHTS_FILE = OPEN_CLIP_CONFIG, "open_clip_model.safetensors"
 TOWER_FILE, TOWER_WEIGHTS_FILE = "tower.json", "open_clip_tower.safetensors"
@@ -166,7 +169,7 @@ def export_tower(model: Bundle, modality: str, out: Path, *, overwrite: bool = F
     if modality not in MODALITIES:
         raise UserError(f"modality {modality!r} is unknown. Use one of: {', '.join(MODALITIES)}.")
     spec, is_image = model.spec, modality == "image"
-    tensors = {name: model.state[f"visual.{name}" if is_image else name] for name in _meta_tower(spec.config, modality).state_dict()}
+    tensors = {name: model.state[f"visual.{name}" if is_image else name] for name in _tower_shapes(spec.config, modality)}
     description: dict[str, Any] = {"modality": modality, "model_cfg": spec.config}
     if is_image:
         description["preprocess_cfg"] = spec.preprocess.to_config()
@@ -178,16 +181,11 @@ def _as_json(value: Any) -> str:
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
-def _meta_tower(config: Mapping[str, Any], modality: str) -> VisionTransformer | TextTransformer:
-    with torch.device("meta"):
-        return _build_tower(config, modality)
-
-
-def _build_tower(config: Mapping[str, Any], modality: str) -> VisionTransformer | TextTransformer:
-    quick_gelu = config.get("quick_gelu", False)
-    if modality == "image":
-        return open_clip.model._build_vision_tower(config["embed_dim"], CLIPVisionCfg(**config["vision_cfg"]), quick_gelu)
-    return open_clip.model._build_text_tower(config["embed_dim"], CLIPTextCfg(**config["text_cfg"]), quick_gelu)
+def _tower_shapes(config: Mapping[str, Any], modality: str) -> dict[str, tuple[int, ...]]:
+    """Tensor name in open_clip's tower class -> shape."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in build_meta(config).state_dict().items() if name not in _SCALARS}
+    images = {name.removeprefix("visual."): shape for name, shape in shapes.items() if name.startswith("visual.")}
+    return images if modality == "image" else {name: shape for name, shape in shapes.items() if not name.startswith("visual.")}
 
 
 def load_tower(folder: Path) -> VisionTransformer | TextTransformer:
@@ -207,7 +205,7 @@ def load_tower(folder: Path) -> VisionTransformer | TextTransformer:
     found, _ = read_tensors(path)
     for name, value in found.items():
         check_kind(name, value, path)
-    expected = {name: tuple(tensor.shape) for name, tensor in _meta_tower(config, modality).state_dict().items()}
+    expected = _tower_shapes(config, modality)
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     for name in sorted({*expected, *shapes}):
         if expected.get(name) != shapes.get(name):
@@ -216,7 +214,9 @@ def load_tower(folder: Path) -> VisionTransformer | TextTransformer:
                 "Write the tower again."
             )
     state = {name: finite(name, tensor, path) for name, tensor in found.items()}
-    tower = _build_tower(config, modality)
+    from mmlg_scale.towers.library import build_tower
+
+    tower = build_tower(config, modality)
     tower.load_state_dict(state, strict=True)
     return tower
 

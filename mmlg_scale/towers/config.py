@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib.metadata
+import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from mmlg_scale.bounds import (
@@ -19,7 +24,6 @@ from mmlg_scale.bounds import (
 )
 from mmlg_scale.errors import UserError
 from mmlg_scale.reading import shown
-from mmlg_scale.towers.library import CLIPTextCfg, CLIPVisionCfg, open_clip
 
 JOINT = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_bias")
 _PLAIN = "Supported: plain open_clip ViT + text transformer configurations."
@@ -72,14 +76,104 @@ _CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 
 
+_CUSTOM_BLOCK = {
+    "block_type": None,
+    "qk_norm": False,
+    "scaled_cosine_attn": False,
+    "scale_heads": False,
+    "scale_attn_inner": False,
+    "scale_attn": False,
+    "scale_fc": False,
+}
+# open_clip's CLIPVisionCfg and CLIPTextCfg: every field with its default. A test compares them with the installed open_clip.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "vision_cfg": {
+        "layers": 12,
+        "width": 768,
+        "head_width": 64,
+        "mlp_ratio": 4.0,
+        "patch_size": 16,
+        "image_size": 224,
+        "ls_init_value": None,
+        "patch_dropout": 0.0,
+        "attentional_pool": False,
+        "attn_pooler_queries": 256,
+        "attn_pooler_heads": 8,
+        "no_ln_pre": False,
+        "pos_embed_type": "learnable",
+        "final_ln_after_pool": False,
+        "pool_type": "tok",
+        "output_tokens": False,
+        "act_kwargs": None,
+        "norm_kwargs": None,
+        **_CUSTOM_BLOCK,
+        "timm_model_name": None,
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "timm_proj_bias": False,
+        "timm_drop": 0.0,
+        "timm_drop_path": None,
+    },
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "hf_tokenizer_name": None,
+        "tokenizer_mode": None,
+        "tokenizer_kwargs": None,
+        "width": 512,
+        "heads": 8,
+        "layers": 12,
+        "mlp_ratio": 4.0,
+        "ls_init_value": None,
+        "embed_cls": False,
+        "pad_id": 0,
+        "eos_id": 2,
+        "no_causal_mask": False,
+        "final_ln_after_pool": False,
+        "pool_type": "argmax",
+        "proj_bias": False,
+        "proj_type": "linear",
+        "output_tokens": False,
+        "act_kwargs": None,
+        "norm_kwargs": None,
+        **_CUSTOM_BLOCK,
+        "hf_model_name": None,
+        "hf_model_pretrained": True,
+        "hf_proj_type": "mlp",
+        "hf_pooler_type": "mean_pooler",
+    },
+}
+
+
 def open_clip_version() -> str:
     """open_clip's version."""
-    return str(open_clip.__version__)
+    return importlib.metadata.version("open_clip_torch")
+
+
+@functools.cache
+def _shipped() -> dict[str, Path]:
+    """Name -> file of open_clip's configurations, which are read without importing it: that takes seconds."""
+    found = importlib.util.find_spec("open_clip")
+    assert found is not None  # a dependency of this package
+    assert found.submodule_search_locations is not None
+    files = Path(found.submodule_search_locations[0], "model_configs").glob("*.json")
+    return {file.stem: file for file in sorted(files, key=lambda file: _natural(file.stem))}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts the numbers in names as numbers."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name.lower())]
+
+
+def open_clip_file(name: str) -> Path:
+    """A file of the installed open_clip package."""
+    return next(iter(_shipped().values())).parents[1] / name
 
 
 def architecture_names() -> list[str]:
     """Names of open_clip's shipped configurations."""
-    return list(open_clip.list_models())
+    return list(_shipped())
 
 
 def model_config(name_or_dict: str | Mapping[str, Any] | None, where: str = "recipe key model.config") -> dict[str, Any]:
@@ -102,8 +196,8 @@ def model_config(name_or_dict: str | Mapping[str, Any] | None, where: str = "rec
         raise UserError(f"{where}.quick_gelu: {shown(config['quick_gelu'])!r} is not true or false.")
     if "init_logit_bias" in config and not _is_number(config["init_logit_bias"]):
         raise UserError(f"{where}.init_logit_bias: {shown(config['init_logit_bias'])!r} is not a number. SigLIP's is -10.")
-    for key, fields in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
-        config[key] = _checked_tower(config[key], fields, key, where, quick_gelu=config.get("quick_gelu", False))
+    for key in DEFAULTS:
+        config[key] = _checked_tower(config[key], key, where, quick_gelu=config.get("quick_gelu", False))
     _check_sizes(config, where)
     return config
 
@@ -114,7 +208,7 @@ def _copy(name_or_dict: str | Mapping[str, Any] | None, where: str) -> dict[str,
         if name_or_dict not in names:
             near = ", ".join(difflib.get_close_matches(name_or_dict, names, n=3, cutoff=0.3)) or "ViT-B-32"
             raise UserError(f"recipe key model.architecture: open_clip has no {shown(name_or_dict)!r}. Nearest: {near}.")
-        config = open_clip.get_model_config(name_or_dict)
+        config = json.loads(_shipped()[name_or_dict].read_text(encoding="utf-8"))
     else:
         try:
             config = json.loads(json.dumps(name_or_dict))
@@ -130,9 +224,9 @@ def with_logit_bias(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"init_logit_bias": -10.0, **config}
 
 
-def _checked_tower(tower: Mapping[str, Any], fields: type, key: str, where: str, *, quick_gelu: bool) -> dict[str, Any]:
+def _checked_tower(tower: Mapping[str, Any], key: str, where: str, *, quick_gelu: bool) -> dict[str, Any]:
     """The tower's fields that are not None; every one is known, of its type, in bounds, and leads to the plain architecture."""
-    defaults = _defaults(fields)
+    defaults = DEFAULTS[key]
     for name, value in tower.items():
         at = f"{where}.{key}.{shown(name)}"
         if name not in defaults:
@@ -160,8 +254,7 @@ def _check_whole(value: Any, bounds: tuple[int, int], at: str) -> None:
 
 
 def _check_sizes(config: Mapping[str, Any], where: str) -> None:
-    vision = {**_defaults(CLIPVisionCfg), **config["vision_cfg"]}
-    text = {**_defaults(CLIPTextCfg), **config["text_cfg"]}
+    vision, text = fields_of(config, "image"), fields_of(config, "text")
     for key, tower, whole, part in (
         ("vision_cfg", vision, "width", "head_width"),
         ("text_cfg", text, "width", "heads"),
@@ -203,8 +296,13 @@ def require_memory(config: Mapping[str, Any]) -> None:
 
 def _field(config: Mapping[str, Any], tower: str, name: str) -> Any:
     """A tower's field, or open_clip's default."""
-    key, defaults = ("vision_cfg", CLIPVisionCfg) if tower == "image" else ("text_cfg", CLIPTextCfg)
-    return config[key].get(name, getattr(defaults, name))
+    return fields_of(config, tower)[name]
+
+
+def fields_of(config: Mapping[str, Any], tower: str) -> dict[str, Any]:
+    """All fields of the "image" or "text" tower; those left out have open_clip's defaults."""
+    key = "vision_cfg" if tower == "image" else "text_cfg"
+    return {**DEFAULTS[key], **config[key]}
 
 
 def width(config: Mapping[str, Any], tower: str) -> int:
@@ -244,10 +342,6 @@ def vocab_size(config: Mapping[str, Any]) -> int:
     return int(_field(config, "text", "vocab_size"))
 
 
-def _defaults(fields: type) -> dict[str, Any]:
-    return dict(vars(fields()))
-
-
 def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """(key, value in `one`, value in `other`) of the first field in which two architectures differ; None where they agree.
 
@@ -256,8 +350,8 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[
     """
     pairs: list[tuple[str, Any, Any]] = [("embed_dim", one["embed_dim"], other["embed_dim"])]
     pairs.append(("quick_gelu", one.get("quick_gelu", False), other.get("quick_gelu", False)))
-    for key, fields in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
-        first, second = {**_defaults(fields), **one[key]}, {**_defaults(fields), **other[key]}
+    for key, tower in (("vision_cfg", "image"), ("text_cfg", "text")):
+        first, second = fields_of(one, tower), fields_of(other, tower)
         ignored = {"patch_dropout", "hf_tokenizer_name", "tokenizer_kwargs"} | ({"vocab_size"} - set(other[key]))
         pairs += [(f"{key}.{name}", first.get(name), second.get(name)) for name in first if name not in ignored]
     return next((pair for pair in pairs if pair[1] != pair[2]), None)

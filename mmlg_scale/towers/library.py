@@ -1,6 +1,9 @@
-"""open_clip, imported in one place: beside a CPU-only torch it needs help."""
+"""open_clip itself, imported in one place and only when asked for, since that takes seconds; beside a CPU-only torch it needs help."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -13,16 +16,15 @@ if not hasattr(torch.ops.torchvision, "nms"):
         _TORCHVISION.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import open_clip  # noqa: E402
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg  # noqa: E402
-from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer, text_global_pool  # noqa: E402
+from open_clip.transformer import TextTransformer, VisionTransformer  # noqa: E402
 
-__all__ = [
-    "CLIP",
-    "CLIPTextCfg",
-    "CLIPVisionCfg",
-    "ResidualAttentionBlock",
-    "TextTransformer",
-    "VisionTransformer",
-    "open_clip",
-    "text_global_pool",
-]
+__all__ = ["TextTransformer", "VisionTransformer", "build_tower", "open_clip"]
+
+
+def build_tower(config: Mapping[str, Any], modality: str) -> VisionTransformer | TextTransformer:
+    """open_clip's tower of a configuration, with a random start; `modality` is image or text."""
+    quick_gelu = config.get("quick_gelu", False)
+    if modality == "image":
+        fields = open_clip.CLIPVisionCfg(**config["vision_cfg"])
+        return open_clip.model._build_vision_tower(config["embed_dim"], fields, quick_gelu)
+    return open_clip.model._build_text_tower(config["embed_dim"], open_clip.CLIPTextCfg(**config["text_cfg"]), quick_gelu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from mmlg_scale.errors import UserError
 from mmlg_scale.reading import shown
-from mmlg_scale.towers.library import open_clip
 
 RESIZE_MODES = ("shortest", "longest", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
@@ -28,16 +28,16 @@ class Preprocess:
         fill_color: grey level of the padding.
     """
 
-    mean: tuple[float, ...] = open_clip.OPENAI_DATASET_MEAN
-    std: tuple[float, ...] = open_clip.OPENAI_DATASET_STD
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of the data that CLIP was trained on
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
     fill_color: int = 0
 
     def __call__(self, image_uint8_BCHW: Tensor) -> Tensor:
-        scale = torch.tensor(self.std, device=image_uint8_BCHW.device).view(3, 1, 1) * 255
-        shift = torch.tensor(self.mean, device=image_uint8_BCHW.device).view(3, 1, 1) * 255
-        return (image_uint8_BCHW.float() - shift) / scale
+        shift, scale = _levels(self.mean, self.std, image_uint8_BCHW.device)
+        # In place: half the time on a CPU, where each further copy of the images leaves the cache.
+        return image_uint8_BCHW.float().sub_(shift).div_(scale)
 
     def to_config(self) -> dict[str, Any]:
         """open_clip's preprocess_cfg, without the size."""
@@ -65,6 +65,13 @@ class Preprocess:
         if type(fill) is not int or not 0 <= fill <= 255:
             raise UserError(f"{where}: preprocess_cfg.fill_color is {shown(fill)!r}. Use a grey level from 0 to 255.")
         return cls(**found)
+
+
+@functools.lru_cache(maxsize=16)
+def _levels(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation as grey levels, [3, 1, 1]: kept on the device, where a copy from here would make each step wait."""
+    shift, scale = (torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (mean, std))
+    return shift, scale
 
 
 def _three(value: Any, where: str, *, above_zero: bool) -> tuple[float, ...]:

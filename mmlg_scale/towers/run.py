@@ -12,14 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from mmlg_scale.towers.config import require_memory, with_sizes
-from mmlg_scale.towers.library import (
-    CLIP,
-    CLIPTextCfg,
-    CLIPVisionCfg,
-    ResidualAttentionBlock,
-    VisionTransformer,
-    text_global_pool,
-)
+from mmlg_scale.towers.modules import CLIP, ResidualAttentionBlock, VisionTransformer, text_global_pool
 
 Block = Callable[..., Tensor]
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -29,7 +22,7 @@ SIGLIP_LOGIT_SCALE = math.log(10.0)
 
 
 def build_clip(config: Mapping[str, Any], *, seed: int) -> CLIP:
-    """An open_clip CLIP with open_clip's own initialisation under `seed`.
+    """A CLIP with open_clip's names and its own initialisation under `seed`.
 
     Logit scale and bias have one element instead of none: DeepSpeed cannot broadcast 0-dim parameters. `export` writes them 0-dim again.
 
@@ -41,16 +34,7 @@ def build_clip(config: Mapping[str, Any], *, seed: int) -> CLIP:
         require_memory(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip = CLIP(
-            embed_dim=config["embed_dim"],
-            vision_cfg=CLIPVisionCfg(**config["vision_cfg"]),
-            text_cfg=CLIPTextCfg(**config["text_cfg"]),
-            quick_gelu=config.get("quick_gelu", False),
-            init_logit_scale=INITIAL_LOGIT_SCALE if config.get("init_logit_bias") is None else SIGLIP_LOGIT_SCALE,
-            init_logit_bias=config.get("init_logit_bias"),
-            nonscalar_logit_scale=True,
-        )
-    clip.visual.patch_dropout = nn.Identity()  # training chooses the patches itself and passes them on, see `keep_patches`
+        clip = CLIP(config, logit_scale=INITIAL_LOGIT_SCALE if config.get("init_logit_bias") is None else SIGLIP_LOGIT_SCALE)
     return clip
 
 
@@ -112,7 +96,7 @@ def run_text_tower(
 ) -> tuple[Tensor, list[Tensor]]:
     """The text tower with `blocks` in place of its own; see `run_image_tower`. `text` holds token ids [B, T]."""
     hidden, kept = _run_blocks(blocks, clip.token_embedding(text) + clip.positional_embedding, clip.attn_mask, tap, checkpoint)
-    pooled = text_global_pool(clip.ln_final(hidden), text, clip.text_pool_type, eos_token_id=clip.text_eos_id)
+    pooled = text_global_pool(clip.ln_final(hidden), text)
     return pooled @ clip.text_projection, kept
 
 
@@ -146,7 +130,9 @@ def block_template(config: Mapping[str, Any], tower: str) -> ResidualAttentionBl
     """One block of the tower ("image" or "text") on the meta device: its structure, to be called with other tensors."""
     with torch.device("meta"):
         clip = build_meta(with_sizes(config, image_layers=1, text_layers=1))
-    return clip.visual.transformer.resblocks[0] if tower == "image" else clip.transformer.resblocks[0]
+    block = clip.visual.transformer.resblocks[0] if tower == "image" else clip.transformer.resblocks[0]
+    assert isinstance(block, ResidualAttentionBlock)
+    return block
 
 
 def build_meta(config: Mapping[str, Any]) -> CLIP:

@@ -54,6 +54,13 @@ def measure_peak_flops(device: torch.device) -> float:
     return 2 * size**3 / best
 
 
+LOADER_BOUND = 0.2
+"""Share of the time that training waits for its loader from which on the console says so, once."""
+WINDOW_TOLD = 5
+"""Steps that such a share is over: the first ones wait for the workers to start."""
+STALL_REMEDY = "Raise runtime.num_workers, or lower the resolution."
+
+
 class Meters:
     """One run's figures; with `enabled` False (ranks other than the first) only the clock runs.
 
@@ -97,7 +104,7 @@ class Meters:
         self._started: float | None = None
         self._stopped: float | None = None
         self._reset_window()
-        self._last_line = -math.inf
+        self._last_line, self._has_told_stall = -math.inf, False
         self._peak = math.inf
         if enabled:
             num_devices = dist.get_world_size() if dist.is_initialized() else 1
@@ -179,6 +186,9 @@ class Meters:
         for tracker in self.trackers:
             tracker.scalars(step, line, kind="training")
         self._say(step, line)
+        if line["loader_stall"] >= LOADER_BOUND and self._steps >= WINDOW_TOLD and not self._has_told_stall:
+            self._has_told_stall = True
+            self._print(step, f"loader-bound: training waits for data {line['loader_stall']:.0%} of the time. {STALL_REMEDY}")
         self._reset_window()
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -8,13 +8,14 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import open_append, write_text_atomic, writing
 from mmlg_scale.runtime import TrackerName
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
 Kind = Literal["training", "evaluation"]
@@ -74,6 +75,8 @@ class TensorBoard:
         self._writer: SummaryWriter | None = None
 
     def resume_from(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         # TensorBoard hides what event files of earlier processes hold from purge_step on.
         self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else 0)
 

@@ -224,7 +224,7 @@ def test_byte_pairs_are_recognised(tmp_path: Path) -> None:
     own = towers.BytePairTokenizer()
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {names.get(token, token): index for token, index in own.vocabulary.items()}
-    merges = [" ".join(pair) for pair in own._tokenizer.bpe_ranks]
+    merges = [" ".join(pair) for pair in own.merges]
     theirs = CLIPTokenizer(vocab=vocabulary, merges=[tuple(merge.split()) for merge in merges])
     theirs.save_pretrained(tmp_path)
     files = {path.name: path.read_text() for path in tmp_path.iterdir() if path.name in towers.TOKENIZER_FILES}

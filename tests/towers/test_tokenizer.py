@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
 from mmlg_scale import towers
+from mmlg_scale.towers import tokenizer as tokenizer_module
 from mmlg_scale.towers.tokenizer import clean
 from tests.towers.models import CAPTIONS, assert_one_line, small_bpe, word_tokenizer
 
@@ -122,6 +125,93 @@ def test_open_clips_own_byte_pairs() -> None:
         assert torch.equal(own(texts, length), theirs(texts, length))
         assert own.num_truncated(texts, length) == sum(len(theirs.encode(text)) + 2 > length for text in texts)
     assert own.num_truncated(["word " * 75, "word " * 76], 77) == 1
+
+
+EMOJI = ("🐕", "👩🏽‍🚀", "🇩🇪", "❤️", "🫠", "©", "™")
+ENTITIES = ("&amp;", "&lt;b&gt;", "&amp;lt;", "&eacute;", "&#128021;", "&#x27;", "&nbsp;", "&", "&bogus;")
+CONTROLS = ("\x00", "\x07", "\x1b[31m", "\u200b", "\u202e", "\ufeff", "\t", "\r\n", "\x85", "\u2028", "\ud83d")
+WORDS_OF_ALL_KINDS = (
+    "don't",
+    "we'LL",
+    "'S",
+    "it'ſ",
+    "ﬁne",
+    "straße",
+    "İstanbul",
+    "naïve",
+    "â€œquotedâ€\x9d",
+    "x²",
+    "½",
+    "<end_of_text>",
+    "</w>",
+)
+OTHER_SCRIPTS = ("日本語", "<end_of_text>", "</w>", "ελλάδα", "한국어", "١٢", "<START_OF_TEXT>")
+
+
+def generated_captions(count: int, seed: int) -> list[str]:
+    """Captions as the web has them: words of the vocabulary and made-up ones, numbers, emoji, entities, control characters, other scripts,
+    broken encodings, special tokens, and now and then 300 words.
+    """
+    draws = random.Random(seed)
+    known = [token.removesuffix("</w>") for token in towers.BytePairTokenizer().vocabulary if token.isascii() and token[:-4].isalpha()]
+    letters = "etaoinshrdlucmfwypvbgkqjxzETAOIN"
+
+    def word() -> str:
+        kind = draws.random()
+        if kind < 0.6:
+            return draws.choice(known)
+        if kind < 0.75:
+            return "".join(draws.choice(letters) for _ in range(draws.randint(1, 14)))
+        if kind < 0.8:
+            ranges = [draws.choice(((33, 126), (160, 0x24F), (0x3041, 0x9FFF))) for _ in range(4)]
+            return "".join(chr(draws.randint(*ends)) for ends in ranges)
+        numbers = (str(draws.randint(0, 99_999)), "3.14", "#1", "--", "...", "!!!1")
+        return draws.choice(draws.choice((EMOJI, ENTITIES, CONTROLS, WORDS_OF_ALL_KINDS, OTHER_SCRIPTS, numbers)))
+
+    def caption() -> str:
+        length = 300 if draws.random() < 0.01 else draws.randint(0, 25)
+        return "".join(word() + draws.choice((" ", " ", " ", "  ", ",", "", "\n")) for _ in range(length))
+
+    return [caption() for _ in range(count)]
+
+
+def assert_open_clips(texts: list[str]) -> None:
+    theirs, own = towers.open_clip.get_tokenizer("ViT-B-32"), towers.BytePairTokenizer()
+    wanted = theirs(texts, 77)
+    found = own(texts, 77)
+    for row, text in enumerate(texts):
+        assert torch.equal(found[row], wanted[row]), text
+    assert own.num_truncated(texts, 77) == sum(len(theirs.encode(text)) + 2 > 77 for text in texts) > 0
+
+
+def test_generated_captions_have_open_clips_ids() -> None:
+    assert_open_clips([*generated_captions(400, seed=1), "word " * 300, "é" * 3000])
+
+
+@pytest.mark.slow
+def test_ten_thousand_generated_captions_have_open_clips_ids() -> None:
+    assert_open_clips(generated_captions(10_000, seed=2))
+
+
+def test_pieces_are_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More words than are remembered, and words too long to be: the ids stay the same."""
+    texts = generated_captions(60, seed=3)
+    whole = towers.BytePairTokenizer()(texts, 77)
+    monkeypatch.setattr(tokenizer_module, "_REMEMBERED_WORDS", 20)
+    own = towers.BytePairTokenizer()
+    for _ in range(2):
+        assert torch.equal(own([*texts, "y" * 1000], 77)[:-1], whole)
+        assert len(own._known) <= 20
+        assert max(map(len, own._known)) <= tokenizer_module._LONGEST_REMEMBERED
+
+
+def test_a_tokenizer_travels_to_a_worker_without_its_tables() -> None:
+    own = towers.BytePairTokenizer()
+    texts = CAPTIONS[:-1]
+    expected = own(texts, 77)
+    sent = pickle.dumps(own)
+    assert len(sent) < 200
+    assert torch.equal(pickle.loads(sent)(texts, 77), expected)
 
 
 def test_texts_are_cleaned_as_open_clip_cleans_them() -> None:

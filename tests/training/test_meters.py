@@ -189,6 +189,23 @@ def test_plain_lines_where_the_console_is_no_terminal(tmp_path: Path) -> None:
     assert lines == [f"run 1/4  {figures} 6 s", f"run 4/4  {figures} 0 s"]
 
 
+def test_what_to_do_about_a_stall_is_said_once(tmp_path: Path) -> None:
+    """Not of the first steps, which wait for the workers to start, nor of a share that is small."""
+
+    def printed(waits: list[float]) -> list[str]:
+        clock, file = Clock(), io.StringIO()
+        meters = _meters(tmp_path / str(waits[1]), clock, log_every=5, console=Console(file=file, width=200), total_steps=len(waits))
+        meters.resume_from(0)
+        for step, wait in enumerate(waits, start=1):
+            _step(meters, clock, step, wait=wait)
+        meters.close()
+        return [line for line in file.getvalue().splitlines() if "bound" in line]
+
+    assert printed([2.0] + 15 * [0.3]) == []
+    told = "loader-bound: training waits for data 25% of the time. Raise runtime.num_workers, or lower the resolution."
+    assert printed([0.0] + 15 * [0.5]) == [f"run 10/16  {told}"]
+
+
 def test_the_model_s_own_figures_and_evaluations_are_in_the_lines(tmp_path: Path) -> None:
     clock, file = Clock(), io.StringIO()
     meters = _meters(tmp_path, clock, console=Console(file=file, width=60), total_steps=4, shown=["mean_recall@1", "acc1"])

@@ -1,0 +1,435 @@
+"""Shards where they lie: files of this machine, or whole copies of remote ones in a cache that all processes of a node share.
+
+A remote file is fetched whole, since shards are read in windows in which every sample is wanted. A copy gets its name when it is complete:
+it is written beside its place, checked by size (and SHA-256), flushed, and renamed. The cache stays under its bound: before a fetch, its
+bytes are reserved and the copies that have gone unused for longest are removed, those that nobody has open first. Processes agree by file
+locks, which the system gives back when a process dies; so the cache has to be on a disk of the node, not on NFS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import quote, unquote, urlsplit
+
+from mmlg_scale.errors import UserError
+from mmlg_scale.files import flush, make_folder, temporary_name
+from mmlg_scale.reading import one_line, open_regular, shown
+
+EXTRAS = {"s3": "s3", "gs": "gcs", "hf": None, "http": None, "https": None}
+"""Protocol -> the extra of mmlg-scale that brings its file system, where the base does not have it."""
+CHUNK = 2**20
+MAX_RECORD_BYTES = 2**26
+"""Of a file that is read into memory: a manifest."""
+LEAST_BYTES = 2**16
+"""Of a transfer in each `timeout`: less is a stall."""
+_STRIPES = 64
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_WAIT_SECONDS = 0.05
+_PARTIAL = ".tmp"
+
+
+class StoreError(OSError):
+    """A remote file could not be had, after all attempts. It counts as damage of its shard."""
+
+
+class _Final(StoreError):
+    """Trying again would not help."""
+
+
+class RemoteFile(NamedTuple):
+    """A file of a set.
+
+    Attributes:
+        name: relative to the set, or a URL of its own.
+        size: in bytes; a copy of another size is never used.
+        sha256: what it must have, or None to compare sizes alone.
+    """
+
+    name: str
+    size: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where and how remote files are kept.
+
+    Attributes:
+        folder: on a disk of this node; one for all its processes.
+        max_bytes: of all copies together, complete or not.
+        attempts: how often a file is tried.
+        first_pause: seconds after the first failure; each later pause is twice as long.
+        timeout: seconds without a sign of the store after which an attempt has failed.
+    """
+
+    folder: Path
+    max_bytes: int
+    attempts: int = 5
+    first_pause: float = 0.5
+    timeout: float = 30.0
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is the URL of a store; file:// is this machine."""
+    return "://" in path and not path.startswith("file://")
+
+
+def local_path(path: str) -> Path:
+    """A path of this machine; file:// may begin it."""
+    return Path(unquote(urlsplit(path).path)) if path.startswith("file://") else Path(path)
+
+
+class Store:
+    """The files of one data set.
+
+    Args:
+        root: a folder, or its URL (s3://, gs://, hf://, http://, https://, file://).
+        cache: needed where files are remote.
+
+    Raises:
+        UserError: a URL of another kind.
+    """
+
+    def __init__(self, root: str, cache: CacheSettings | None = None) -> None:
+        self.root, self.cache = root.rstrip("/") if "://" in root else root, cache
+        _check_url(self.root)
+        self._queue: queue.Queue[tuple[RemoteFile, frozenset[str]]] = queue.Queue()
+        self._thread: threading.Thread | None = None
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str, CacheSettings | None]]:
+        """To loader workers, which fetch ahead by a thread of their own."""
+        return Store, (self.root, self.cache)
+
+    def url(self, name: str) -> str:
+        """Where a file of the set is.
+
+        Raises:
+            UserError: a name that leads out of the set, or a file of this machine in a remote set: a manifest may come from a stranger.
+        """
+        if "://" in name:
+            _check_url(name)
+            if is_remote(self.root) and not is_remote(name):
+                raise UserError(f"{self.root}: {shown(name)} is a file of this machine, which a remote set may not name.")
+            return name
+        if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+            raise UserError(f"{self.root}: {shown(name)} leads out of the set. Index it again.")
+        if not is_remote(self.root):
+            return str(local_path(self.root) / name)
+        return f"{self.root}/{quote(name) if self.root.startswith('http') else name}"
+
+    def read_bytes(self, name: str, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
+        """A small file as a whole, past the cache. A run begins with one, so that what is wrong with a store is said at its start.
+
+        Raises:
+            UserError: the store cannot be had: no such bucket or file, no credentials, a missing package, no network; or the file is
+                larger than `max_bytes`.
+            OSError: of a local file.
+        """
+        url = self.url(name)
+        if not is_remote(url):
+            with open_regular(local_path(url)) as file:
+                payload = file.read(max_bytes + 1)
+        else:
+            parts: list[bytes] = []
+            timeout = self._settings(url).timeout
+
+            def attempt() -> None:
+                parts.clear()
+                for part in _stream(url, timeout):
+                    parts.append(part)
+                    if sum(map(len, parts)) > max_bytes:
+                        return
+
+            try:
+                self._try(url, attempt)
+            except StoreError as error:
+                raise UserError(_at_the_start(url, error)) from error
+            payload = b"".join(parts)
+        if len(payload) > max_bytes:
+            raise UserError(f"{url} has more than {max_bytes:,} bytes, which are supported. Is it what it should be?")
+        return payload
+
+    def open(self, file: RemoteFile) -> BinaryIO:
+        """The file for `pread`: itself, or its copy, which is fetched where it is not there. A copy that is open is removed last.
+
+        Raises:
+            StoreError: it cannot be had, after all attempts.
+            OSError: of a local file, or of the cache's disk.
+            UserError: the cache is smaller than the file.
+        """
+        url = self.url(file.name)
+        if not is_remote(url):
+            return open_regular(local_path(url), buffering=0)
+        while True:
+            path = self._fetched(file, frozenset())
+            try:
+                opened = open_regular(path, buffering=0)
+            except FileNotFoundError:
+                continue  # removed between the two
+            fcntl.flock(opened, fcntl.LOCK_SH)
+            os.utime(opened.fileno())  # used last, now
+            return opened
+
+    def prefetch(self, files: Sequence[RemoteFile], keep: Collection[RemoteFile] = ()) -> None:
+        """Fetch files in the background, in this order, as long as that removes none of `keep`. Errors are left to who opens them."""
+        kept = frozenset(self._place(file).name for file in [*keep, *files] if is_remote(self.url(file.name)))
+        for file in files:
+            if is_remote(self.url(file.name)):
+                self._queue.put((file, kept))
+        if self._thread is None and kept:
+            self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Until all that is to be prefetched has been tried."""
+        self._queue.join()
+
+    def _work(self) -> None:
+        while True:
+            file, kept = self._queue.get()
+            with contextlib.suppress(Exception):
+                self._fetched(file, kept)
+            self._queue.task_done()
+
+    def _settings(self, url: str) -> CacheSettings:
+        if self.cache is None:
+            raise UserError(f"{url} is remote. Give a folder for copies of it: data.cache_dir.")
+        return self.cache
+
+    def _place(self, file: RemoteFile) -> Path:
+        """Of another version of a file the place is another, too."""
+        url = self.url(file.name)
+        key = hashlib.sha256(f"{url}\0{file.size}\0{file.sha256}".encode()).hexdigest()[:24]
+        base = re.sub(r"[^A-Za-z0-9._-]", "_", url.rpartition("/")[2])[-60:]
+        return self._settings(url).folder / f"{key}-{base}"
+
+    def _fetched(self, file: RemoteFile, keep: frozenset[str]) -> Path:
+        """The copy's path, complete when this returns; of the node's processes one fetches, and the others wait."""
+        path, url = self._place(file), self.url(file.name)
+        settings = self._settings(url)
+        if _size(path) == file.size:
+            return path
+        if file.size > settings.max_bytes:
+            raise UserError(f"data.cache_bytes is {settings.max_bytes:,}, {url} alone has {file.size:,} bytes. Allow more.")
+        make_folder(settings.folder / "locks")
+        stripe = int(path.name[:8], 16) % _STRIPES
+        with _locked(settings.folder / "locks" / f"{stripe:02}"):
+            if _size(path) != file.size:
+                self._try(url, lambda: self._fetch(url, file, path, keep))
+        return path
+
+    def _fetch(self, url: str, file: RemoteFile, path: Path, keep: frozenset[str]) -> None:
+        """One attempt. Nothing of it is left unless it succeeds; what a kill leaves is removed by the next fetch."""
+        settings = self._settings(url)
+        partial = _reserve(settings, path, file.size, keep)
+        try:
+            found, at = hashlib.sha256(), 0
+            for part in _stream(url, settings.timeout):
+                at += len(part)
+                if at > file.size:
+                    raise StoreError(f"{url}: more than the {file.size:,} bytes that the manifest says")
+                partial.write(part)
+                if file.sha256 is not None:
+                    found.update(part)
+            if at != file.size:
+                raise StoreError(f"{url}: {at:,} bytes came, the manifest says {file.size:,}")
+            if file.sha256 not in (None, found.hexdigest()):
+                raise StoreError(f"{url}: its SHA-256 is {found.hexdigest()}, the manifest says {file.sha256}")
+            partial.flush()
+            os.fsync(partial.fileno())
+            os.replace(partial.name, path)
+            flush(path.parent)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial.name)
+            partial.close()
+
+    def _try(self, url: str, attempt: Callable[[], None]) -> None:
+        """Raises StoreError after the last attempt, or at once where another would not help."""
+        settings = self._settings(url)
+        for number in range(settings.attempts):
+            try:
+                attempt()
+                return
+            except (UserError, _Final):
+                raise
+            except Exception as error:  # each store's library has its own
+                if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+                    raise OSError(error.errno, os.strerror(error.errno), str(settings.folder)) from error
+                if number + 1 == settings.attempts:
+                    told = str(error) if isinstance(error, StoreError) else f"{url}: {one_line(error)}"
+                    raise StoreError(f"{told} (tried {settings.attempts} times)") from error
+            time.sleep(settings.first_pause * 2**number)
+
+
+def _check_url(url: str) -> None:
+    protocol = url.partition("://")[0] if "://" in url else "file"
+    if protocol not in (*EXTRAS, "file") or "::" in url:
+        known = ", ".join(f"{name}://" for name in (*EXTRAS, "file"))
+        raise UserError(f"{shown(url)} is a URL of a kind that is not supported. Supported: {known}.")
+
+
+def _at_the_start(url: str, error: StoreError) -> str:
+    """A store that cannot be had, in one line with what to do."""
+    said = str(error)
+    if re.search(r"[Cc]redential|token|Unauthorized|\b401\b", said):
+        remedy = "Sign in: s3:// AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; gs:// gcloud auth; hf:// HF_TOKEN."
+    elif re.search(r"Forbidden|denied|\b403\b|[Pp]ermission", said):
+        remedy = "These credentials may not read it: ask its owner, or sign in as somebody else."
+    elif re.search(r"\b404\b|[Nn]o such|[Nn]ot ?[Ff]ound|does not exist|NoSuchBucket", said):
+        remedy = "Check the bucket's and the folder's name."
+    else:
+        remedy = "Check the address and the network."
+    return f"{said if url in said else f'{url}: {said}'}. {remedy}"
+
+
+def _stream(url: str, timeout: float) -> Iterator[bytes]:
+    """The file's bytes in parts. Raises TimeoutError where fewer than LEAST_BYTES come in `timeout` seconds, or what a library does."""
+    parts = _http(url, timeout) if url.startswith("http") else _fsspec(url, timeout)
+    since, count = time.monotonic(), 0
+    for part in parts:
+        yield part
+        count += len(part)
+        if time.monotonic() - since > timeout:
+            if count < LEAST_BYTES:
+                raise TimeoutError(f"{url}: {count} bytes in {timeout:.0f} s")
+            since, count = time.monotonic(), 0
+
+
+def _http(url: str, timeout: float) -> Iterator[bytes]:
+    import urllib.error
+    import urllib.request
+
+    request = urllib.request.Request(url, headers={"User-Agent": "mmlg-scale", "Accept-Encoding": "identity"})  # noqa: S310 (_check_url)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:  # noqa: S310
+            promised, count = response.headers.get("Content-Length"), 0
+            while part := response.read1(CHUNK):
+                count += len(part)
+                yield part
+            if promised is not None and promised.isdigit() and count != int(promised):
+                raise StoreError(f"{url}: the connection was cut after {count:,} of {int(promised):,} bytes")
+    except urllib.error.HTTPError as error:
+        error.close()
+        told = f"{url}: HTTP {error.code} {error.reason}"
+        # Of the client's mistakes only "too slow" and "too many" pass by themselves.
+        raise (_Final if 400 <= error.code < 500 and error.code not in (408, 429) else StoreError)(told) from error
+
+
+def _fsspec(url: str, timeout: float) -> Iterator[bytes]:
+    import fsspec
+
+    protocol = url.partition("://")[0]
+    # Attempts are counted here: a library that tries again by itself would multiply them.
+    limits = {"read_timeout": timeout, "connect_timeout": timeout, "retries": {"max_attempts": 1}}
+    options: dict[str, Any] = {"config_kwargs": limits} if protocol == "s3" else {}
+    try:
+        system, path = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        extra = EXTRAS[protocol]
+        package = f"mmlg-scale[{extra}]" if extra else "huggingface_hub"
+        raise UserError(f"{url}: {protocol}:// needs another package. Install it: pip install '{package}'.") from error
+    try:
+        with system.open(path, "rb", block_size=8 * CHUNK, cache_type="readahead") as file:
+            while part := file.read(CHUNK):
+                yield part
+    except (FileNotFoundError, PermissionError) as error:
+        raise _Final(f"{url}: {one_line(error) or type(error).__name__}") from error
+    except Exception as error:
+        if "Credential" in type(error).__name__:
+            raise _Final(f"{url}: {one_line(error)}") from error
+        raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone on this node, processes and threads alike."""
+    with open(path, "a", encoding="ascii") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _reserve(settings: CacheSettings, path: Path, size: int, keep: frozenset[str]) -> BinaryIO:
+    """An empty partial file that counts `size` bytes of the cache: what is in the way has been removed. Waits for the fetches of others.
+
+    Raises:
+        StoreError: only files of `keep` are in the way.
+        OSError: the disk has too little space.
+    """
+    while True:
+        with _locked(settings.folder / "locks" / "cache"):
+            free = settings.max_bytes - _used(settings.folder)
+            if free < size:
+                free += _remove_unused(settings.folder, size - free, keep)
+            if free >= size:
+                partial = open(temporary_name(path), "xb")  # noqa: SIM115 (the caller closes it)
+                fcntl.flock(partial, fcntl.LOCK_EX)
+                os.truncate(partial.fileno(), size)
+                return partial
+            if keep:
+                raise StoreError(f"{path.name}: the cache is full of what is being read")
+        time.sleep(_WAIT_SECONDS)  # partial files of others: they will be complete, or gone
+
+
+def _used(folder: Path) -> int:
+    """Bytes of all copies, complete or not. What a process left that died is removed on the way: nobody has it locked."""
+    total = 0
+    for entry in os.scandir(folder):
+        if not entry.is_file(follow_symlinks=False):
+            continue
+        if entry.name.endswith(_PARTIAL) and _is_free(Path(entry.path)):
+            Path(entry.path).unlink(missing_ok=True)
+            continue
+        with contextlib.suppress(FileNotFoundError):  # renamed or removed by its owner just now
+            total += entry.stat(follow_symlinks=False).st_size
+    return total
+
+
+def _is_free(path: Path) -> bool:
+    """Whether no process has the file open by `Store`."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        return True
+
+
+def _remove_unused(folder: Path, wanted: int, keep: frozenset[str]) -> int:
+    """Remove complete copies until `wanted` bytes are free: those that nobody has open first, then by when they were used.
+
+    A copy that is open stays readable for who has it, and its bytes are gone when that is closed.
+    """
+    copies = []
+    for entry in os.scandir(folder):
+        if entry.is_file(follow_symlinks=False) and not entry.name.endswith(_PARTIAL) and entry.name not in keep:
+            stat = entry.stat(follow_symlinks=False)
+            copies.append((not _is_free(Path(entry.path)), stat.st_mtime_ns, stat.st_size, Path(entry.path)))
+    freed = 0
+    for _, _, size, path in sorted(copies):
+        if freed >= wanted:
+            break
+        path.unlink(missing_ok=True)
+        freed += size
+    return freed
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
