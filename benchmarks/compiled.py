@@ -41,9 +41,9 @@ SIMILARITIES = {
     "softmax_forward": (tiled.softmax_forward_kernel, "xxfffiiiii"),
     "softmax_forward_ranks": (tiled.softmax_forward_kernel, "xxfffiiiiiffnn"),
     "own_logits": (tiled.own_logits_kernel, "xxffii"),
-    "softmax_gradient": (tiled.softmax_gradient_kernel, "xxfffxiiii"),
-    "sigmoid_forward": (tiled.sigmoid_forward_kernel, "xxfffiiii"),
-    "sigmoid_gradient": (tiled.sigmoid_gradient_kernel, "xxffxfiiii"),
+    "softmax_gradient": (tiled.softmax_gradient_kernel, "xxfffxiiiir"),
+    "sigmoid_forward": (tiled.sigmoid_forward_kernel, "xxfffiiiii"),
+    "sigmoid_gradient": (tiled.sigmoid_gradient_kernel, "xxffxfiiiir"),
     "distillation_forward": (tiled_distillation.distillation_forward_kernel, "xxxxffffffffiiiii"),
     "distillation_gradient": (tiled_distillation.distillation_gradient_kernel, "xxxxffffffxiiiiirr"),
 }
