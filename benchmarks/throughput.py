@@ -37,21 +37,19 @@ from torch import Tensor
 from benchmarks import measure
 from mmlg_scale import recipe as recipes
 from mmlg_scale import towers
+from mmlg_scale.accounting import training_flops
 from mmlg_scale.data.pipeline import Batch
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.data.synthetic import write_pairs
 from mmlg_scale.recipe_file import load_recipe
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.inputs import Inputs
+from mmlg_scale.training.meters import measure_peak_flops
 from mmlg_scale.training.session import Session, build_session
 
 Row = dict[str, Any]
-MID = {
-    "embed_dim": 256,
-    "vision_cfg": {"image_size": 112, "patch_size": 16, "width": 384, "head_width": 64, "layers": 6},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 6},
-}
-"""A mid-size ViT: 112 px, 77 positions; 11 M parameters of blocks and 13 M of token embedding."""
+MID = Path(__file__).with_name("mid.yaml")
+"""A mid-size ViT, 112 px and 77 positions."""
 LOSSES_AGREE = 1e-4
 """Relative difference of the two losses on one batch, above which nothing is timed (bf16: 2e-2)."""
 
@@ -79,8 +77,8 @@ def make_task(name: str, data: Path, *, batch_size: int | None, steps: int | Non
         folder = data / f"photos-{side}-{num_pairs}"
         if not folder.exists():
             write_pairs(folder, num_train=num_pairs, image_size=side)
-        settings, _ = load_recipe("demo", **{"data.path": str(folder)})
-        settings.model = recipes.Model(config=MID) if name == "mid" else recipes.Model(architecture=name)
+        settings, _ = load_recipe(str(MID), **{"data.path": str(folder)})
+        settings.model = settings.model if name == "mid" else recipes.Model(architecture=name)
         size, count = batch_size or 64, steps or 2
     settings.data.check = "structure"  # what is read once before the first step is not measured
     settings.data.augment, settings.engine.precision = "resized_crop", precision  # type: ignore[assignment]
@@ -245,7 +243,8 @@ def compare(task: Task, runtime: Runtime, pairs: int) -> Row:
             found = _timed(windows[name], task.steps, ours.session.engine.device)
             if pair:  # the first of each warms up
                 spent[name].append(found)
-    row = _row(task, spent) | {"losses": losses, "flops_per_sample": sum(ours.session.stage.flops(0))}
+    config, device = ours.session.stage.spec.config, ours.session.engine.device
+    row = _row(task, spent, training_flops(config), measure_peak_flops(device)) | {"losses": losses}
     ours.session.close()
     return row
 
@@ -265,8 +264,13 @@ def _timed(work: Callable[[], None], steps: int, device: torch.device) -> tuple[
     return (time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps
 
 
-def _row(task: Task, spent: dict[str, list[tuple[float, float]]]) -> Row:
+def _row(task: Task, spent: dict[str, list[tuple[float, float]]], flops_per_sample: int, peak_flops: float) -> Row:
+    """Medians; MFU is by the clock, and charges both sides what the whole model costs at full length, whatever they leave out."""
     row: Row = {"model": task.name, "batch_size": task.batch_size, "steps": task.steps, "pairs": len(spent["ours"])}
+    row["mfu_of_step"] = {
+        side: flops_per_sample * task.batch_size / statistics.median(wall for wall, _ in spent[f"{side}_step"]) / peak_flops
+        for side in ("ours", "theirs")
+    }
     row["precision"] = task.settings.engine.precision
     for index, clock in ((0, "wall"), (1, "cpu")):
         for name, found in spent.items():

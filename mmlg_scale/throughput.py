@@ -65,14 +65,13 @@ class Cell:
     batch_size: int
     layers: tuple[int, int] | None = None
 
-    @property
-    def model(self) -> str:
-        """For tables."""
-        return self.architecture or "the recipe's"
-
     def in_words(self) -> str:
         """For the console."""
-        return f"{self.role} of {self.model} model, {self.precision}, ZeRO-{self.zero_stage}, {self.batch_size} pairs"
+        return f"{self.role}, {self.architecture or 'the recipe'}, {self.precision}, ZeRO-{self.zero_stage}, {self.batch_size} pairs"
+
+    def row(self, settings: recipe.Recipe, ranks: int) -> Row:
+        """What a row of figures says of the combination, as JSON gives it back."""
+        return {**asdict(self), "layers": self.layers and list(self.layers), "model": model_name(settings, self), "ranks": ranks}
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,15 @@ def settings_of(settings: recipe.Recipe, cell: Cell) -> recipe.Recipe:
 
 def _endless(training: recipe.Training, cell: Cell) -> recipe.Training:
     return replace(training, steps=ENDLESS, batch_size=cell.batch_size)
+
+
+def model_name(settings: recipe.Recipe, cell: Cell) -> str:
+    """An architecture's name, or the sizes of the recipe's own: image tower's width x layers + text tower's."""
+    named = cell.architecture or settings.model.architecture
+    if named is not None or settings.model.config is None:
+        return str(named)
+    config = towers.model_config(settings.model.config)
+    return " + ".join(f"{towers.width(config, tower)} x {towers.num_layers(config, tower)}" for tower in ("image", "text"))
 
 
 def recipe_batch(settings: recipe.Recipe, role: RoleName) -> int:
@@ -159,7 +167,7 @@ def measure_cell(settings: recipe.Recipe, runtime: Runtime, cell: Cell, windows:
         session.engine.close()
         del session
         gc.collect()
-    return {**asdict(cell), "model": cell.model, **found}
+    return {**cell.row(settings, found["ranks"]), **found}
 
 
 def measure(session: Session, windows: Windows) -> Row:

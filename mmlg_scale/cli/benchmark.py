@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import os
@@ -109,7 +108,7 @@ def _here(args: Any, recipe: Recipe, runtime: Runtime, out: Path) -> int:
         except torch.OutOfMemoryError:
             if world_size > 1:
                 raise  # the other ranks may not have met it, and wait
-            row = _without_figures(cell, world_size, "out of memory")
+            row = _without_figures(recipe, cell, world_size, "out of memory")
         row |= {"environment": environment(device)}
         on_first_rank(lambda row=row: _keep(out, [row]))  # type: ignore[misc]
     if is_first_rank() and not args.quiet:
@@ -125,12 +124,16 @@ def _on_each(args: Any, recipe: Recipe, runtime: Runtime, out: Path) -> int:
 
     from mmlg_scale.files import write_text_atomic
     from mmlg_scale.recipe_file import to_content
+    from mmlg_scale.throughput import check
 
+    cells = [(ranks, cell) for ranks in args.num_processes for cell in _cells(args, recipe, runtime, ranks)]
+    for ranks, cell in cells:
+        check([cell], ranks)
     recipe.data.path = _data(args, recipe, out)
     file = out / "recipe.yaml"
     write_text_atomic(file, yaml.safe_dump(to_content(recipe, runtime), sort_keys=False))
     failed, launcher = 0, LocalLauncher(stream=True)
-    for ranks, cell in [(count, cell) for count in args.num_processes for cell in _cells(args, recipe, runtime, count)]:
+    for ranks, cell in cells:
         argv = [sys.executable, "-m", "mmlg_scale", "benchmark", str(file), *_options(args, cell), "--out", str(out), "--quiet"]
         job = launcher.submit(argv, Resources(num_processes=ranks), out / "launch")
         try:
@@ -140,8 +143,9 @@ def _on_each(args: Any, recipe: Recipe, runtime: Runtime, out: Path) -> int:
             raise
         if job.exit_code:
             failed += 1
-            _keep(out, [_without_figures(cell, ranks, f"failed with exit code {job.exit_code}")])
-    _show(out)
+            _keep(out, [_without_figures(recipe, cell, ranks, f"failed with exit code {job.exit_code}")])
+    if not args.quiet:
+        _show(out)
     return 1 if failed else 0
 
 
@@ -194,8 +198,8 @@ def _data(args: Any, recipe: Recipe, out: Path) -> str:
     return str(folder)
 
 
-def _without_figures(cell: Cell, ranks: int, note: str) -> Row:
-    return {**dataclasses.asdict(cell), "model": cell.model, "ranks": ranks, "local_batch": cell.batch_size // ranks, "note": note}
+def _without_figures(recipe: Recipe, cell: Cell, ranks: int, note: str) -> Row:
+    return {**cell.row(recipe, ranks), "local_batch": cell.batch_size // ranks, "note": note}
 
 
 def _keep(out: Path, rows: Sequence[Row]) -> None:
