@@ -299,7 +299,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def profile(task: Task, runtime: Runtime, top: int = 12) -> Row:
-    """Self CPU time of the operators of `task.steps` steps of each side, in milliseconds per step; and how many operators were called."""
+    """Which operators the steps of each side spend their time in, as shares of it, and how many a step calls."""
     ours = Ours(task, runtime)
     theirs = Theirs(task, ours.session)
     kept = [next(ours.stream) for _ in range(task.steps)]
@@ -310,9 +310,10 @@ def profile(task: Task, runtime: Runtime, top: int = 12) -> Row:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
             work()
         events = sorted(recorded.key_averages(), key=lambda event: -event.self_cpu_time_total)
+        whole = sum(event.self_cpu_time_total for event in events)
         found[name] = {
             "operators_per_step": sum(event.count for event in events) / task.steps,
-            "self_ms_per_step": {event.key: event.self_cpu_time_total / 1e3 / task.steps for event in events[:top]},
+            "share_of_time": {event.key: event.self_cpu_time_total / whole for event in events[:top]},
         }
     ours.session.close()
     return found

@@ -112,3 +112,20 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "--roles" in said(*out, "--roles", "teacher")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "under mmlg launch" in said(*out, "--num-processes", "2")
+
+
+@pytest.mark.slow
+def test_open_clip_train_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides start from one loss; other images are noticed before anything is timed."""
+    from benchmarks import throughput
+    from mmlg_scale.runtime import Runtime
+
+    task = throughput.make_task("demo", tmp_path, batch_size=8, steps=2, precision="fp32", num_pairs=64)
+    found = throughput.compare(task, Runtime(cache_decoded=False), pairs=1)
+    assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-5)
+    for kind in ("", "_step", "_loader"):
+        assert found[f"ratio{kind}_cpu"] == pytest.approx(found[f"theirs{kind}_cpu_seconds"] / found[f"ours{kind}_cpu_seconds"])
+    prepared = throughput.Theirs.prepared
+    monkeypatch.setattr(throughput.Theirs, "prepared", lambda self, batch: (prepared(self, batch)[0].flip(-1), batch.text_BT))
+    with pytest.raises(RuntimeError, match="not the same model or data"):
+        throughput.compare(task, Runtime(cache_decoded=False), pairs=1)

@@ -48,7 +48,7 @@ def check_shape(local_BD: Tensor, group_name: str) -> None:
     group, (rows, width) = _host_group(group_name), local_BD.shape
     most = torch.tensor([rows, -rows, width, -width])
     dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-    if most[0] == -most[1] and most[2] == -most[3]:
+    if torch.equal(most[::2], -most[1::2]):
         return
     shapes: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(shapes, tuple(local_BD.shape), group=group)

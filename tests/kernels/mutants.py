@@ -82,7 +82,7 @@ MUTANTS = [
     Mutant("transfer_tiles.py", "with torch.cuda.device_of(out):", "if True:", (NUMERICS, "launch")),
     Mutant("exchange.py", "own, total_GD, group=group", "own, 2 * total_GD, group=group", (EXCHANGE, "nccl")),
     Mutant("exchange.py", "slice(first + num_rows, count)", "slice(first, count)", WORLD),
-    Mutant("exchange.py", "if most[0] == -most[1] and", "if most[0] == most[0] and", (EXCHANGE, "uneven")),
+    Mutant("exchange.py", "if torch.equal(most[::2], -most[1::2]):", "if torch.equal(most, most):", (EXCHANGE, "uneven")),
     Mutant("pairs.py", "1 + row_above", "row_above", RANKS),
     Mutant("pairs.py", "grad.to(dx.dtype) / x.shape[0]", "grad.to(dx.dtype)", EQUAL),
     Mutant(
