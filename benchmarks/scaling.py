@@ -3,9 +3,9 @@
     python -m benchmarks.scaling --out runs/scaling                     # 1 and 2 ranks; ZeRO 0 to 3 on 2 ranks
     python -m benchmarks.scaling --out runs/scaling --ranks 1 2 4 8 --batch-size 256 --recipe vit-b-16
 
-Each combination runs in fresh processes. Weak scaling: pairs per second and rank on the last line of each stage over those of one rank, by
-the clock; and by CPU time, which other work on the machine does not change. For nodes: `mmlg launch slurm --nodes N ... -- benchmark ...`
-with one --out for all N.
+Each combination runs in fresh processes. Weak scaling: a step of one rank over a step of several, as many pairs on each, by the clock; and
+by CPU time, which other work on the machine hardly changes, but which leaves out waiting. For nodes: `mmlg benchmark` behind
+`mmlg launch slurm --nodes N`, with one --out for all N.
 """
 
 from __future__ import annotations
@@ -26,7 +26,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: what a stage costs on the most ranks, relative to stage 0 there, and weak scaling against one rank."""
     rows = [row for row in rows if "note" not in row]
     base = {row["ranks"]: row for row in rows if row["zero_stage"] == 0}
-    heads = ["ZeRO", "ranks", "pairs/rank", "step, s (CPU s)", "÷ stage 0, CPU", "peak GiB a rank", "weak scaling, CPU (clock)"]
+    heads = [
+        "ZeRO",
+        "ranks",
+        "pairs/rank",
+        "step, s (CPU s)",
+        "÷ stage 0, CPU",
+        "peak GiB a rank",
+        "more than one rank's step, s",
+        "weak scaling, CPU (clock)",
+    ]
     lines = [heads, ["---"] * len(heads)]
     for row in rows:
         seconds = f"{row['step_seconds']:.2f} ({row['step_cpu_seconds']:.2f})"
@@ -34,6 +43,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         same, one = base.get(row["ranks"]), base.get(1)
         known.append("" if same is None else f"{row['step_cpu_seconds'] / same['step_cpu_seconds']:.2f}")
         known.append(f"{row['peak_memory_bytes'] / 2**30:.2f}")
+        # Communication that no computation hides; and whatever else ranks on one machine take from each other.
+        known.append("" if one is None or one is row else f"{row['step_seconds'] - one['step_seconds']:.2f}")
         scaling = ""
         if one is not None and one is not row and row["zero_stage"] == 0:
             ratios = [one[key] / row[key] for key in ("step_cpu_seconds", "step_seconds")]
