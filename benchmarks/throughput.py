@@ -43,6 +43,7 @@ from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.data.synthetic import write_pairs
 from mmlg_scale.recipe_file import load_recipe
 from mmlg_scale.runtime import Runtime
+from mmlg_scale.towers.library import open_clip
 from mmlg_scale.training.inputs import Inputs
 from mmlg_scale.training.meters import measure_peak_flops
 from mmlg_scale.training.session import Session, build_session
@@ -122,9 +123,7 @@ class Theirs:
             accum_freq=1, skip_scheduler=True, grad_clip_norm=training.optimizer.gradient_clipping, log_every_n_steps=10**9,
             batch_size=task.batch_size, world_size=1, rank=0, local_rank=0, horovod=False, wandb=False, save_logs=False, log_local=False,
         )  # fmt: skip
-        from open_clip import ClipLoss
-
-        self._loss = ClipLoss(cache_labels=True)
+        self._loss = open_clip.ClipLoss(cache_labels=True)
         self._preprocess = session.stage.spec.preprocess
         self.stream: Iterator[Any] = iter(self._batches(session))
 
@@ -149,7 +148,6 @@ class Theirs:
         with suppress(ImportError):
             import pandas  # noqa: F401
         sys.modules.setdefault("pandas", types.ModuleType("pandas"))  # of which open_clip_train reads CSV files only
-        from open_clip import get_tokenizer, image_transform
         from open_clip_train import data as their_data
 
         spec, root = session.stage.spec, Path(self._task.settings.data.path or "")
@@ -157,9 +155,13 @@ class Theirs:
         urls = str(root / "train" / f"shard-{{000000..{len(shards) - 1:06d}}}.tar")
         config, own = self._preprocess.to_config(), isinstance(spec.tokenizer, towers.FileTokenizer)
         crop = {"scale": (0.9, 1.0)}
-        transform = image_transform(spec.image_size, is_train=True, mean=tuple(config["mean"]), std=tuple(config["std"]), aug_cfg=crop)
+        transform = open_clip.image_transform(
+            spec.image_size, is_train=True, mean=tuple(config["mean"]), std=tuple(config["std"]), aug_cfg=crop
+        )
         tokenizer: Callable[[str], Tensor] = (
-            (lambda text: session.corpus.tokenize([text])) if own else get_tokenizer("ViT-B-32", context_length=spec.context_length)
+            (lambda text: session.corpus.tokenize([text]))
+            if own
+            else open_clip.get_tokenizer("ViT-B-32", context_length=spec.context_length)
         )
         args = argparse.Namespace(
             train_data=urls, val_data=None, dataset_resampled=False, train_data_upsampling_factors=None, seed=0,
@@ -191,10 +193,8 @@ class _Epoch:
 
 def _their_model(config: dict[str, Any], session: Session) -> torch.nn.Module:
     """open_clip's CLIP as `create_model` makes it, at our weights."""
-    from open_clip import CLIP
-
     keys = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
-    model = CLIP(**{key: config[key] for key in keys if key in config}, output_dict=True)
+    model = open_clip.CLIP(**{key: config[key] for key in keys if key in config}, output_dict=True)
     own = {name.removeprefix("clip."): tensor for name, tensor in session.engine.state_dict().items()}
     model.load_state_dict({name: tensor.reshape(model.state_dict()[name].shape) for name, tensor in own.items()})
     return model.to(session.engine.device)
