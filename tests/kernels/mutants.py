@@ -1,7 +1,8 @@
 """Edits of the kernels that some test must notice. `python -m tests.kernels.mutants FOLDER` tries each on a copy below FOLDER.
 
 Each edit names the tests that have to fail. They run in a fork of a process that has torch and pytest behind it and no `mmlg_kernels`,
-which it finds in the copy. Before the edits, the same tests are run on a copy without any, and must pass.
+which it finds in the copy. Before the edits, the same tests are run on a copy without any, and must pass. With numbers behind FOLDER only
+those edits are tried, without that.
 """
 
 from __future__ import annotations
@@ -133,8 +134,10 @@ def main() -> int:
 
     torch.set_num_threads(1)
     assert "mmlg_kernels" not in sys.modules
-    shutil.copytree(ROOT / "kernels" / "mmlg_kernels", folder / "as-it-is" / "mmlg_kernels")
-    report = {"as it is": run(folder / "as-it-is", [mutant.tests for mutant in wanted])}
+    report = {}
+    if wanted is MUTANTS:
+        shutil.copytree(ROOT / "kernels" / "mmlg_kernels", folder / "as-it-is" / "mmlg_kernels")
+        report["as it is"] = run(folder / "as-it-is", [mutant.tests for mutant in wanted])
     for number, mutant in enumerate(wanted):
         mutant.write(folder / str(number))
         report[f"{mutant.file}: {mutant.old!r} -> {mutant.new!r}"] = code = run(folder / str(number), [mutant.tests])
