@@ -66,7 +66,7 @@ MUTANTS = [
     Mutant("tiled.py", "logits > own_row[:, None]", "logits >= own_row[:, None]", RANKS),
     Mutant("tiled.py", "rows[:, None] + first != columns[None, :]", "rows[:, None] != columns[None, :]", WORLD),
     Mutant("tiled.py", "u < 0.125", "u < 0.0", (NUMERICS, "softplus")),
-    Mutant("tiled.py", "1 / 7", "0.0", (NUMERICS, "softplus")),
+    Mutant("tiled.py", "1 / 5", "0.0", (NUMERICS, "softplus")),
     Mutant("tiled.py", "columns[None, :], -logits, logits)", "columns[None, :], logits, logits)", (NUMERICS, "certain_pairs")),
     Mutant("tiled.py", "if dtype == torch.float16 else 1.0", "if dtype == torch.float64 else 1.0", FP16),
     Mutant("tiled.py", "_product(weights.T, part), alpha=1 / factor", "_product(weights.T, part), alpha=1.0", FP16),
