@@ -104,6 +104,7 @@ def run(folder: Path, tests: list[tuple[str, str]]) -> int:
         for stream in (1, 2):
             os.dup2(sink, stream)
         sys.path.insert(0, str(folder))
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])  # for ranks
         import pytest
 
         code = 0
