@@ -3,7 +3,7 @@
 # make test     linters, types, import rules, and the tests that need no GPU and no minutes
 # make digits   the whole job on real input: scanned handwritten digits
 # make icons    the whole job on real input: 114,000 icons with their designers' names, downloaded with npm (104 MB)
-# make gpu-check   GPU tests and all kernels' benchmarks, within nine minutes; JSON under OUT (default benchmarks/results)
+# make gpu-check   on a GPU: PART=1 tests and tiles, PART=2 benchmarks; nine minutes each; files under OUT (default benchmarks/results)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -62,10 +62,11 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
-# A GPU machine may hold torch alone: whatever python is there is used, and the packages from this folder.
+# A GPU machine may hold torch alone: whatever python is there is used, and the packages from this folder. At most nine minutes a part.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+PART ?= 1
 gpu-check:
-	PYTHONPATH=kernels:. $(GPU_PYTHON) -m benchmarks.gpu_check --out $(OUT)
+	PYTHONPATH=kernels:launchers:. $(GPU_PYTHON) -m benchmarks.gpu_check --part $(PART) --out $(OUT)
 
 clean:
 	rm -rf build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 import torch
 import triton
 from mmlg_kernels import tiled, tiled_distillation, transfer_tiles
-from mmlg_kernels.tiles import tile_for
+from mmlg_kernels.tiles import Tile, tile_for
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)
@@ -41,9 +42,9 @@ SIMILARITIES = {
     "softmax_forward": (tiled.softmax_forward_kernel, "xxfffiiiii"),
     "softmax_forward_ranks": (tiled.softmax_forward_kernel, "xxfffiiiiiffnn"),
     "own_logits": (tiled.own_logits_kernel, "xxffii"),
-    "softmax_gradient": (tiled.softmax_gradient_kernel, "xxfffxiiii"),
-    "sigmoid_forward": (tiled.sigmoid_forward_kernel, "xxfffiiii"),
-    "sigmoid_gradient": (tiled.sigmoid_gradient_kernel, "xxffxfiiii"),
+    "softmax_gradient": (tiled.softmax_gradient_kernel, "xxfffxiiiir"),
+    "sigmoid_forward": (tiled.sigmoid_forward_kernel, "xxfffiiiii"),
+    "sigmoid_gradient": (tiled.sigmoid_gradient_kernel, "xxffxfiiiir"),
     "distillation_forward": (tiled_distillation.distillation_forward_kernel, "xxxxffffffffiiiii"),
     "distillation_gradient": (tiled_distillation.distillation_gradient_kernel, "xxxxffffffxiiiiirr"),
 }
@@ -59,33 +60,85 @@ MULTIPLES = ("width", "teacher_width", "num_columns")
 def compile_similarity(name: str, dtype: torch.dtype, arch: int) -> dict[str, Any]:
     """Compile a kernel over tiles of similarities as it is launched, and read its machine code."""
     kernel, kinds = SIMILARITIES[name]
-    tile = tile_for("softmax_forward_ranks" if name == "own_logits" else name, dtype)
+    tile, constants = _tile(name, dtype), _similarity_constants(name, dtype)
+    facts = {"kernel": name, "dtype": DTYPES[dtype], "arch": f"sm_{arch}", "tile": [tile.rows, tile.columns, tile.depth]}
+    return facts | _compile(kernel, kinds, constants, DTYPES[dtype], arch, tile.num_warps, tile.num_stages)
+
+
+def _tile(name: str, dtype: torch.dtype) -> Tile:
+    return tile_for("softmax_forward_ranks" if name == "own_logits" else name, dtype)
+
+
+def _similarity_constants(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    tile = _tile(name, dtype)
     constants = {"BM": tile.rows, "BN": tile.columns, "BD": tile.depth, "PRECISION": "ieee"}
     if name.startswith("softmax_forward"):
         counts = name == "softmax_forward_ranks"
         constants = ({} if counts else dict.fromkeys(RANKS)) | constants | {"RANKS": counts}
-    facts = {"kernel": name, "dtype": DTYPES[dtype], "arch": f"sm_{arch}", "tile": [tile.rows, tile.columns, tile.depth]}
-    return facts | _compile(kernel, kinds, constants, DTYPES[dtype], arch, tile.num_warps, tile.num_stages)
+    return constants
+
+
+def _transfer_constants(mixes: tuple[int, int], flags: Mapping[str, Any]) -> dict[str, Any]:
+    tile = {"ROWS": transfer_tiles.ROWS, "COLUMNS": transfer_tiles.COLUMNS}
+    return {"KA": mixes[0], "KB": mixes[1], **tile, "ALIGNED": True, **flags}
 
 
 def compile_transfer(name: str, mixes: tuple[int, int], dtype: torch.dtype, arch: int) -> dict[str, Any]:
     """Compile a kernel of block transfer, from fp32 blocks to layers of a dtype."""
     kernel, kinds, flags = TRANSFERS[name]
-    tile = {"ROWS": transfer_tiles.ROWS, "COLUMNS": transfer_tiles.COLUMNS}
-    constants = {"KA": mixes[0], "KB": mixes[1], **tile, "ALIGNED": True, **flags}
-    facts = {"kernel": name, "dtype": DTYPES[dtype], "arch": f"sm_{arch}", "tile": list(tile.values()), "blocks": sum(mixes)}
+    constants, tile = _transfer_constants(mixes, flags), [transfer_tiles.ROWS, transfer_tiles.COLUMNS]
+    facts = {"kernel": name, "dtype": DTYPES[dtype], "arch": f"sm_{arch}", "tile": tile, "blocks": sum(mixes)}
     return facts | _compile(kernel, kinds, constants, DTYPES[dtype], arch, 4, 3)
 
 
-def _compile(kernel: Any, kinds: str, constants: dict[str, Any], dtype: str, arch: int, num_warps: int, num_stages: int) -> dict[str, Any]:
+def specialised(arch: int) -> list[dict[str, Any]]:
+    """Kernels as Triton compiles them where an integer is 1, which it makes a constant unless told not to: each integer alone, and all.
+
+    Up to Triton's own intermediate code, where a constant that is used as a number of the GPU's shows; the rest does not depend on it.
+    """
+    found = []
+    shapes = {name: (kernel, kinds, _similarity_constants(name, torch.float32)) for name, (kernel, kinds) in SIMILARITIES.items()}
+    shapes |= {name: (kernel, kinds, _transfer_constants((1, 1), flags)) for name, (kernel, kinds, flags) in TRANSFERS.items()}
+    shapes["add_shares"] = (transfer_tiles.add_shares_kernel, "ftfi", {"BLOCK": transfer_tiles.SHARES})
+    for name, (kernel, kinds, constants) in shapes.items():
+        integers = [argument for argument, kind in zip(kernel.arg_names, kinds, strict=False) if kind == "i"]
+        for ones in dict.fromkeys([*((integer,) for integer in integers), tuple(integers)]):
+            made = {argument for argument in ones if not kernel.params[kernel.arg_names.index(argument)].do_not_specialize}
+            source = _source(kernel, kinds, constants, "fp32", made)
+            try:
+                _first_stage(source, arch)
+                fault = None
+            except triton.compiler.CompilationError as error:
+                fault = str(error).strip().splitlines()[-1]
+            found.append({"kernel": name, "ones": ones, "constants": sorted(made), "fault": fault})
+    return found
+
+
+def _first_stage(source: ASTSource, arch: int) -> Any:
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    context = triton._C.libtriton.ir.context()
+    triton._C.libtriton.ir.load_dialects(context)
+    backend.load_dialects(context)
+    options = backend.parse_options({"num_warps": 4, "num_stages": 3})
+    return source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+
+
+def _source(kernel: Any, kinds: str, constants: dict[str, Any], dtype: str, ones: Collection[str] = ()) -> ASTSource:
+    """A kernel with its arguments' types; those of `ones` are constants of value 1."""
     types = {"x": f"*{dtype}", "o": f"*{dtype}", "f": "*fp32", "n": "*i32", "t": "*i64", "i": "i32", "r": "fp32"}
     names = kernel.arg_names
+    constants = constants | dict.fromkeys(ones, 1)
     signature = {argument: types[kind] for argument, kind in zip(names, kinds, strict=False)} | dict.fromkeys(constants, "constexpr")
     assert list(signature) == list(names), f"{names}"
     # Tensors lie at addresses that are multiples of 16, as torch allocates them.
-    aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(kinds) if kind not in "ir" or names[index] in MULTIPLES}
-    source = ASTSource(kernel, signature, constexprs={(names.index(key),): value for key, value in constants.items()}, attrs=aligned)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    multiples = [name not in ones and (kind not in "ir" or name in MULTIPLES) for name, kind in zip(names, kinds, strict=False)]
+    aligned = {(index,): [["tt.divisibility", 16]] for index, is_multiple in enumerate(multiples) if is_multiple}
+    return ASTSource(kernel, signature, constexprs={(names.index(key),): value for key, value in constants.items()}, attrs=aligned)
+
+
+def _compile(kernel: Any, kinds: str, constants: dict[str, Any], dtype: str, arch: int, num_warps: int, num_stages: int) -> dict[str, Any]:
+    source, options = _source(kernel, kinds, constants, dtype), {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -130,9 +183,12 @@ def main() -> None:
         name = f"{row['kernel']} of {row['blocks']}" if "blocks" in row else row["kernel"]
         use = f"{row['registers']} | {row['stack_bytes']} | {row['shared_bytes'] / 1024:.0f} KiB"
         print(f"| {name} | {row['dtype']} | {row['arch']} | {use} | {', '.join(row['matrix_instructions']) or 'none'} |")
+    ones = specialised(90)
+    faults = [row for row in ones if row["fault"]]
+    print(f"\n{len(ones)} combinations of integers at 1, {len(faults)} of them fail", *faults, sep="\n")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        content = {"triton": triton.__version__, "note": "compiled ahead of time, not run on a GPU", "rows": rows}
+        content = {"triton": triton.__version__, "note": "compiled ahead of time, not run on a GPU", "rows": rows, "integers_at_1": ones}
         (args.out / "compiled.json").write_text(json.dumps(content, indent=1) + "\n")
 
 

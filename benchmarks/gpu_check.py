@@ -1,23 +1,28 @@
-"""Run the GPU tests and all kernels' benchmarks, one after the other, within nine minutes.
+"""Run the GPU tests and the benchmarks in two calls of at most nine minutes each.
 
-    python -m benchmarks.gpu_check                         # JSON, plots and logs under benchmarks/results
-    python -m benchmarks.gpu_check --out DIR --only tests block_transfer
+    python -m benchmarks.gpu_check --part 1                # correctness, on up to 8 workers, and the fastest tiles
+    python -m benchmarks.gpu_check --part 2                # benchmarks with those tiles, training steps among them
+    python -m benchmarks.gpu_check --part 2 --out DIR --only throughput
 
-A check that fails or runs past its limit does not stop the others: benchmarks leave the JSON of the sizes that they have measured. At the
-end a table, `gpu_check.json` with the GPU's name and each check's status, seconds and last lines, and the tests' `gpu_tests.xml` (JUnit).
-Exit status 0 when all passed, 1 when one did not, 2 without a GPU. Needs torch, triton and pytest; what else is missing is left out and
-named.
+A check that fails or runs past its limit does not stop the others: benchmarks leave the JSON of the sizes that they have measured. Each
+call prints a table and leaves three files: `gpu_check_PART.json` with the GPU's name and each check's status, seconds and last lines,
+`gpu_check_PART.tar.gz` with all that the checks wrote (JSON, plots, logs, the tests' JUnit file), and after part 1 the table of tiles,
+`tiles-GPU.json`, which part 2 reads. Exit status 0 when all passed, 1 when one did not, 2 without a GPU. Needs torch, triton and pytest;
+what else is missing is left out and named.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -40,11 +45,12 @@ class Check:
     name: str
     argv: tuple[str, ...]
     limit_s: float
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a command. Status: passed, failed, over its limit, or not started."""
+    """What became of a command. Status: passed, failed, over its limit, not started, or what it needs and is not installed."""
 
     name: str
     status: str
@@ -52,22 +58,29 @@ class Outcome:
     last_lines: list[str]
 
 
-def all_checks(out: Path) -> list[Check]:
-    """The tests, then one benchmark per question, the most wanted first."""
+def all_checks(part: int, out: Path) -> list[Check]:
+    """Part 1: the tests and the tiles. Part 2: one benchmark per question, the most wanted first."""
 
     def benchmark(module: str, *options: str) -> tuple[str, ...]:
         return (sys.executable, "-m", f"benchmarks.{module}", *options, "--out", str(out))
 
     cuda = ("--device", "cuda")
-    tests = ("-m", "pytest", "-m", "gpu", "tests/gpu", "--tb=short", f"--junitxml={out / 'gpu_tests.xml'}", "-o", "junit_family=xunit2")
+    if part == 1:
+        tests = ("-m", "pytest", "-m", "gpu", "tests/gpu", "--tb=short", f"--junitxml={out / 'gpu_tests.xml'}", "-o", "junit_family=xunit2")
+        workers = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
+        return [
+            Check("tests", (sys.executable, *tests, *workers), 280),
+            # It compiles for minutes. What is over the limit is missing from the table.
+            Check("tiles", (sys.executable, "-m", "mmlg_kernels.tuning", "--out", str(out)), 230),
+        ]
+    sigmoid = ("--kind", "sigmoid", "--width", "768", "--pairs", "16384", "65536")
+    steps = ("--models", "ViT-B-16", "--precision", "bf16", "--batch-size", "256", "--steps", "10", "--pairs", "5", "--workers", "8")
     return [
-        Check("tests", (sys.executable, *tests), 190),
-        Check("contrastive_loss", benchmark("contrastive_loss", *cuda), 150),
-        Check("block_transfer", benchmark("block_transfer", *cuda), 80),
-        Check("distillation_loss", benchmark("distillation_loss", *cuda), 90),
-        Check("sigmoid_loss", benchmark("contrastive_loss", *cuda, "--kind", "sigmoid", "--width", "768", "--pairs", "16384", "65536"), 60),
-        # Last, since it compiles for minutes: each kernel's fastest tile, for later runs. What is over the limit is missing from the table.
-        Check("tiles", (sys.executable, "-m", "mmlg_kernels.tuning", "--out", str(out)), 120),
+        Check("throughput", benchmark("throughput", *steps), 190, ("open_clip", "deepspeed", "webdataset")),
+        Check("contrastive_loss", benchmark("contrastive_loss", *cuda), 120),
+        Check("block_transfer", benchmark("block_transfer", *cuda), 70),
+        Check("distillation_loss", benchmark("distillation_loss", *cuda), 80),
+        Check("sigmoid_loss", benchmark("contrastive_loss", *cuda, *sigmoid), 50),
     ]
 
 
@@ -77,8 +90,11 @@ def run_checks(checks: Sequence[Check], out: Path, total_s: float) -> list[Outco
     signal.signal(signal.SIGINT, signal.default_int_handler)
     deadline, outcomes = time.monotonic() + total_s, []
     for check in checks:
-        left = deadline - time.monotonic()
-        outcomes.append(_run(check, out, min(check.limit_s, left)) if left > 0 else Outcome(check.name, "not started", 0.0, []))
+        left, missing = deadline - time.monotonic(), [name for name in check.needs if importlib.util.find_spec(name) is None]
+        if missing:
+            outcomes.append(Outcome(check.name, f"needs {', '.join(missing)}", 0.0, []))
+        else:
+            outcomes.append(_run(check, out, min(check.limit_s, left)) if left > 0 else Outcome(check.name, "not started", 0.0, []))
         print(f"{check.name}: {outcomes[-1].status}, {outcomes[-1].seconds:.0f} s", flush=True)
     return outcomes
 
@@ -103,12 +119,17 @@ def _run(check: Check, out: Path, limit_s: float) -> Outcome:
     return Outcome(check.name, status, time.monotonic() - start, log.read_text(errors="replace").splitlines()[-LAST_LINES:])
 
 
-def write_results(outcomes: Sequence[Outcome], out: Path, device: str) -> int:
-    """`gpu_check.json`, what benchmarks printed, and the exit status."""
+def write_results(outcomes: Sequence[Outcome], found: Path, out: Path, part: int, device: str) -> int:
+    """`gpu_check_PART.json`, all files of the folder `found` in one archive but for the tiles, what benchmarks printed; the exit status."""
     content = {"environment": measure.environment(device), "checks": [asdict(outcome) for outcome in outcomes]}
-    (out / "gpu_check.json").write_text(json.dumps(content, indent=1) + "\n")
+    (out / f"gpu_check_{part}.json").write_text(json.dumps(content, indent=1) + "\n")
+    with tarfile.open(out / f"gpu_check_{part}.tar.gz", "w:gz") as archive:
+        for path in sorted(found.iterdir()):
+            archive.add(path, path.name)
+            if path.match("tiles-*.json"):
+                (out / path.name).write_bytes(path.read_bytes())
     for outcome in outcomes:
-        if outcome.status != "not started":
+        if outcome.last_lines:
             print(f"\n== {outcome.name}: {outcome.status}, {outcome.seconds:.0f} s", *outcome.last_lines, sep="\n")
     print("\n| check | status | seconds |\n|---|---|---|")
     for outcome in outcomes:
@@ -118,16 +139,21 @@ def write_results(outcomes: Sequence[Outcome], out: Path, device: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", type=int, choices=[1, 2], required=True)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    names = [check.name for check in all_checks(Path())]
+    names = [check.name for part in (1, 2) for check in all_checks(part, Path())]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="CHECK", help=", ".join(names))
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu-check: torch sees no CUDA GPU here; `make test` runs the kernels in Triton's interpreter instead", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    outcomes = run_checks([check for check in all_checks(args.out) if check.name in args.only], args.out, TOTAL_SECONDS)
-    return write_results(outcomes, args.out, "cuda")
+    if args.part == 2 and "MMLG_TILES" not in os.environ:
+        os.environ["MMLG_TILES"] = str(args.out.absolute())
+    with tempfile.TemporaryDirectory() as folder:
+        checks = [check for check in all_checks(args.part, Path(folder)) if check.name in args.only]
+        outcomes = run_checks(checks, Path(folder), TOTAL_SECONDS)
+        return write_results(outcomes, Path(folder), args.out, args.part, "cuda")
 
 
 if __name__ == "__main__":

@@ -71,12 +71,14 @@ def softmax_backward(
         dy.addmm_(weights.T, x[rows])
 
 
-def sigmoid_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, chunk_bytes: int) -> Tensor:
-    """Of the logits L = scale * X Y^T + bias: the sums of softplus(L) over each row, [B]."""
+def sigmoid_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, first: int, chunk_bytes: int) -> Tensor:
+    """Of the logits L = scale * X Y^T + bias: the sums over each row of softplus(L), for the own pair [j = first + i] softplus(-L); [B]."""
     x, y, s, b = _wide(x_BD, y_GD, scale, bias)
     total = x.new_empty(x.shape[0])
     for rows in _chunks(x, y, chunk_bytes):
-        total[rows] = F.softplus((x[rows] * s) @ y.T + b).sum(dim=1)
+        logits = ((x[rows] * s) @ y.T).add_(b)
+        logits.diagonal(first + rows.start)[: logits.shape[0]].neg_()
+        total[rows] = F.softplus(logits).sum(dim=1)
     return total
 
 
@@ -87,8 +89,12 @@ def sigmoid_backward(
     x, y, s, b = _wide(x_BD, y_GD, scale, bias)
     total = x.new_zeros(())
     for rows in _chunks(x, y, chunk_bytes):
-        weights = ((x[rows] * s) @ y.T).add_(b).sigmoid_()
-        _subtract_own(weights, first + rows.start)
+        weights = ((x[rows] * s) @ y.T).add_(b)
+        # sigmoid(z) - 1 = -sigmoid(-z), which keeps its digits where the pair is certain.
+        own = weights.diagonal(first + rows.start)[: weights.shape[0]]
+        own.neg_()
+        weights.sigmoid_()
+        own.neg_()
         total += weights.sum()
         dx[rows].addmm_(weights, y)
         dy.addmm_(weights.T, x[rows])

@@ -43,8 +43,9 @@ def contrastive_loss(
     name = choose(backend, image_BD)
     if normalize:
         image_BD, text_BD = F.normalize(image_BD, dim=-1), F.normalize(text_BD, dim=-1)
-    scale, group_name = logit_scale.reshape(()), exchange.name_group(group, image_BD)
+    scale, group_name = logit_scale.reshape(()), exchange.name_group(group)
     if name == "reference":
+        exchange.check_shape(image_BD, group_name)
         first = exchange.first_column(image_BD.shape[0], group_name)
         all_image, all_text = (exchange.Gather.apply(x, group_name) if group_name else x for x in (image_BD, text_BD))
         loss = reference.contrastive_terms(image_BD, text_BD, all_image, all_text, scale, first)
@@ -81,8 +82,9 @@ def sigmoid_loss(
     name = choose(backend, image_BD)
     if normalize:
         image_BD, text_BD = F.normalize(image_BD, dim=-1), F.normalize(text_BD, dim=-1)
-    scale, bias, group_name = logit_scale.reshape(()), logit_bias.reshape(()), exchange.name_group(group, image_BD)
+    scale, bias, group_name = logit_scale.reshape(()), logit_bias.reshape(()), exchange.name_group(group)
     if name == "reference":
+        exchange.check_shape(image_BD, group_name)
         all_text = exchange.Gather.apply(text_BD, group_name) if group_name else text_BD
         return reference.sigmoid_terms(image_BD, all_text, scale, bias, exchange.first_column(image_BD.shape[0], group_name))
     return pairs.sigmoid_loss(image_BD, text_BD, scale, bias, group_name, name, chunk_bytes)[0]

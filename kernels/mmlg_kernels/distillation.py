@@ -54,7 +54,7 @@ def contrastive_distillation_loss(
     name = choose(backend, image_BD)
     if teacher_image_BE.shape[0] != image_BD.shape[0]:
         raise ValueError(f"{teacher_image_BE.shape[0]} pairs of the teacher, {image_BD.shape[0]} of the student")
-    group_name = exchange.name_group(group, image_BD)
+    group_name = exchange.name_group(group)
     teacher = (teacher_image_BE.detach(), teacher_text_BE.detach(), teacher_scale.detach().reshape(()))
     weights = (contrastive_weight, distillation_weight)
     if name == "reference":
@@ -78,7 +78,7 @@ def teacher_log_sum_exps(
     chunk_bytes: int = chunked.CHUNK_BYTES,
 ) -> LogSumExps:
     """Log-sum-exps of this rank's rows [B] and of all columns [G] of the teacher's logits."""
-    name = exchange.name_group(group, image_BE)
+    name = exchange.name_group(group)
     found = pairs.softmax_loss(image_BE, text_BE, scale.reshape(()), name, choose(backend, image_BE), chunk_bytes, False)
     return found[1], found[2]
 
@@ -89,6 +89,7 @@ def distillation_loss(
 ) -> list[Tensor]:
     """This rank's loss; and for the backward pass its rows' and all columns' log-sum-exps, and all ranks' columns of both models."""
     given, module = chunked.DistillationInputs(*features), _backend(backend)
+    exchange.check_shape(given.x, group_name)
     x, columns = given.x, exchange.Gathering((given.y, given.v), group_name)
     mine = slice(first := exchange.first_column(x.shape[0], group_name), first + x.shape[0])
     with torch.autocast(x.device.type, enabled=False):

@@ -9,52 +9,72 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
-# torch imports it on its own at an operator's first call: too late, since its default arguments then keep the group alive (see `_groups`).
+# torch imports it on its own at an operator's first call: too late, since its default arguments then keep the group alive.
 import torch.distributed.nn.functional
 from torch import Tensor
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 # torch 2.13 renamed them.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 # Weak: a group kept alive past destroy_process_group keeps its threads, and gloo's abort a process that ends while they let go of tensors.
-_groups: WeakValueDictionary[str, Any] = WeakValueDictionary()
-_checked: WeakKeyDictionary[Any, set[torch.Size]] = WeakKeyDictionary()
+_over_gloo: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
-def name_group(group: Any, local_BD: Tensor) -> str:
-    """A name under which the operators find `group`; empty for no group or a group of one. Checks once that ranks pass one shape.
-
-    Raises:
-        ValueError: the ranks pass different shapes; names them.
-    """
+def name_group(group: Any) -> str:
+    """The name under which torch, and so the operators, find `group`; empty for no group or a group of one."""
     if group is None or dist.get_world_size(group) == 1:
         return ""
-    name = str(id(group))
-    _groups[name] = group
-    checked = _checked.setdefault(group, set())
-    if local_BD.shape not in checked:
-        shapes: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(shapes, tuple(local_BD.shape), group=group)
-        if len(set(shapes)) > 1:
-            said = ", ".join(f"rank {rank}: {list(shape)}" for rank, shape in enumerate(shapes))
-            raise ValueError(f"every rank must pass features of one shape, got {said}")
-        checked.add(local_BD.shape)
-    return name
+    return str(group.group_name)
+
+
+def _group(name: str) -> Any:
+    return _resolve_process_group(GroupName(name))
+
+
+def check_shape(local_BD: Tensor, group_name: str) -> None:
+    """Raise ValueError on every rank, with the shapes, where the ranks pass different ones. Collective, at every call of a loss.
+
+    No rank may leave it out, whatever it has passed before: one that meets a new shape would wait for ranks that know theirs. Two numbers
+    travel from host to host, over gloo where the group's own backend is another one, so that no rank waits for its device.
+    """
+    if not group_name:
+        return
+    group, (rows, width) = _host_group(group_name), local_BD.shape
+    most = torch.tensor([rows, -rows, width, -width])
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    if torch.equal(most[::2], -most[1::2]):
+        return
+    shapes: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(shapes, tuple(local_BD.shape), group=group)
+    said = ", ".join(f"rank {rank}: {list(shape)}" for rank, shape in enumerate(shapes))
+    raise ValueError(f"every rank must pass features of one shape, got {said}")
+
+
+def _host_group(name: str) -> Any:
+    """The group, or one over gloo of the same ranks, made at the first call."""
+    group = _group(name)
+    if dist.get_backend(group) == "gloo":
+        return group
+    if group not in _over_gloo:
+        ranks = dist.get_process_group_ranks(group)
+        _over_gloo[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return _over_gloo[group]
 
 
 def world_size(group_name: str) -> int:
     """Ranks in the group; one without a group."""
-    return dist.get_world_size(_groups[group_name]) if group_name else 1
+    return dist.get_world_size(_group(group_name)) if group_name else 1
 
 
 def first_column(num_rows: int, group_name: str) -> int:
     """Where this rank's rows begin among all."""
-    return dist.get_rank(_groups[group_name]) * num_rows if group_name else 0
+    return dist.get_rank(_group(group_name)) * num_rows if group_name else 0
 
 
 class Part(NamedTuple):
@@ -71,7 +91,7 @@ class Gathering:
         self.local, self.group_name = tuple(rows.contiguous() for rows in local), group_name
         self._all, self._under_way = self.local, []
         if group_name:
-            count, group = world_size(group_name), _groups[group_name]
+            count, group = world_size(group_name), _group(group_name)
             self._all = tuple(rows.new_empty(count * rows.shape[0], *rows.shape[1:]) for rows in self.local)
             self._under_way = [
                 _all_gather(whole, rows, group=group, async_op=True) for whole, rows in zip(self._all, self.local, strict=True)
@@ -127,7 +147,7 @@ def backward(x_BD: Tensor, dtype: torch.dtype, group_name: str, add: PartBackwar
 
 def _start_scatter(total_GD: Tensor, group_name: str) -> tuple[Tensor, Any]:
     """This rank's rows of the sum over ranks, and what to wait for before they are read."""
-    group, count = _groups[group_name], total_GD.shape[0] // world_size(group_name)
+    group, count = _group(group_name), total_GD.shape[0] // world_size(group_name)
     if dist.get_backend(group) == "nccl":
         own = torch.empty_like(total_GD[:count])
         return own, _reduce_scatter(own, total_GD, group=group, async_op=True)
@@ -151,7 +171,7 @@ def combine_lse(partial_G: Tensor, group_name: str) -> Tensor:
 def sum_columns(partial_G: Tensor, num_rows: int, group_name: str) -> Tensor:
     """This rank's own columns of the sum over ranks, [B]."""
     if group_name:
-        dist.all_reduce(partial_G, group=_groups[group_name])
+        dist.all_reduce(partial_G, group=_group(group_name))
     return partial_G[first_column(num_rows, group_name) :][:num_rows]
 
 

@@ -62,6 +62,7 @@ def softmax_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """This rank's symmetric cross entropy; for the backward pass log-sum-exps of rows and columns, and all ranks' columns; and the ranks
     of each row's and each column's own pair, if they are asked for, which only triton counts on the way."""
+    exchange.check_shape(x, group_name)
     module, texts, count = backend_of(backend), exchange.Gathering((y,), group_name), x.shape[0]
     mine = slice(first := exchange.first_column(count, group_name), first + count)
     with _own_precision(x):
@@ -106,10 +107,11 @@ def sigmoid_loss(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, group_name: str, backend: str, chunk_bytes: int
 ) -> tuple[Tensor, Tensor]:
     """This rank's sigmoid loss; and for the backward pass all ranks' columns."""
+    exchange.check_shape(x, group_name)
     module, texts = backend_of(backend), exchange.Gathering((y,), group_name)
     with _own_precision(x):
-        own = module.own_logits(x, y, scale) + bias
-        total = sum((module.sigmoid_forward(x, columns, scale, bias, chunk_bytes) for _, (columns,) in texts.parts()), start=-own)
+        parts = [module.sigmoid_forward(x, columns, scale, bias, part.first, chunk_bytes) for part, (columns,) in texts.parts()]
+        total = torch.stack(parts).sum(dim=0)
     return _nan_unless_positive(total.mean(), scale), texts.whole()[0] if group_name else y.new_empty(0)
 
 

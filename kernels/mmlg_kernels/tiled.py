@@ -10,6 +10,7 @@ Works under TRITON_INTERPRET=1 on CPU tensors in fp32 and fp16 (the interpreter'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -27,7 +28,21 @@ SPLITS = 8
 
 def precision_of(dtype: torch.dtype) -> str:
     """How fp32 products are computed: in tf32 only where torch allows it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    # Since torch 2.9 the precision has a name of its own; reading the older switch fails once a user has set that.
+    name = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    allowed = torch.backends.cuda.matmul.allow_tf32 if name is None else name == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def gradient_factor(dtype: torch.dtype, largest: float = 1.0) -> float:
+    """What gradients by the logits, of at most `largest`, are multiplied by where they are stored in a dtype; a power of two.
+
+    A softmax over many columns, or a sigmoid of a bias like SigLIP's, is far below fp16's smallest normal number, 6e-5, and would keep
+    a digit or none. bf16 and fp32 have fp32's exponents.
+    """
+    return 2.0 ** math.floor(math.log2(32768.0 / max(largest, 1e-30))) if dtype == torch.float16 else 1.0
 
 
 @triton.jit
@@ -61,6 +76,16 @@ def _logits(
         x_tile += BD
         y_tile += BD
     return products
+
+
+@triton.jit
+def _softplus(z):
+    """log(1 + e^z) without overflow, to fp32's precision; NaN stays NaN, which a plain maximum would drop."""
+    # u is at most one. Below 1/8 log(1 + u) loses u's last digits, and from 6e-8 on all of them: there log1p's series (Abramowitz & Stegun
+    # 1964, 4.1.24), whose first term left out is u^8 / 8.
+    u = tl.exp(-tl.abs(z))
+    series = u * (1 - u * (1 / 2 - u * (1 / 3 - u * (1 / 4 - u * (1 / 5 - u * (1 / 6 - u * (1 / 7)))))))
+    return tl.where(z > 0, z, 0.0) + tl.where(u < 0.125, series, tl.log(1.0 + u))
 
 
 @triton.jit
@@ -139,12 +164,13 @@ def softmax_gradient_kernel(
     num_columns,
     width,
     first,
+    factor,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of (softmax over the row + softmax over the column) / 2 - [own pair], written to out [B, G]."""
+    """A tile of factor * ((softmax over the row + softmax over the column) / 2 - [own pair]), written to out [B, G]."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     scale = tl.load(scale_ptr).to(tl.float32)
@@ -155,7 +181,7 @@ def softmax_gradient_kernel(
     column_lse = tl.load(column_lse_ptr + columns, mask=columns < num_columns, other=0.0)
     weights = (tl.exp(logits - row_lse[:, None]) + tl.exp(logits - column_lse[None, :])) * 0.5
     # Subtracted in fp32, before the cast: a perfect match leaves what p - 1 leaves.
-    weights -= tl.where(rows[:, None] + first == columns[None, :], 1.0, 0.0)
+    weights = (weights - tl.where(rows[:, None] + first == columns[None, :], 1.0, 0.0)) * factor
     inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
     tl.store(out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :], weights.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -171,12 +197,13 @@ def sigmoid_forward_kernel(
     num_columns,
     width,
     tiles_per_split,
+    first,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (i, s): sums of softplus(logits) over the columns of split s, to row_part [S, B]."""
+    """Program (i, s): sums over the columns of split s of softplus(logit), for the own pair softplus(-logit), to row_part [S, B]."""
     block, split = tl.program_id(0), tl.program_id(1)
     rows = block * BM + tl.arange(0, BM)
     scale, bias = tl.load(scale_ptr).to(tl.float32), tl.load(bias_ptr).to(tl.float32)
@@ -185,9 +212,9 @@ def sigmoid_forward_kernel(
         column = (split * tiles_per_split + index) * BN
         columns = column + tl.arange(0, BN)
         logits = _logits(x_ptr, y_ptr, block * BM, column, num_rows, num_columns, width, BM, BN, BD, PRECISION) * scale + bias
-        # log(1 + e^z) without overflow; NaN stays NaN, which a plain maximum would drop
-        softplus = tl.where(logits > 0, logits, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(logits)))
-        total += tl.sum(tl.where((columns < num_columns)[None, :], softplus, 0.0), axis=1)
+        # Subtracting the own logit from a sum with its softplus would leave rounding alone where the pair is certain.
+        logits = tl.where(rows[:, None] + first == columns[None, :], -logits, logits)
+        total += tl.sum(tl.where((columns < num_columns)[None, :], _softplus(logits), 0.0), axis=1)
     tl.store(row_part_ptr + split.to(tl.int64) * num_rows + rows, total, mask=rows < num_rows)
 
 
@@ -203,12 +230,13 @@ def sigmoid_gradient_kernel(
     num_columns,
     width,
     first,
+    factor,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of sigmoid(logits) - [own pair] to out [B, G], and its sums over columns, in fp32, to row_part [G / BN, B]."""
+    """A tile of W = sigmoid(logits) - [own pair]: factor * W to out [B, G], its sums over columns, in fp32, to row_part [G / BN, B]."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     scale, bias = tl.load(scale_ptr).to(tl.float32), tl.load(bias_ptr).to(tl.float32)
@@ -216,11 +244,15 @@ def sigmoid_gradient_kernel(
         _logits(x_ptr, y_ptr, tl.program_id(0) * BM, tl.program_id(1) * BN, num_rows, num_columns, width, BM, BN, BD, PRECISION) * scale
         + bias
     )
-    weights = tl.sigmoid(logits) - tl.where(rows[:, None] + first == columns[None, :], 1.0, 0.0)
+    own = rows[:, None] + first == columns[None, :]
+    # sigmoid(z) - 1 = -sigmoid(-z), which keeps its digits where the pair is certain.
+    weights = tl.sigmoid(tl.where(own, -logits, logits))
+    weights = tl.where(own, -weights, weights)
     inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
     weights = tl.where(inside, weights, 0.0)
     tl.store(row_part_ptr + tl.program_id(1).to(tl.int64) * num_rows + rows, tl.sum(weights, axis=1), mask=rows < num_rows)
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :], weights.to(out_ptr.dtype.element_ty), mask=inside)
+    weights = (weights * factor).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :], weights, mask=inside)
 
 
 @triton.jit
@@ -251,7 +283,8 @@ def own_logits(x_BD: Tensor, y_BD: Tensor, scale: Tensor) -> Tensor:
     """See `chunked.own_logits`. Apart from the forward passes, where it would cost registers in every tile."""
     x, y, tile = x_BD.contiguous(), y_BD.contiguous(), tile_for("softmax_forward_ranks", x_BD.dtype)
     out = x.new_empty(x.shape[0], dtype=torch.float32)
-    own_logits_kernel[(triton.cdiv(x.shape[0], tile.rows),)](x, y, scale, out, *x.shape, **_options(tile, x.dtype))
+    with torch.cuda.device_of(x):
+        own_logits_kernel[(triton.cdiv(x.shape[0], tile.rows),)](x, y, scale, out, *x.shape, **_options(tile, x.dtype))
     return out
 
 
@@ -283,10 +316,11 @@ def _softmax_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, ranks: tuple[int
     row_part = x.new_empty(splits, num_rows, dtype=torch.float32)
     column_part = x.new_empty(blocks, num_columns, dtype=torch.float32)
     above = () if ranks is None else (torch.empty_like(row_part, dtype=torch.int32), torch.empty_like(column_part, dtype=torch.int32))
-    softmax_forward_kernel[(blocks, splits)](
-        x, y, scale, row_part, column_part, num_rows, num_columns, width, tiles_per_split,
-        *((0, None, None, None, None) if ranks is None else (*ranks, *above)), **_options(tile, x.dtype), RANKS=ranks is not None,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        softmax_forward_kernel[(blocks, splits)](
+            x, y, scale, row_part, column_part, num_rows, num_columns, width, tiles_per_split,
+            *((0, None, None, None, None) if ranks is None else (*ranks, *above)), **_options(tile, x.dtype), RANKS=ranks is not None,
+        )  # fmt: skip
     return torch.logsumexp(row_part, dim=0), torch.logsumexp(column_part, dim=0), *(part.sum(dim=0) for part in above)
 
 
@@ -294,27 +328,29 @@ def softmax_backward(
     x_BD: Tensor, y_GD: Tensor, scale: Tensor, first: int, row_lse_B: Tensor, column_lse_G: Tensor, chunk_bytes: int, dx: Tensor, dy: Tensor
 ) -> None:
     """See `chunked.softmax_backward`."""
-    y = y_GD.contiguous()
+    y, factor = y_GD.contiguous(), gradient_factor(y_GD.dtype)
 
     def gradient(x: Tensor, start: int, weights: Tensor, tile: Tile) -> None:
         grid = (triton.cdiv(x.shape[0], tile.rows), triton.cdiv(y.shape[0], tile.columns))
         own_lse = row_lse_B[start : start + x.shape[0]]
         softmax_gradient_kernel[grid](
-            x, y, scale, own_lse, column_lse_G, weights, x.shape[0], y.shape[0], y.shape[1], first + start, **_options(tile, x.dtype)
-        )
+            x, y, scale, own_lse, column_lse_G, weights, x.shape[0], y.shape[0], y.shape[1], first + start, factor,
+            **_options(tile, x.dtype),
+        )  # fmt: skip
 
-    _waves(x_BD.contiguous(), y, gradient, tile_for("softmax_gradient", y.dtype), dx, dy)
+    _waves(x_BD.contiguous(), y, gradient, tile_for("softmax_gradient", y.dtype), factor, dx, dy)
 
 
-def sigmoid_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, chunk_bytes: int) -> Tensor:
+def sigmoid_forward(x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, first: int, chunk_bytes: int) -> Tensor:
     """See `chunked.sigmoid_forward`."""
     x, y = x_BD.contiguous(), y_GD.contiguous()
     (num_rows, width), num_columns, tile = x.shape, y.shape[0], tile_for("sigmoid_forward", x.dtype)
     blocks, splits, tiles_per_split = _forward_shape(num_rows, num_columns, tile)
     row_part = x.new_empty(splits, num_rows, dtype=torch.float32)
-    sigmoid_forward_kernel[(blocks, splits)](
-        x, y, scale, bias, row_part, num_rows, num_columns, width, tiles_per_split, **_options(tile, x.dtype)
-    )
+    with torch.cuda.device_of(x):
+        sigmoid_forward_kernel[(blocks, splits)](
+            x, y, scale, bias, row_part, num_rows, num_columns, width, tiles_per_split, first, **_options(tile, x.dtype)
+        )
     return row_part.sum(dim=0)
 
 
@@ -322,7 +358,7 @@ def sigmoid_backward(
     x_BD: Tensor, y_GD: Tensor, scale: Tensor, bias: Tensor, first: int, chunk_bytes: int, dx: Tensor, dy: Tensor
 ) -> Tensor:
     """See `chunked.sigmoid_backward`."""
-    y = y_GD.contiguous()
+    y, factor = y_GD.contiguous(), gradient_factor(y_GD.dtype)
     sums: list[Tensor] = []
 
     def gradient(x: Tensor, start: int, weights: Tensor, tile: Tile) -> None:
@@ -330,10 +366,10 @@ def sigmoid_backward(
         row_part = x.new_empty(grid[1], x.shape[0], dtype=torch.float32)
         sums.append(row_part)
         sigmoid_gradient_kernel[grid](
-            x, y, scale, bias, weights, row_part, x.shape[0], y.shape[0], y.shape[1], first + start, **_options(tile, x.dtype)
+            x, y, scale, bias, weights, row_part, x.shape[0], y.shape[0], y.shape[1], first + start, factor, **_options(tile, x.dtype)
         )
 
-    _waves(x_BD.contiguous(), y, gradient, tile_for("sigmoid_gradient", y.dtype), dx, dy)
+    _waves(x_BD.contiguous(), y, gradient, tile_for("sigmoid_gradient", y.dtype), factor, dx, dy)
     return torch.stack([part.sum() for part in sums]).sum()
 
 
@@ -348,17 +384,26 @@ def _options(tile: Tile, dtype: torch.dtype) -> dict[str, object]:
     }
 
 
-def _waves(x: Tensor, y: Tensor, gradient: Callable[[Tensor, int, Tensor, Tile], None], tile: Tile, dx_BD: Tensor, dy_GD: Tensor) -> None:
-    """Rows in waves that fit the workspace: weights W by `gradient`, then dx += W y and dy += W^T x in fp32, waves in a fixed order."""
+def _waves(
+    x: Tensor,
+    y: Tensor,
+    gradient: Callable[[Tensor, int, Tensor, Tile], None],
+    tile: Tile,
+    factor: float,
+    dx_BD: Tensor,
+    dy_GD: Tensor,
+) -> None:
+    """Rows in waves that fit the workspace: factor * W by `gradient`, then dx += W y and dy += W^T x in fp32, waves in a fixed order."""
     rows = max(1, WORKSPACE_BYTES // (y.shape[0] * x.element_size()))
     rows = min(x.shape[0], max(tile.rows, rows // tile.rows * tile.rows))
     workspace = x.new_empty(rows, y.shape[0])
     for start in range(0, x.shape[0], rows):
         part = x[start : start + rows]
         weights = workspace[: part.shape[0]]
-        gradient(part, start, weights, tile)
-        dx_BD[start : start + rows] += _product(weights, y)
-        dy_GD += _product(weights.T, part)
+        with torch.cuda.device_of(x):
+            gradient(part, start, weights, tile)
+        dx_BD[start : start + rows].add_(_product(weights, y), alpha=1 / factor)
+        dy_GD.add_(_product(weights.T, part), alpha=1 / factor)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmlg_kernels.chunked import DistillationInputs
-from mmlg_kernels.tiled import _forward_shape, _logits, _options, _waves
+from mmlg_kernels.tiled import _forward_shape, _logits, _options, _waves, gradient_factor
 from mmlg_kernels.tiles import Tile, tile_for
 
 
@@ -113,7 +113,9 @@ def distillation_gradient_kernel(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of (c + d) * the student's mean softmax - d * the teacher's - c * [own pair], written to out [B, G]."""
+    """A tile of (c + d) * the student's mean softmax - d * the teacher's - c * [own pair], written to out [B, G].
+
+    The weights c and d have `gradient_factor` in them."""
     row, column = tl.program_id(0) * BM, tl.program_id(1) * BN
     rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
     scale, teacher_scale = tl.load(scale_ptr).to(tl.float32), tl.load(teacher_scale_ptr).to(tl.float32)
@@ -138,10 +140,11 @@ def distillation_forward(given: DistillationInputs, chunk_bytes: int) -> tuple[T
     blocks, splits, tiles_per_split = _forward_shape(num_rows, num_columns, tile)
     row_part, student_part, teacher_part = (x.new_empty(splits, num_rows, dtype=torch.float32) for _ in range(3))
     column_part = x.new_empty(blocks, num_columns, dtype=torch.float32)
-    distillation_forward_kernel[(blocks, splits)](
-        x, y, u, v, given.scale, given.teacher_scale, given.u_lse, given.v_lse, row_part, column_part, student_part, teacher_part,
-        num_rows, num_columns, width, u.shape[1], tiles_per_split, **_options(tile, x.dtype),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        distillation_forward_kernel[(blocks, splits)](
+            x, y, u, v, given.scale, given.teacher_scale, given.u_lse, given.v_lse, row_part, column_part, student_part, teacher_part,
+            num_rows, num_columns, width, u.shape[1], tiles_per_split, **_options(tile, x.dtype),
+        )  # fmt: skip
     return torch.logsumexp(row_part, dim=0), torch.logsumexp(column_part, dim=0), student_part.sum(), teacher_part.sum()
 
 
@@ -157,13 +160,16 @@ def distillation_backward(
 ) -> None:
     """See `chunked.distillation_backward`."""
     x, y, u, v = (features.contiguous() for features in (given.x, given.y, given.u, given.v))
+    factor = gradient_factor(x.dtype, abs(weights[0]) + abs(weights[1]))
+    contrastive, distillation = (weight * factor for weight in weights)
 
     def gradient(part: Tensor, start: int, out: Tensor, tile: Tile) -> None:
         grid = (triton.cdiv(part.shape[0], tile.rows), triton.cdiv(y.shape[0], tile.columns))
         mine = slice(start, start + part.shape[0])
         distillation_gradient_kernel[grid](
             part, y, u[mine], v, given.scale, given.teacher_scale, given.u_lse[mine], given.v_lse, row_lse_B[mine], column_lse_G, out,
-            part.shape[0], y.shape[0], y.shape[1], u.shape[1], first + start, *weights, **_options(tile, x.dtype),
+            part.shape[0], y.shape[0], y.shape[1], u.shape[1], first + start, contrastive, distillation,
+            **_options(tile, x.dtype),
         )  # fmt: skip
 
-    _waves(x, y, gradient, tile_for("distillation_gradient", x.dtype), dx, dy)
+    _waves(x, y, gradient, tile_for("distillation_gradient", x.dtype), factor, dx, dy)

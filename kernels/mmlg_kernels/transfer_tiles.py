@@ -23,6 +23,8 @@ from mmlg_kernels.transfer_plan import MAX_SOURCES, Slice, Target, TransferPlan
 
 ROWS, COLUMNS = 4, 256
 """Of a tile: 1,024 numbers, 8 for each of 128 threads, so that eight blocks of them fit into registers."""
+SHARES = 1024
+"""Of a coefficient's sum over tiles, added up at once."""
 FIELDS = 16
 """Numbers in a tile's entry; the kernels say which is which."""
 
@@ -112,7 +114,8 @@ def transfer_kernel(
         tl.store(out_ptr + layer * layer_stride + out_at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+# Not specialised: an integer of 1 would become a constant, which cannot be cast.
+@triton.jit(do_not_specialize=["num_tiles", "first_tile"])
 def transfer_gradient_kernel(
     table_ptr,
     p0,
@@ -185,7 +188,7 @@ def transfer_gradient_kernel(
         tl.store(at, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def add_shares_kernel(part_ptr, coefficient_tiles_ptr, out_ptr, num_tiles, BLOCK: tl.constexpr):
     """Program i: the gradient of coefficient i, its shares added up over its tensor's tiles."""
     entry = coefficient_tiles_ptr + tl.program_id(0) * 4
@@ -264,7 +267,8 @@ def forward(plan: TransferPlan, sources: Sequence[Tensor], coefficients: Tensor,
     """All targets' layers one after the other, flat; `coefficients` flat in the same order."""
     tiles, held = cut(plan), [source.contiguous() for source in sources]
     out = coefficients.new_empty(plan.out_size, dtype=dtype)
-    transfer_kernel[(len(tiles.table),)](tiles.table, *_four(held), coefficients, out, **_options(plan, tiles))
+    with torch.cuda.device_of(out):
+        transfer_kernel[(len(tiles.table),)](tiles.table, *_four(held), coefficients, out, **_options(plan, tiles))
     return out
 
 
@@ -275,16 +279,17 @@ def backward(plan: TransferPlan, sources: Sequence[Tensor], coefficients: Tensor
     grads, written = [torch.zeros_like(source, dtype=torch.float32) for source in held], set[int]()
     num_tiles, most = len(tiles.table), max(target.num_layers for target in plan.targets) * sum(plan.mixes)
     part = out_grad.new_empty(most, num_tiles, dtype=torch.float32)
-    for target, (first, end) in zip(plan.targets, tiles.ranges, strict=True):
-        mine = [target.sources[i] for i in plan.used(target)]
-        add_first, add_second = mine[0] in written, mine[-1] in written
-        transfer_gradient_kernel[(end - first,)](
-            tiles.table, *_four(held), coefficients, out_grad, *_four(grads), part, num_tiles, first,
-            **_options(plan, tiles), ADD_A=add_first, ADD_B=add_second,
-        )  # fmt: skip
-        written.update(mine)
     coefficient_grads = torch.empty_like(coefficients)
-    add_shares_kernel[(len(tiles.coefficients),)](part, tiles.coefficients, coefficient_grads, num_tiles, BLOCK=1024, num_warps=4)
+    with torch.cuda.device_of(part):
+        for target, (first, end) in zip(plan.targets, tiles.ranges, strict=True):
+            mine = [target.sources[i] for i in plan.used(target)]
+            add_first, add_second = mine[0] in written, mine[-1] in written
+            transfer_gradient_kernel[(end - first,)](
+                tiles.table, *_four(held), coefficients, out_grad, *_four(grads), part, num_tiles, first,
+                **_options(plan, tiles), ADD_A=add_first, ADD_B=add_second,
+            )  # fmt: skip
+            written.update(mine)
+        add_shares_kernel[(len(tiles.coefficients),)](part, tiles.coefficients, coefficient_grads, num_tiles, BLOCK=SHARES, num_warps=4)
     return grads, coefficient_grads
 
 

@@ -67,7 +67,7 @@ def runs(pairs: int, width: int, teacher_width: int, dtype: torch.dtype, device:
         "softmax_forward": functools.partial(tiled.softmax_forward, x, y, scale, 0),
         "softmax_forward_ranks": ranked,
         "softmax_gradient": backward(tiled.softmax_backward, x, y, scale, 0, row_lse, column_lse),
-        "sigmoid_forward": lambda: [tiled.sigmoid_forward(x, y, scale, bias, 0)],
+        "sigmoid_forward": lambda: [tiled.sigmoid_forward(x, y, scale, bias, 0, 0)],
         "sigmoid_gradient": backward(tiled.sigmoid_backward, x, y, scale, bias, 0),
         "distillation_forward": functools.partial(tiled_distillation.distillation_forward, given, 0),
         "distillation_gradient": backward(tiled_distillation.distillation_backward, given, 0, row_lse, column_lse, (1.0, 1.0)),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 RUN_FOLDER_HELP = "Where the job's state and logs are written. Left out: DIR.launch beside the command's --out DIR, or runs/launch."
 PACKAGES = ("mmlg_scale", "mmlg_kernels", "mmlg_launchers")
-WITH_RECIPE = ("train", "extract", "pretrain", "features", "family", "plan")
+WITH_RECIPE = ("train", "extract", "pretrain", "features", "family", "plan", "benchmark")
 
 
 def local(arguments: list[str]) -> int:

@@ -54,6 +54,7 @@ Before and around a run:
   mmlg launch status|logs|cancel DIR        look after what was launched
   mmlg launch check --cluster FILE --nodes N
                                             look at nodes before days of work are trusted to them
+  mmlg benchmark RECIPE --out DIR           samples/s, MFU, loader stall and memory of training steps
   mmlg doctor                               check this machine, and say what to do about what is missing
 
 Every command has --help. Commands that take a RECIPE take every field of it as an option
@@ -83,6 +84,7 @@ COMMANDS = {
     "launch logs": "launch:logs",
     "launch cancel": "launch:cancel",
     "launch check": "launch:check",
+    "benchmark": "benchmark:benchmark",
     "doctor": "machine:doctor",
 }
 

@@ -83,14 +83,31 @@ def test_error_is_no_worse_than_plain_torch(kind: str, backend: str, dtype: torc
     count=st.integers(1, 70),
     width=st.integers(1, 40),
     scale=st.sampled_from([1.0, 50.0]),
+    splits=st.sampled_from([1, 2, 8]),
 )
 @settings(max_examples=25, deadline=None)
-def test_any_shape(kind: str, backend: str, count: int, width: int, scale: float) -> None:
+def test_any_shape(kind: str, backend: str, count: int, width: int, scale: float, splits: int) -> None:
+    """Of so few columns every split would be one tile, and no program's loop would come round, were there not fewer splits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "SPLITS", splits)
+        _check_shape(kind, backend, count, width, scale)
+
+
+def _check_shape(kind: str, backend: str, count: int, width: int, scale: float) -> None:
     x, y = features(count, width, torch.float32)
     exact = outputs(kind, x.double(), y.double(), scale, "reference")
     for got, want in zip(outputs(kind, x, y, scale, backend), exact, strict=True):
         # A gradient that cancels to nothing keeps the rounding of its terms, which grow with the scale.
         assert (got.double() - want).norm() <= 3e-5 * max(float(want.norm()), 0.1, scale / 25)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_programs_of_several_tiles_equal_fp64(kind: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four tiles of columns in one split, or in two."""
+    monkeypatch.setattr(tiled, "SPLITS", splits)
+    x, y = features(100, 40, torch.float32)
+    assert violations(kind, outputs(kind, x, y, 30.0, "triton"), x, y, 30.0) == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -146,8 +163,12 @@ def _ranks(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_ranks_of_pairs(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("splits", [1, 8])
+def test_ranks_of_pairs(backend: str, dtype: torch.dtype, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of rows that need several tiles; and where texts, or images, are the same, none of which is above another."""
+    if backend != "triton" and splits == 1:
+        pytest.skip("only Triton splits columns")
+    monkeypatch.setattr(tiled, "SPLITS", splits)
     x, y = (z.round(decimals=2) for z in features(75, 33, torch.float64))
     x, y = (x * 64).round().to(dtype), (y * 64).round().to(dtype)  # integers: their products are exact in every order
     for image, text in ((x, y), (x, y[torch.arange(75) // 3]), (x[torch.arange(75) % 10], y)):

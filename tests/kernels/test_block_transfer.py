@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mmlg_kernels import transfer_tiles
 from mmlg_kernels.block_transfer import block_transfer, transfer_blocks, transfer_layer
 from mmlg_kernels.transfer_plan import Slice, Target, TransferPlan
 from torch import Tensor
@@ -66,6 +67,30 @@ def test_triton_equals_fp64_and_repeats(multimodal: int, unimodal: int, depths: 
     for got, repeated, want in zip(found, again, exact, strict=True):
         assert (got.double() - want).norm() <= 1e-6 * want.norm()
         assert torch.equal(got, repeated)
+
+
+def test_triton_adds_up_more_tiles_than_it_reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As beyond 1,024 tiles of a tensor: here 2, of up to 27."""
+    monkeypatch.setattr(transfer_tiles, "SHARES", 2)
+    plan, sources, coefficients = case(1, 1, 24, 16, (3, 2))
+    exact = run(plan, [x.double() for x in sources], [x.double() for x in coefficients], "reference")
+    for got, want in zip(run(plan, sources, coefficients, "triton"), exact, strict=True):
+        assert (got.double() - want).norm() <= 1e-6 * want.norm()
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+def test_targets_that_share_their_first_or_second_source(order: tuple[int, int], backend: str) -> None:
+    """Both targets' gradients add up in the shared source, wherever it stands among a layer's blocks."""
+    plan, sources, coefficients = case(2, 1, 24, 16, (3, 2))
+    targets = []
+    for target in plan.targets:
+        pairs = [(target.sources[i], target.slices[i]) for i in order]
+        targets.append(Target(target.num_layers, NAMES, target.shapes, tuple(s for s, _ in pairs), tuple(pieces for _, pieces in pairs)))
+    plan = TransferPlan(plan.source_shapes, targets)
+    exact = run(plan, [x.double() for x in sources], [x.double() for x in coefficients], "reference")
+    for got, want in zip(run(plan, sources, coefficients, backend), exact, strict=True):
+        assert (got.double() - want).norm() <= 2e-6 * want.norm()
 
 
 @pytest.mark.parametrize("widths", [(17, 5), (300, 12)])

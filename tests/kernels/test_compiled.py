@@ -18,13 +18,18 @@ TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, object]]]:
     folder = tmp_path_factory.mktemp("compiled")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.compiled", "--dtype", "bf16", "fp32", "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads((folder / "compiled.json").read_text())["rows"]
+    return json.loads((folder / "compiled.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(content: dict[str, list[dict[str, object]]]) -> list[dict[str, object]]:
+    return content["rows"]
 
 
 def test_every_kernel_was_compiled(rows: list[dict[str, object]]) -> None:
@@ -55,6 +60,16 @@ def test_block_transfer_reads_and_writes_16_bytes_at_once(rows: list[dict[str, o
         if "transfer" in str(row["kernel"]):
             assert int(row["wide_loads"]) > 0, row  # type: ignore[call-overload]
             assert int(row["wide_stores"]) > 0, row  # type: ignore[call-overload]
+
+
+def test_every_kernel_compiles_where_an_integer_is_one(content: dict[str, list[dict[str, object]]]) -> None:
+    """As it is with a single tile, row or split: the interpreter knows no such constants."""
+    found = content["integers_at_1"]
+    assert [row for row in found if row["fault"]] == []
+    assert {"block_transfer_gradient", "add_shares", "own_logits", "softmax_forward"} <= {str(row["kernel"]) for row in found}
+    constant = {(row["kernel"], name) for row in found for name in row["constants"]}  # type: ignore[attr-defined]
+    assert ("softmax_forward", "tiles_per_split") in constant
+    assert ("sigmoid_forward", "num_columns") in constant
 
 
 def test_tf32_only_where_torch_allows_it() -> None:

@@ -59,6 +59,15 @@ def test_triton_equals_fp64_and_repeats(kind: str, count: int) -> None:
             assert torch.equal(got, repeated)
 
 
+def test_triton_programs_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tiles of columns in one split."""
+    monkeypatch.setattr(tiled, "SPLITS", 1)
+    given = [x.float() for x in features(70)]
+    exact = outputs([x.double() for x in given], backend="reference", kind="kl")
+    for got, want in zip(outputs(given, backend="triton", kind="kl"), exact, strict=True):
+        assert (got.double() - want).norm() <= 3e-5 * want.norm()
+
+
 def test_triton_in_waves(monkeypatch: pytest.MonkeyPatch) -> None:
     given = [x.float() for x in features(70)]
     whole = outputs(given, backend="triton")

@@ -3,12 +3,13 @@
 import json
 import signal
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_check import Check, run_checks, write_results
+from benchmarks.gpu_check import TOTAL_SECONDS, Check, all_checks, run_checks, write_results
 
 
 def python(code: str) -> tuple[str, ...]:
@@ -34,9 +35,18 @@ time.sleep(600)
     outcomes = run_checks(checks, tmp_path, 120)
     assert [outcome.status for outcome in outcomes] == ["passed", "failed", "over its limit", "passed"]
     assert [outcome.last_lines for outcome in outcomes] == [["a table"], ["no such kernel"], ["hanging"], []]
-    assert write_results(outcomes, tmp_path, "cpu") == 1
-    assert write_results([outcomes[0], outcomes[3]], tmp_path, "cpu") == 0
-    assert len(json.loads((tmp_path / "gpu_check.json").read_text())["checks"]) == 2
+    out = tmp_path / "out"
+    out.mkdir()
+    found = tmp_path / "found"
+    found.mkdir()
+    (found / "tiles-some-gpu.json").write_text("{}")
+    (found / "tests.log").write_text("log")
+    assert write_results(outcomes, found, out, 1, "cpu") == 1
+    assert write_results([outcomes[0], outcomes[3]], found, out, 1, "cpu") == 0
+    assert len(json.loads((out / "gpu_check_1.json").read_text())["checks"]) == 2
+    assert sorted(path.name for path in out.iterdir()) == ["gpu_check_1.json", "gpu_check_1.tar.gz", "tiles-some-gpu.json"]
+    with tarfile.open(out / "gpu_check_1.tar.gz") as archive:
+        assert archive.getnames() == ["tests.log", "tiles-some-gpu.json"]
     child = Path("/proc", (tmp_path / "child").read_text(), "stat")
     deadline = time.monotonic() + 10
     while child.exists() and child.read_text().split()[2] != "Z" and time.monotonic() < deadline:
@@ -51,3 +61,15 @@ def test_the_total_holds_and_a_report_is_written_when_asked_to_end(handler: obje
     outcomes = run_checks([Check("slow", python(tests), 600), Check("late", python("pass"), 600)], tmp_path, 3)
     signal.signal(signal.SIGINT, before)
     assert [(o.status, o.last_lines) for o in outcomes] == [("over its limit", ["report written"]), ("not started", [])]
+
+
+def test_each_part_fits_into_nine_minutes(tmp_path: Path) -> None:
+    for part in (1, 2):
+        assert sum(check.limit_s for check in all_checks(part, tmp_path)) <= TOTAL_SECONDS < 9 * 60
+    assert {"tests", "tiles"} == {check.name for check in all_checks(1, tmp_path)}
+    assert "throughput" in {check.name for check in all_checks(2, tmp_path)}
+
+
+def test_what_is_not_installed_is_named(tmp_path: Path) -> None:
+    outcomes = run_checks([Check("steps", python("pass"), 60, ("json", "no_such_package"))], tmp_path, 60)
+    assert [outcome.status for outcome in outcomes] == ["needs no_such_package"]

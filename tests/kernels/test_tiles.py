@@ -25,7 +25,8 @@ def test_every_kernel_computes_the_same_with_other_tiles(kernel: str, tile: Tile
         assert tile_for(kernel, torch.float32) == tile
         found = run()
     assert tile_for(kernel, torch.float32) == tiles.INTERPRETED
-    assert tuning.difference(found, expected) < 1e-5
+    # The sum of the student's logits cancels to a hundredth of its terms.
+    assert tuning.difference(found, expected) < (1e-4 if kernel == "distillation_forward" else 1e-5)
     assert all(float(x.double().norm()) > 1e-3 for x in expected)
 
 
