@@ -18,18 +18,34 @@ from mmlg_scale.evaluation.zeroshot import class_embeddings, zero_shot_metrics
 Encoder = Callable[[Tensor], Tensor]
 
 
-def encode_in_chunks(encode: Encoder, inputs: Tensor, device: torch.device, *, chunk_size: int = 256) -> Tensor:
+def encode_texts(encode: Encoder, text_MT: Tensor, device: torch.device) -> Tensor:
+    """`encode_in_chunks` of captions, each chunk cut to its longest one; they are taken by length, so that little of a chunk is padding."""
+    order_M = text_MT.argmax(dim=-1).argsort(stable=True)
+    found_MD = encode_in_chunks(encode, text_MT[order_M], device, prepare=lambda chunk: chunk[:, : towers.cut_length(chunk)])
+    return torch.empty_like(found_MD).index_copy_(0, order_M, found_MD)
+
+
+def encode_in_chunks(
+    encode: Encoder,
+    inputs: Tensor,
+    device: torch.device,
+    *,
+    chunk_size: int = 256,
+    prepare: Callable[[Tensor], Tensor] = lambda chunk: chunk,
+) -> Tensor:
     """`encode` over the rows of `inputs`, moved to `device` chunk by chunk -> fp32 features [N, D] on the CPU.
+
+    `prepare` is applied to each chunk before it is moved.
 
     Under several ranks each encodes every world-size-th chunk and all get all features: the same numbers as on one rank. Every rank calls
     `encode` equally often (the last chunk again where there are none left), since under ZeRO-3 a forward pass is a collective.
     """
     chunks = inputs.split(chunk_size)
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return torch.cat([encode(chunk.to(device)).float().cpu() for chunk in chunks])
+        return torch.cat([encode(prepare(chunk).to(device)).float().cpu() for chunk in chunks])
     world_size, parts = dist.get_world_size(), []
     for start in range(0, len(chunks), world_size):
-        own = encode(chunks[min(start + dist.get_rank(), len(chunks) - 1)].to(device)).float()
+        own = encode(prepare(chunks[min(start + dist.get_rank(), len(chunks) - 1)]).to(device)).float()
         padded = own.new_zeros(len(chunks[0]), own.shape[1])
         padded[: len(own)] = own
         gathered = [torch.empty_like(padded) for _ in range(world_size)]
@@ -52,17 +68,17 @@ def evaluate_pairs(
 
     Args:
         encode_image: float images [n, 3, H, W] -> features [n, D].
-        encode_text: token ids [n, T] -> features [n, D].
+        encode_text: token ids [n, T], T up to the context length (`towers.cut_length`) -> features [n, D].
         preprocess: uint8 -> normalised float images.
         tokenize: captions -> token ids; needed with `classes`.
     """
     image_ND = encode_in_chunks(lambda images: encode_image(preprocess(images)), split.images_uint8_NCHW, device)
-    text_MD = encode_in_chunks(encode_text, split.texts_MT, device)
+    text_MD = encode_texts(encode_text, split.texts_MT, device)
     metrics = recall_at_k(image_ND, text_MD, split.text_to_image_M)
     if classes is not None and split.labels_N is not None:
         assert tokenize is not None
         class_CD = class_embeddings(
-            lambda texts: encode_in_chunks(encode_text, texts, device),
+            lambda texts: encode_texts(encode_text, texts, device),
             tokenize,
             classes["classnames"],
             classes["templates"],
@@ -80,10 +96,18 @@ class _Loaded:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.clip = towers.build_clip(bundle.spec.config, seed=0)
         self.clip.load_state_dict(bundle.state)
-        self.clip.to(self.device).eval()
+        towers.use_own_blocks(self.clip, bundle.spec.config).to(self.device).eval()
         self.preprocess = bundle.spec.preprocess
         self.corpus = Corpus(open_pairs(data), bundle.spec)
         self.split = self.corpus.eval_split(split)
+
+    def image(self, image: Tensor) -> Tensor:
+        """Features of normalised images."""
+        return towers.encode_image_with_hidden(self.clip, image)[0]
+
+    def text(self, text: Tensor) -> Tensor:
+        """Features of token ids."""
+        return towers.encode_text_with_hidden(self.clip, text)[0]
 
 
 @torch.no_grad()
@@ -95,8 +119,8 @@ def evaluate_folder(model: Path, data: Path, split: str) -> dict[str, float]:
     """
     loaded = _Loaded(model, data, split)
     return evaluate_pairs(
-        loaded.clip.encode_image,
-        loaded.clip.encode_text,
+        loaded.image,
+        loaded.text,
         loaded.split,
         loaded.preprocess,
         loaded.device,
@@ -110,5 +134,5 @@ def folder_features(model: Path, data: Path, split: str) -> tuple[Tensor, Tensor
     """Features of a split, [N, D] of its images and [M, D] of its captions, and the split itself."""
     loaded = _Loaded(model, data, split)
     images = loaded.split.images_uint8_NCHW
-    image_ND = encode_in_chunks(lambda chunk: loaded.clip.encode_image(loaded.preprocess(chunk)), images, loaded.device)
-    return image_ND, encode_in_chunks(loaded.clip.encode_text, loaded.split.texts_MT, loaded.device), loaded.split
+    image_ND = encode_in_chunks(lambda chunk: loaded.image(loaded.preprocess(chunk)), images, loaded.device)
+    return image_ND, encode_texts(loaded.text, loaded.split.texts_MT, loaded.device), loaded.split

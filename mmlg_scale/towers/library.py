@@ -14,7 +14,7 @@ if not hasattr(torch.ops.torchvision, "nms"):
 
 import open_clip  # noqa: E402
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg  # noqa: E402
-from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer, text_global_pool  # noqa: E402
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer  # noqa: E402
 
 __all__ = [
     "CLIP",
@@ -24,5 +24,4 @@ __all__ = [
     "TextTransformer",
     "VisionTransformer",
     "open_clip",
-    "text_global_pool",
 ]
