@@ -101,8 +101,8 @@ def activation_bytes(config: Mapping[str, Any], *, bf16: bool, checkpointing: bo
     """About what one sample's forward pass keeps for the backward pass, in bytes.
 
     A block keeps for each token the inputs of its norms and products: 8 + 2 x mlp_ratio numbers a channel, of which the two inputs of the
-    norms are fp32 and the others are of the precision. With checkpointing, a block's input, and one block at a time whole. Not counted:
-    the norms' statistics, projections, the loss.
+    norms are fp32 and the others are of the precision. With checkpointing, a block's input, and one block at a time whole. Captions and the
+    last block are taken as whole, and all patches as staying. Not counted: the norms' statistics, projections, the loss.
     """
     vision, text = config["vision_cfg"], config["text_cfg"]
     height, width = _height_and_width(vision.get("image_size", 224))
