@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import mean
@@ -32,31 +32,50 @@ WITHOUT_ANCESTOR = ("scratch", "direct")
 """Ways that need no ancestor."""
 
 
-def forward_flops(config: Mapping[str, Any], *, image_layers: int | None = None, text_layers: int | None = None) -> dict[str, int]:
+def forward_flops(
+    config: Mapping[str, Any],
+    *,
+    image_layers: int | None = None,
+    text_layers: int | None = None,
+    text_length: int | None = None,
+    drops_patches: bool = False,
+    pooled: Collection[str] = (),
+) -> dict[str, int]:
     """FLOPs of one sample's forward pass: {"image", "text", "total"}; a multiply-add counts as two.
 
     Counted: patch embedding, all matrix products of the blocks, attention scores and their product with the values, projections.
-    Not counted: norms, activations, softmax, additions, table look-ups. Causal attention is charged in full, since it is computed so.
-    A single tower is charged its own part ("image" or "text"). ViT-B/32: 8.82 + 5.96 = 14.78 GFLOP.
+    Not counted: norms, activations, softmax, additions, table look-ups. Causal attention is charged in full, as is usual (Chowdhery et al.
+    2022, appendix B). A single tower is charged its own part ("image" or "text"). ViT-B/32: 8.82 + 5.96 = 14.78 GFLOP.
 
     Args:
         config: an open_clip configuration of a VisionTransformer and a TextTransformer.
         image_layers, text_layers: depths in place of the configuration's; 0 leaves the blocks out.
+        text_length: tokens of a caption that are computed, where captions are cut; None: the context length.
+        drops_patches: whether the configuration's patch dropout acts: blocks see the patches that stay, the embedding all.
+        pooled: towers ("image", "text") whose last block computes only the position at which the tower is pooled (`towers.run_block`);
+            without effect on an image tower that averages over its patches.
     """
     vision, text, embed = config["vision_cfg"], config["text_cfg"], config["embed_dim"]
     width, patch = vision.get("width", 768), vision.get("patch_size", 16)
     patches = math.prod(side // patch for side in _height_and_width(vision.get("image_size", 224)))
     layers = vision.get("layers", 12) if image_layers is None else image_layers
-    image = 2 * patches * 3 * patch**2 * width + layers * _block_flops(patches + 1, width, vision.get("mlp_ratio", 4.0)) + 2 * width * embed
-    width, length = text.get("width", 512), text.get("context_length", 77)
+    kept = max(1, int(patches * (1 - vision.get("patch_dropout", 0.0)))) if drops_patches else patches
+    one_row = "image" in pooled and vision.get("pool_type", "tok") == "tok"
+    image = 2 * patches * 3 * patch**2 * width + 2 * width * embed
+    image += _blocks_flops(layers, kept + 1, width, vision.get("mlp_ratio", 4.0), one_row=one_row)
+    width, length = text.get("width", 512), text.get("context_length", 77) if text_length is None else text_length
     layers = text.get("layers", 12) if text_layers is None else text_layers
-    caption = layers * _block_flops(length, width, text.get("mlp_ratio", 4.0)) + 2 * width * embed
+    caption = _blocks_flops(layers, length, width, text.get("mlp_ratio", 4.0), one_row="text" in pooled) + 2 * width * embed
     return {"image": int(image), "text": int(caption), "total": int(image + caption)}
 
 
-def training_flops(config: Mapping[str, Any]) -> int:
-    """FLOPs of one sample's forward and backward pass: three times the forward pass."""
-    return 3 * forward_flops(config)["total"]
+def training_flops(config: Mapping[str, Any], *, text_length: int | None = None, pooled: Collection[str] = ("image", "text")) -> int:
+    """FLOPs of one sample's forward and backward pass: three times the forward pass, with patch dropout where the configuration has it.
+
+    What is computed again in the backward pass (activation checkpointing) or for it (accumulation) is not counted. Arguments as for
+    `forward_flops`; a tower whose last hidden state nothing is compared with is `pooled`.
+    """
+    return 3 * forward_flops(config, text_length=text_length, drops_patches=True, pooled=pooled)["total"]
 
 
 def state_bytes(params: int, *, zero_stage: int, ranks: int) -> dict[str, float]:
@@ -82,8 +101,8 @@ def activation_bytes(config: Mapping[str, Any], *, bf16: bool, checkpointing: bo
     """About what one sample's forward pass keeps for the backward pass, in bytes.
 
     A block keeps for each token the inputs of its norms and products: 8 + 2 x mlp_ratio numbers a channel, of which the two inputs of the
-    norms are fp32 and the others are of the precision. With checkpointing, a block's input, and one block at a time whole. Not counted:
-    the norms' statistics, projections, the loss.
+    norms are fp32 and the others are of the precision. With checkpointing, a block's input, and one block at a time whole. Captions and the
+    last block are taken as whole, and all patches as staying. Not counted: the norms' statistics, projections, the loss.
     """
     vision, text = config["vision_cfg"], config["text_cfg"]
     height, width = _height_and_width(vision.get("image_size", 224))
@@ -101,9 +120,16 @@ def _height_and_width(size: int | Sequence[int]) -> Sequence[int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def _block_flops(tokens: int, width: int, mlp_ratio: float) -> float:
-    """Four width x width products and two of the MLP per token, and the attention's two products per pair of tokens."""
-    return 2 * tokens * (4 + 2 * mlp_ratio) * width**2 + 4 * tokens**2 * width
+def _blocks_flops(layers: int, tokens: int, width: int, mlp_ratio: float, *, one_row: bool) -> float:
+    """Of a tower's blocks; with `one_row` the last one computes the result of one token only."""
+    if not one_row or not layers:
+        return layers * _block_flops(tokens, tokens, width, mlp_ratio)
+    return (layers - 1) * _block_flops(tokens, tokens, width, mlp_ratio) + _block_flops(tokens, 1, width, mlp_ratio)
+
+
+def _block_flops(tokens: int, rows: int, width: int, mlp_ratio: float) -> float:
+    """Keys and values of each token; queries, output and the MLP's two products of each row of the result; attention's two products."""
+    return 2 * (2 * tokens + (2 + 2 * mlp_ratio) * rows) * width**2 + 4 * tokens * rows * width
 
 
 def parameter_counts(state: Mapping[str, Any]) -> dict[str, int]:

@@ -40,7 +40,7 @@ from mmlg_scale.training.checkpoint import Checkpoints
 from mmlg_scale.training.folder import has_work, result_of
 from mmlg_scale.training.meters import measure_peak_flops
 from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole, PretrainingRole, fresh_spec
-from mmlg_scale.training.sizes import SizeDraw
+from mmlg_scale.training.sizes import SizeDraw, compared_depths, pooled_towers
 
 _NAMES: Mapping[str, str] = {str(init): name for init, name in NAMES.items()}
 
@@ -266,8 +266,8 @@ class _Costs:
             told,
             steps=training.steps,
             batch_size=training.batch_size,
-            flops=samples * training_flops(config),
-            teacher_flops=samples * self._teacher_flops if weights is not None else 0,
+            flops=samples * training_flops(config, pooled=pooled_towers(config, compared_depths(weights))),
+            teacher_flops=samples * self._teacher_flops(weights),
             memory=self._memory(params + maps, config, training, weights is not None, params) if training.steps else None,
             checkpoint_bytes=self._checkpoints(params + maps, training.steps) if training.steps else 0,
             **self._export(params),
@@ -294,7 +294,7 @@ class _Costs:
             steps=training.steps,
             batch_size=training.batch_size,
             flops=training.batch_size * draw.total_flops(training.steps),
-            teacher_flops=training.batch_size * training.steps * self._teacher_flops if loss is not None else 0,
+            teacher_flops=training.batch_size * training.steps * self._teacher_flops(loss),
             memory=memory,
             checkpoint_bytes=self._checkpoints(trained, training.steps),
             params=params,
@@ -308,7 +308,7 @@ class _Costs:
             captions = TRAIN_CAPTIONS * images
         else:
             images, captions = num_pairs(self.plan.data / "train")
-        flops = forward_flops(self.config)
+        flops = forward_flops(self.config, pooled=TOWERS)
         return StepCost(
             f"the ancestor's features of {images:,} images and {captions:,} captions",
             flops=images * flops["image"] + captions * flops["text"],
@@ -316,10 +316,11 @@ class _Costs:
             export_bytes=BYTES_PER_PARAMETER * (images + captions) * int(self.config["embed_dim"]),
         )
 
-    @property
-    def _teacher_flops(self) -> int:
-        """Of one sample; features that are kept cost their one pass only."""
-        return 0 if self.settings.engine.keep_features else forward_flops(self.config)["total"]
+    def _teacher_flops(self, loss: recipe.DistillationLoss | None) -> int:
+        """Of one sample, where there is something to compare; features that are kept cost their one pass only."""
+        if loss is None or self.settings.engine.keep_features:
+            return 0
+        return forward_flops(self.config, pooled=pooled_towers(self.config, compared_depths(loss)))["total"]
 
     def _checkpoints(self, params: int, steps: int) -> int:
         """The checkpoints that are kept, and the one being written."""
@@ -364,7 +365,7 @@ def print_forecast(found: Forecast, *, as_json: bool) -> None:
         f"Time: about {seconds(found.seconds)} (estimate): {_count(found.parallel, 'step')} at a time, {_count(found.ranks, 'rank')} each, "
         f"{found.mfu:.0%} of {si(found.peak_flops)}FLOP/s a rank (--mfu, --flops-per-second). "
         "Not counted: reading data, evaluation, start-up.",
-        "FLOPs are of whole schedules. A run that reaches its target earlier stops there.",
+        "FLOPs are of whole schedules. A run that reaches its target earlier stops there; captions are cut to the longest of a batch.",
     ]
     for line in lines:
         console.print(line, highlight=False)

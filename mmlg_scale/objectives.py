@@ -27,9 +27,10 @@ def contrastive(outputs: Outputs) -> Tensor:
     Under several ranks the mean of the returned values over ranks is the global batch's loss, and gradients are right after the
     engine has averaged them over ranks.
     """
+    features = _unit(outputs, _kernel_dtype(outputs))
     if "logit_bias" in outputs:
-        return sigmoid_loss(*_unit(outputs), outputs["logit_bias"].float(), group=_group())
-    return contrastive_loss(*_unit(outputs), group=_group())
+        return sigmoid_loss(*features, outputs["logit_bias"].float(), group=_group())
+    return contrastive_loss(*features, group=_group())
 
 
 def contrastive_with_affinity(student: Outputs, teacher: Outputs, weights: DistillationLoss) -> Tensor:
@@ -37,10 +38,10 @@ def contrastive_with_affinity(student: Outputs, teacher: Outputs, weights: Disti
 
     SigLIP's loss, which is no softmax, takes a pass of its own.
     """
-    own_pass = "logit_bias" in student
+    own_pass, dtype = "logit_bias" in student, _kernel_dtype(student)
     loss = contrastive_distillation_loss(
-        *_unit(student),
-        *_unit(teacher),
+        *_unit(student, dtype),
+        *_unit(teacher, dtype),
         contrastive_weight=0.0 if own_pass else weights.contrastive,
         distillation_weight=weights.affinity,
         group=_group(),
@@ -48,9 +49,15 @@ def contrastive_with_affinity(student: Outputs, teacher: Outputs, weights: Disti
     return loss + weights.contrastive * contrastive(student) if own_pass else loss
 
 
-def _unit(outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised features and the multiplier, in fp32; above 0 even where its logarithm is so low that it rounds to 0."""
-    image, text = (F.normalize(outputs[f"{tower}_features"].float(), dim=-1) for tower in ("image", "text"))
+def _kernel_dtype(outputs: Outputs) -> torch.dtype:
+    """What the loss kernels get: bf16 where a GPU computed the features in it, for its tensor cores; fp32 elsewhere."""
+    features = outputs["image_features"]
+    return torch.bfloat16 if features.is_cuda and features.dtype == torch.bfloat16 else torch.float32
+
+
+def _unit(outputs: Outputs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, normalised in fp32 and then of `dtype`, and the multiplier, in fp32; above 0 even where its logarithm rounds to 0."""
+    image, text = (F.normalize(outputs[f"{tower}_features"].float(), dim=-1).to(dtype) for tower in ("image", "text"))
     return image, text, outputs["logit_scale"].float().clamp_min(torch.finfo(torch.float32).tiny)
 
 
@@ -70,9 +77,9 @@ def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], valid_
     different numbers of valid tokens: the mean over ranks of the returned values is what one process with the whole batch computes.
     """
     pairs = [(s.float(), t.float()) for s, t in zip(student, teacher, strict=True)]
-    if valid_BT is not None:
-        pairs = [(s[valid_BT], t[valid_BT]) for s, t in pairs]
-    moments_R3 = torch.stack([torch.stack([t.new_tensor(t.numel(), dtype=torch.float64), *_sums(t)]) for _, t in pairs])
+    # Tokens are weighted by 0 or 1: to index by them would have the host wait for their number.
+    weight_BT = None if valid_BT is None else valid_BT.float()
+    moments_R3 = torch.stack([_moments(t, weight_BT) for _, t in pairs])
     world_size = 1
     if dist.is_initialized() and dist.get_world_size() > 1:
         world_size = dist.get_world_size()
@@ -80,13 +87,20 @@ def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], valid_
     count, first, second = moments_R3.unbind(1)
     variance_R = second / count - (first / count) ** 2
     scale_R = (world_size / (count * variance_R)).float()
-    return torch.stack([scale * (s - t).square().sum() for scale, (s, t) in zip(scale_R, pairs, strict=True)]).sum()
+    errors = [_over_tokens((s - t).square().sum(dim=-1), weight_BT).sum() for s, t in pairs]
+    return (scale_R * torch.stack(errors)).sum()
 
 
-def _sums(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and sum of squares in fp64: their difference of squares loses digits in fp32."""
-    wide = tensor.double()
-    return wide.sum(), wide.square().sum()
+def _over_tokens(values_BT: Tensor, weight_BT: Tensor | None) -> Tensor:
+    return values_BT if weight_BT is None else values_BT * weight_BT
+
+
+def _moments(hidden_BTd: Tensor, weight_BT: Tensor | None) -> Tensor:
+    """Count, sum and sum of squares of the weighted tokens' numbers [3]; over tokens in fp64, since the variance is their difference."""
+    rows = [hidden_BTd.sum(dim=-1), hidden_BTd.square().sum(dim=-1)]
+    first, second = (_over_tokens(row_BT, weight_BT).sum(dtype=torch.float64) for row_BT in rows)
+    count = torch.full_like(first, hidden_BTd.numel()) if weight_BT is None else weight_BT.sum(dtype=torch.float64) * hidden_BTd.shape[-1]
+    return torch.stack([count, first, second])
 
 
 def distillation(student: Outputs, teacher: Outputs, text_BT: Tensor, weights: DistillationLoss) -> tuple[Tensor, dict[str, Tensor]]:

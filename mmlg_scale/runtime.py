@@ -34,6 +34,8 @@ class Runtime:
     """ZeRO-3 keeps parameters with fewer numbers than this whole on every rank."""
     activation_checkpointing: bool = False
     """Keep only the inputs of each transformer block and recompute it in the backward pass: less memory, a third more compute."""
+    text: Literal["full", "cut"] = "cut"
+    """Captions of a training step: cut after the longest of the rank's batch (rounded up to 8 tokens), or as long as the context."""
     compose_per_layer: bool = False
     """Extraction sums a layer's matrices when it runs, not all before the first; with activation_checkpointing one layer's are in
     memory."""

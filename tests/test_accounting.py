@@ -481,3 +481,21 @@ def test_what_a_result_misses_is_one_line_with_its_path(change: dict[str, Any], 
 def test_another_format_is_refused() -> None:
     with pytest.raises(UserError, match=r"^family\.json: format_version 2 is not supported, 1 is\."):
         FamilyResult.from_json({"format_version": 2}, "family.json")
+
+
+@pytest.mark.parametrize(("length", "dropout"), [(8, 0.0), (24, 0.0), (16, 0.5)])
+def test_a_step_is_charged_what_it_computes(length: int, dropout: float) -> None:
+    """Cut captions, dropped patches, and a last block of one row where no hidden state of it is compared: as torch counts products."""
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 3, "patch_dropout": dropout}
+    text = {"context_length": 24, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2}
+    config = towers.model_config({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text})
+    clip = towers.use_own_blocks(towers.build_clip(config, seed=0), config)
+    images, texts = torch.randn(4, 3, 32, 32), torch.randint(1, 50, (4, length))
+    patches = torch.randperm(16)[: int(16 * (1 - dropout))].expand(4, -1) if dropout else None
+    for tap, pooled in (((), ("image", "text")), ((1,), ("image", "text")), ((3,), ("text",))):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            towers.encode_image_with_hidden(clip, images, tap, patches=patches)
+            towers.encode_text_with_hidden(clip, texts, () if tap == (3,) else tap)
+        charged = forward_flops(config, text_length=length, drops_patches=True, pooled=pooled)["total"]
+        assert counter.get_total_flops() == 4 * charged, (tap, pooled)
+        assert charged <= forward_flops(config)["total"]

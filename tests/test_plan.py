@@ -61,7 +61,7 @@ def test_activations_are_what_autograd_keeps(bf16: bool, width: int, mlp_ratio: 
             "text_cfg": {**tower, "context_length": 16, "vocab_size": 50, "heads": width // 32},
         }
     )
-    clip = towers.build_clip(config, seed=0)
+    clip = towers.use_own_blocks(towers.build_clip(config, seed=0), config)
     weights = {parameter.data_ptr() for parameter in clip.parameters()}
     kept: dict[int, int] = {}
     alive = []
@@ -74,8 +74,9 @@ def test_activations_are_what_autograd_keeps(bf16: bool, width: int, mlp_ratio: 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        image = towers.encode_image_with_hidden(clip, torch.randn(32, 3, 32, 32))[0]
-        text = towers.encode_text_with_hidden(clip, torch.randint(1, 20, (32, 16)))[0]
+        # With its last hidden state a tower computes its last block whole, as the estimate has it.
+        image = towers.encode_image_with_hidden(clip, torch.randn(32, 3, 32, 32), (6,))[0]
+        text = towers.encode_text_with_hidden(clip, torch.randint(1, 20, (32, 16)), (6,))[0]
     assert image.requires_grad
     assert text.requires_grad
     params = sum(parameter.numel() for parameter in clip.parameters())
@@ -190,7 +191,7 @@ def test_the_largest_recipe_is_planned_without_building_it(capsys: pytest.Captur
 def test_the_table_and_its_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "demo", "--flops-per-second", "1e12"]) == 0
     said = capsys.readouterr().out
-    assert "37 steps, 46.2 TFLOP in all" in said
+    assert "37 steps, 42.1 TFLOP in all" in said
     assert "650 × 128" in said
     assert main(["plan", "demo", "--family.sizes", "[{image_width: 17}]"]) == 2
     assert "recipe key family.sizes[0]" in capsys.readouterr().err

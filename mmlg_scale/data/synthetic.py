@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmlg_scale.data.manifest import Progress, Sample, new_dataset, write_split
+from mmlg_scale.data.manifest import Progress
+from mmlg_scale.data.publish import Sample, new_dataset, write_split
 from mmlg_scale.errors import UserError
 
 _LISTED = """

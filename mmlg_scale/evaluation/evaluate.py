@@ -18,19 +18,34 @@ from mmlg_scale.evaluation.zeroshot import class_embeddings, zero_shot_metrics
 Encoder = Callable[[Tensor], Tensor]
 
 
-def encode_in_chunks(encode: Encoder, inputs: Chunks | Tensor, device: torch.device) -> Tensor:
-    """`encode` over the rows of `inputs`, moved to `device` chunk by chunk -> fp32 features [N, D] on the CPU.
+def encode_texts(encode: Encoder, texts: Chunks | Tensor, device: torch.device) -> Tensor:
+    """`encode_in_chunks` of captions, each chunk cut to its longest one. Those in memory are taken by length."""
+
+    def cut(chunk: Tensor) -> Tensor:
+        return chunk[:, : towers.cut_length(chunk)]
+
+    if not isinstance(texts, Tensor):
+        return encode_in_chunks(encode, texts, device, prepare=cut)
+    order_M = texts.argmax(dim=-1).argsort(stable=True)
+    found_MD = encode_in_chunks(encode, texts[order_M], device, prepare=cut)
+    return torch.empty_like(found_MD).index_copy_(0, order_M, found_MD)
+
+
+def encode_in_chunks(
+    encode: Encoder, inputs: Chunks | Tensor, device: torch.device, *, prepare: Callable[[Tensor], Tensor] = lambda chunk: chunk
+) -> Tensor:
+    """`encode` over the rows of `inputs`, prepared and then moved to `device` chunk by chunk -> fp32 features [N, D] on the CPU.
 
     Under several ranks each reads and encodes every world-size-th chunk and all get all features: the same numbers as on one rank. Every
     rank calls `encode` equally often (the last chunk again where there are none left), since under ZeRO-3 a forward pass is a collective.
     """
     chunks = TensorChunks(inputs) if isinstance(inputs, Tensor) else inputs
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return torch.cat([encode(chunk.to(device)).float().cpu() for chunk in chunks.read(range(len(chunks)))])
+        return torch.cat([encode(prepare(chunk).to(device)).float().cpu() for chunk in chunks.read(range(len(chunks)))])
     world_size, parts = dist.get_world_size(), list[Tensor]()
     rounds = range(0, len(chunks), world_size)
     for start, chunk in zip(rounds, chunks.read(min(start + dist.get_rank(), len(chunks) - 1) for start in rounds), strict=True):
-        own = encode(chunk.to(device)).float()
+        own = encode(prepare(chunk).to(device)).float()
         # Rows of a chunk that is not full, the last one, are preceded by their number.
         padded = own.new_zeros(chunks.chunk_size + 1, own.shape[1])
         padded[0], padded[1 : len(own) + 1] = len(own), own
@@ -54,17 +69,17 @@ def evaluate_pairs(
 
     Args:
         encode_image: float images [n, 3, H, W] -> features [n, D].
-        encode_text: token ids [n, T] -> features [n, D].
+        encode_text: token ids [n, T], T up to the context length (`towers.cut_length`) -> features [n, D].
         preprocess: uint8 -> normalised float images.
         tokenize: captions -> token ids; needed with `classes`.
     """
     image_ND = encode_in_chunks(lambda images: encode_image(preprocess(images)), split.images, device)
-    text_MD = encode_in_chunks(encode_text, split.texts, device)
+    text_MD = encode_texts(encode_text, split.texts, device)
     metrics = recall_at_k(image_ND, text_MD, split.text_to_image_M)
     if classes is not None and split.labels_N is not None:
         assert tokenize is not None
         class_CD = class_embeddings(
-            lambda texts: encode_in_chunks(encode_text, texts, device),
+            lambda texts: encode_texts(encode_text, texts, device),
             tokenize,
             classes["classnames"],
             classes["templates"],
@@ -82,10 +97,18 @@ class _Loaded:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.clip = towers.build_clip(bundle.spec.config, seed=0)
         self.clip.load_state_dict(bundle.state)
-        self.clip.to(self.device).eval()
+        towers.use_own_blocks(self.clip, bundle.spec.config).to(self.device).eval()
         self.preprocess = bundle.spec.preprocess
         self.corpus = Corpus(open_pairs(data), bundle.spec)
         self.split = self.corpus.eval_split(split)
+
+    def image(self, image: Tensor) -> Tensor:
+        """Features of normalised images."""
+        return towers.encode_image_with_hidden(self.clip, image)[0]
+
+    def text(self, text: Tensor) -> Tensor:
+        """Features of token ids."""
+        return towers.encode_text_with_hidden(self.clip, text)[0]
 
 
 @torch.no_grad()
@@ -97,8 +120,8 @@ def evaluate_folder(model: Path, data: Path, split: str) -> dict[str, float]:
     """
     loaded = _Loaded(model, data, split)
     return evaluate_pairs(
-        loaded.clip.encode_image,
-        loaded.clip.encode_text,
+        loaded.image,
+        loaded.text,
         loaded.split,
         loaded.preprocess,
         loaded.device,
@@ -111,5 +134,5 @@ def evaluate_folder(model: Path, data: Path, split: str) -> dict[str, float]:
 def folder_features(model: Path, data: Path, split: str) -> tuple[Tensor, Tensor, EvalSplit]:
     """Features of a split, [N, D] of its images and [M, D] of its captions, and the split itself."""
     loaded = _Loaded(model, data, split)
-    image_ND = encode_in_chunks(lambda chunk: loaded.clip.encode_image(loaded.preprocess(chunk)), loaded.split.images, loaded.device)
-    return image_ND, encode_in_chunks(loaded.clip.encode_text, loaded.split.texts, loaded.device), loaded.split
+    image_ND = encode_in_chunks(lambda chunk: loaded.image(loaded.preprocess(chunk)), loaded.split.images, loaded.device)
+    return image_ND, encode_texts(loaded.text, loaded.split.texts, loaded.device), loaded.split

@@ -37,18 +37,14 @@ class AuxiliaryCLIP(nn.Module):
         stem/...: an open_clip CLIP's tensors outside its blocks; with a factorised embedding, its factors in its place.
     """
 
-    attn_mask: Tensor
-
     def __init__(self, structure: Structure) -> None:
         super().__init__()
         self.structure = structure
         for name, shape in structure.shapes().items():
             self.register_parameter(_parameter_name(name), nn.Parameter(torch.empty(shape)))
-        length = towers.context_length(structure.config)
-        self.register_buffer("attn_mask", torch.full((length, length), -torch.inf).triu_(1), persistent=False)
         # A dictionary in a list is not searched for modules.
         self._runners: list[dict[tuple[int | None, int | None], tuple[_StemRunner, dict[str, tuple[int, ...]]]]] = [{}]
-        self._templates: list[dict[tuple[str, int | None], nn.Module]] = [{}]
+        self._forms: dict[tuple[str, int | None], towers.BlockForm] = {}
 
     @classmethod
     def from_ancestor(
@@ -112,7 +108,6 @@ class AuxiliaryCLIP(nn.Module):
         """
         runner, shapes = self._runner(image_width, text_width)
         stem = {f"clip.{name}": tensor for name, tensor in narrow_state(shapes, lambda name: self._get(STEM + name)).items()}
-        stem["clip.attn_mask"] = self.attn_mask
         sizes: dict[str, tuple[int, int | None]] = {}
         for tower, given, num_layers, width in (("image", image, image_layers, image_width), ("text", text, text_layers, text_width)):
             if given is not None:
@@ -143,17 +138,17 @@ class AuxiliaryCLIP(nn.Module):
             if per_layer and self.structure.basis == "knots":
                 lazy = compose_lazily(self.structure, self._get, sizes, dtype=dtype)
                 for tower, layers in lazy.items():
-                    found[tower] = [functools.partial(_make_and_call, self._template(tower, sizes[tower][1]), make) for make in layers]
+                    found[tower] = [functools.partial(_make_and_run, self._form(tower, sizes[tower][1]), make) for make in layers]
                 return found
             for tower, composed in compose_layers(self.structure, self._get, sizes, dtype=dtype).items():
-                found[tower] = [functools.partial(_call_block, self._template(tower, sizes[tower][1]), tensors) for tensors in composed]
+                found[tower] = [functools.partial(_run, self._form(tower, sizes[tower][1]), tensors) for tensors in composed]
         return found
 
-    def _template(self, tower: str, width: int | None) -> nn.Module:
+    def _form(self, tower: str, width: int | None) -> towers.BlockForm:
         key = (tower, width)
-        if key not in self._templates[0]:
-            self._templates[0][key] = towers.block_template(self.structure.sized(**{f"{tower}_width": width}), tower)
-        return self._templates[0][key]
+        if key not in self._forms:
+            self._forms[key] = towers.BlockForm.of(self.structure.sized(**{f"{tower}_width": width}), tower)
+        return self._forms[key]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by kind: blocks, coefficients, vectors, maps, stem_matrices, stem_other; kinds without any are left out."""
@@ -210,14 +205,14 @@ class _StemRunner(nn.Module):
         return outputs
 
 
-def _call_block(template: nn.Module, tensors: dict[str, Tensor], hidden: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    return functional_call(template, tensors, (hidden,), {"attn_mask": attn_mask})
+def _run(form: towers.BlockForm, tensors: dict[str, Tensor], hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+    return towers.run_block(hidden, tensors, form, rows)
 
 
-def _make_and_call(template: nn.Module, make: Callable[[], dict[str, Tensor]], hidden: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+def _make_and_run(form: towers.BlockForm, make: Callable[[], dict[str, Tensor]], hidden: Tensor, rows: Tensor | None = None) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         tensors = make()
-    return _call_block(template, tensors, hidden, attn_mask)
+    return towers.run_block(hidden, tensors, form, rows)
 
 
 def _fill_block(layout: BlockLayout, block_P: Tensor, depth: int, generator: torch.Generator) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmlg_scale.towers.block import Block, BlockForm, TransformerBlock, run_block, use_own_blocks
 from mmlg_scale.towers.bundle import Bundle, ModelSpec, export, export_tower, load_ancestor, load_clip, load_tower
 from mmlg_scale.towers.config import (
     architecture_names,
@@ -30,10 +31,10 @@ from mmlg_scale.towers.preprocess import Preprocess
 from mmlg_scale.towers.run import (
     INITIAL_LOGIT_SCALE,
     MAX_LOGIT_SCALE,
-    Block,
     block_template,
     build_clip,
     build_meta,
+    cut_length,
     empty_stem,
     encode_image_with_hidden,
     encode_text_with_hidden,
@@ -63,18 +64,21 @@ __all__ = [
     "MAX_LOGIT_SCALE",
     "TOKENIZER_FILES",
     "Block",
+    "BlockForm",
     "Bundle",
     "BytePairTokenizer",
     "FileTokenizer",
     "ModelSpec",
     "Preprocess",
     "Tokenizer",
+    "TransformerBlock",
     "architecture_names",
     "block_template",
     "build_clip",
     "build_meta",
     "clean",
     "context_length",
+    "cut_length",
     "empty_stem",
     "encode_image_with_hidden",
     "encode_text_with_hidden",
@@ -98,6 +102,7 @@ __all__ = [
     "patch_dropout",
     "read_tensors",
     "require_memory",
+    "run_block",
     "run_image_tower",
     "run_text_tower",
     "same_tokenizer",
@@ -106,6 +111,7 @@ __all__ = [
     "split_state",
     "tokenizer_from_files",
     "told",
+    "use_own_blocks",
     "vocab_size",
     "width",
     "with_logit_bias",

@@ -23,7 +23,7 @@ from mmlg_scale.towers.config import num_patches as count_patches
 class Parts(NamedTuple):
     """How a tower's norms and activations are made."""
 
-    norm: Callable[[int], nn.Module]
+    norm: Callable[[int], nn.LayerNorm]
     activation: Callable[[], nn.Module]
 
 

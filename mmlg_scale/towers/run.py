@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from mmlg_scale.towers.block import Block, TransformerBlock, take_rows
 from mmlg_scale.towers.config import require_memory, with_sizes
-from mmlg_scale.towers.modules import CLIP, ResidualAttentionBlock, VisionTransformer, text_global_pool
+from mmlg_scale.towers.modules import CLIP, ResidualAttentionBlock, VisionTransformer
 
-Block = Callable[..., Tensor]
 MAX_LOGIT_SCALE = math.log(100.0)
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+CUT_MULTIPLE = 8
+"""Cut captions have a multiple of this many tokens: fast products, and few different shapes."""
 SIGLIP_LOGIT_SCALE = math.log(10.0)
 """With a logit bias of -10: Zhai et al. 2023, section 3.2."""
 
@@ -74,7 +76,7 @@ def run_image_tower(
 
     Args:
         visual: supplies stem, pooling and projection.
-        blocks: called as ``block(x, attn_mask=...)`` on [B, T, d].
+        blocks: called as ``block(x)`` on [B, T, d]; see `block.Block`.
         image: [B, 3, H, W], normalised.
         tap: layers, counted from 1, after which the hidden state is kept.
         patches: [B, P'] positions of the patches that stay (patch dropout); None: all.
@@ -86,7 +88,10 @@ def run_image_tower(
     hidden = visual._embeds(image)
     if patches is not None:
         hidden = keep_patches(hidden, patches)  # the norm in front of the blocks works token by token: dropping after it is the same
-    hidden, kept = _run_blocks(blocks, hidden, None, tap, checkpoint)
+    rows = None
+    if visual.pool_type == "tok":
+        rows = torch.zeros(len(image), 1, dtype=torch.int64, device=image.device)
+    hidden, kept = _run_blocks(blocks, hidden, rows, tap, checkpoint)
     pooled, _ = visual._pool(hidden)
     return pooled @ visual.proj, kept
 
@@ -94,36 +99,67 @@ def run_image_tower(
 def run_text_tower(
     clip: CLIP, blocks: Sequence[Block], text: Tensor, tap: Sequence[int] = (), *, checkpoint: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    """The text tower with `blocks` in place of its own; see `run_image_tower`. `text` holds token ids [B, T]."""
-    hidden, kept = _run_blocks(blocks, clip.token_embedding(text) + clip.positional_embedding, clip.attn_mask, tap, checkpoint)
-    pooled = text_global_pool(clip.ln_final(hidden), text)
-    return pooled @ clip.text_projection, kept
+    """The text tower with `blocks` in place of its own; see `run_image_tower`.
+
+    Args:
+        text: token ids [B, T]; T is the context length, or less where captions are cut (`cut_length`).
+    """
+    assert clip.text_pool_type == "argmax", clip.text_pool_type
+    rows = text.argmax(dim=-1, keepdim=True)
+    embedded = clip.token_embedding(text) + clip.positional_embedding[: text.shape[1]]
+    hidden, kept = _run_blocks(blocks, embedded, rows, tap, checkpoint)
+    return clip.ln_final(hidden[:, 0]) @ clip.text_projection, kept
 
 
 def _run_blocks(
-    blocks: Sequence[Block], hidden: Tensor, mask: Tensor | None, tap: Sequence[int], checkpoint: bool
+    blocks: Sequence[Block], hidden: Tensor, rows: Tensor | None, tap: Sequence[int], checkpoint: bool
 ) -> tuple[Tensor, list[Tensor]]:
+    """The hidden state after the last block, with `rows` [B, 1] only at these positions [B, 1, d]; and those after the tapped blocks.
+
+    The last block computes no more than `rows`, unless its hidden state is tapped.
+    """
     states: dict[int, Tensor] = {}
     for number, block in enumerate(blocks, start=1):
+        asked = rows if number == len(blocks) and number not in tap else None
         if checkpoint:
             # A block has no randomness of its own, so there is no state to bring back.
-            hidden = torch_checkpoint(block, hidden, attn_mask=mask, use_reentrant=False, preserve_rng_state=False)
+            hidden = torch_checkpoint(block, hidden, asked, use_reentrant=False, preserve_rng_state=False)
         else:
-            hidden = block(hidden, attn_mask=mask)
+            hidden = block(hidden, asked)
         states[number] = hidden
+    if rows is not None and hidden.shape[1] != 1:
+        hidden = take_rows(hidden, rows)
     return hidden, [states[number] for number in tap]
+
+
+def cut_length(text_BT: Tensor) -> int:
+    """Tokens that a text tower needs of these captions: up to the last end token, rounded up to 8, at most T.
+
+    Exact, since the towers that are supported are causal and pooled at the end token, the highest id: what follows it changes nothing.
+    The tokens are on the CPU: to read them from a device would be to wait for it.
+    """
+    longest = int(text_BT.numpy().argmax(axis=-1).max()) + 1
+    return min(text_BT.shape[1], -(-longest // CUT_MULTIPLE) * CUT_MULTIPLE)
 
 
 def encode_image_with_hidden(
     clip: CLIP, image: Tensor, tap: Sequence[int] = (), *, patches: Tensor | None = None, checkpoint: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    """`run_image_tower` with the model's own blocks."""
-    return run_image_tower(clip.visual, list(clip.visual.transformer.resblocks), image, tap, patches=patches, checkpoint=checkpoint)
+    """`run_image_tower` with the model's own blocks, which `use_own_blocks` has prepared."""
+    return run_image_tower(clip.visual, _own_blocks(clip.visual.transformer), image, tap, patches=patches, checkpoint=checkpoint)
 
 
 def encode_text_with_hidden(clip: CLIP, text: Tensor, tap: Sequence[int] = (), *, checkpoint: bool = False) -> tuple[Tensor, list[Tensor]]:
-    """`run_text_tower` with the model's own blocks."""
-    return run_text_tower(clip, list(clip.transformer.resblocks), text, tap, checkpoint=checkpoint)
+    """`run_text_tower` with the model's own blocks, which `use_own_blocks` has prepared."""
+    return run_text_tower(clip, _own_blocks(clip.transformer), text, tap, checkpoint=checkpoint)
+
+
+def _own_blocks(transformer: Any) -> list[Block]:
+    blocks = list(transformer.resblocks)
+    assert all(isinstance(block, TransformerBlock) for block in blocks), (
+        "call use_own_blocks first: open_clip's are not causal by themselves"
+    )
+    return blocks
 
 
 def block_template(config: Mapping[str, Any], tower: str) -> ResidualAttentionBlock:

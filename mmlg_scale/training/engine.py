@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmlg_scale import recipe
+from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import checkpoint_bytes
 from mmlg_scale.errors import UserError
 from mmlg_scale.runtime import Runtime
@@ -86,7 +86,7 @@ class Engine:
     Args:
         model: owns every trained parameter; its forward is the only place where they are used (ZeRO-3 gathers them there).
         parameter_groups: torch optimiser groups; each may carry `lr` (its peak rate) and `weight_decay`.
-        runtime: ZeRO stage, activation checkpointing.
+        runtime: ZeRO stage, activation checkpointing, whether captions are cut.
         batch_size: global; must be a multiple of the world size.
         precision: fp32 or bf16.
         optimizer: the recipe's: name, rates, decays, clipping.
@@ -117,6 +117,7 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.precision = precision
         self.zero_stage, self._checkpoint_blocks = runtime.zero_stage, runtime.activation_checkpointing
+        self.cuts_text = runtime.text == "cut"
         self.device = next(model.parameters()).device
         torch_optimizer = (
             torch.optim.SGD(parameter_groups, lr=optimizer.learning_rate, fused=True)
@@ -124,12 +125,20 @@ class Engine:
             else _optimizer(parameter_groups, optimizer, runtime)
         )
         self._torch_optimizer = torch_optimizer
+        self._clipping = optimizer.gradient_clipping
+        if self.zero_stage == 3 and any(isinstance(module, towers.TransformerBlock) for module in model.modules()):
+            # A block's forward uses its submodules' parameters without calling them: they are gathered with the block, as one.
+            deepspeed.utils.set_z3_leaf_modules(model, [towers.TransformerBlock])
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=torch_optimizer,
             config=deepspeed_config(runtime, precision, batch_size=batch_size, world_size=world_size, clipping=optimizer.gradient_clipping),
             dist_init_required=False,
         )
+        # DeepSpeed would copy every gradient to one flat buffer and back, to share it with nobody.
+        self._alone = self.zero_stage == 0 and world_size == 1
+        if self._alone:
+            self._engine.enable_backward_allreduce = False
         self.model: nn.Module = self._engine.module
         self._norm = torch.zeros((), device=self.device)
         self.lost_R = self._lost_ranks(None)
@@ -155,7 +164,8 @@ class Engine:
         if self.zero_stage == 0:
             with self._engine.no_sync():
                 yield
-            self._engine.allreduce_gradients()
+            if not self._alone:
+                self._engine.allreduce_gradients()
         else:
             with self._engine.coalesce_grad_reduction():
                 yield
@@ -174,12 +184,21 @@ class Engine:
             group["lr"] = peak * rate_factor
         self.lost_R = self._lost_ranks(loss)
         lost = self.lost_R.any()
-        if self.zero_stage == 0:  # where DeepSpeed clips without telling the norm
-            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm(gradients)
+        if self.zero_stage == 0:  # where DeepSpeed would clip with the norm on the host, and without telling it
+            self._clip()
             lost = lost | ~self._norm.isfinite()
         self._torch_optimizer.found_inf = lost.float()  # type: ignore[attr-defined]
         self._engine.step()
+
+    def _clip(self) -> None:
+        """Take the norm of the gradients and clip them by it, on the device."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:  # several ranks exchange zeros then: the optimiser must do the same here
+                parameter.grad = torch.zeros_like(parameter)
+        self._norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if self._clipping:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._clipping, self._norm)
 
     def _lost_ranks(self, loss: Tensor | None) -> Tensor:
         """Which ranks' loss is not finite, uint8 [R] on the device. One small collective, of which the host does not wait for the end."""
@@ -293,7 +312,8 @@ def deepspeed_config(runtime: Runtime, precision: str, *, batch_size: int, world
         "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": batch_size // world_size,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": clipping,  # DeepSpeed clips at 1.0 when this is left out
+        # DeepSpeed clips at 1.0 when this is left out. Without ZeRO, `Engine.step` clips: DeepSpeed's own waits for the device.
+        "gradient_clipping": clipping if runtime.zero_stage else 0.0,
         "zero_optimization": {
             "stage": runtime.zero_stage,
             "stage3_param_persistence_threshold": runtime.persistence_threshold,
@@ -301,6 +321,7 @@ def deepspeed_config(runtime: Runtime, precision: str, *, batch_size: int, world
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},  # it waits for the device in every step
         "wall_clock_breakdown": False,
     }
     if precision == "bf16":

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 
 FILES = ("image.npy", "text.npy", "captions.npy")
+POOLED = ("image", "text")
+"""Only final features are wanted: see `accounting.forward_flops`."""
 REMEDY = "Remove the folder and write the features again with mmlg features."
 
 
@@ -88,13 +90,14 @@ def compute_features(
         found.append(_features(teacher, samples, preprocess, autocast, device))
         if position + 1 == len(items) or items[position + 1] % items_per_block == 0:
             block = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+            block["text_flops"] = block["text_flops"].sum().reshape(1)
             block["seconds"] = torch.tensor([time.perf_counter() - started], dtype=torch.float64)
             tensors, metadata = towers.signed(block)
             write_bytes_atomic(paths[next(place)], save(tensors, metadata))
             found, started = [], time.perf_counter()
     dist.barrier()
-    counts, flops = on_first_rank(lambda: _join(paths, out)), forward_flops(teacher.spec.config)
-    total = counts["num_images"] * flops["image"] + counts["num_captions"] * flops["text"]
+    counts, flops = on_first_rank(lambda: _join(paths, out)), forward_flops(teacher.spec.config, pooled=POOLED)
+    total = counts["num_images"] * flops["image"] + counts.pop("text_flops")
     scalars = {name: float(value) for name, value in towers.logits_outputs(teacher.model.clip).items()}
     return {**counts, "flops": total, "logits": scalars}
 
@@ -103,23 +106,33 @@ def compute_features(
 def _features(
     teacher: LiveTeacher, samples: Samples, preprocess: Callable[[Tensor], Tensor], autocast: Autocast, device: torch.device
 ) -> dict[str, Tensor]:
+    """By name: features of one item's images and of all their captions, and what the captions, which are cut, have cost."""
     images = preprocess(samples.image_uint8_NCHW.to(device))
+    order = samples.text_MT.argmax(dim=-1).argsort(stable=True)  # by length, so that little of a part is padding
+    parts = [part[:, : towers.cut_length(part)] for part in samples.text_MT[order].split(len(images)) if len(part)]
     with autocast():
         image_NE = teacher.model(images)["image_features"].float().cpu()
-        parts = samples.text_MT.to(device).split(len(images))
-        texts = [teacher.model(text=part)["text_features"].float().cpu() for part in parts if len(part)]
+        found = [teacher.model(text=part.to(device))["text_features"].float().cpu() for part in parts]
     image_NE[~samples.whole_N] = torch.nan
-    return {"image": image_NE, "text": torch.cat([image_NE[:0], *texts]), "num_captions": samples.num_captions_N}
+    text_ME = torch.cat([image_NE[:0], *found])
+    cost = sum(len(part) * forward_flops(teacher.spec.config, text_length=part.shape[1], pooled=POOLED)["text"] for part in parts)
+    return {
+        "image": image_NE,
+        "text": torch.empty_like(text_ME).index_copy_(0, order, text_ME),
+        "num_captions": samples.num_captions_N,
+        "text_flops": torch.tensor([cost]),
+    }
 
 
 def _join(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     """One file of each kind out of all blocks, which are then removed; their numbers and the seconds that they took."""
     ranks = min(dist.get_world_size(), len(paths))  # that had work
-    captions, seconds, width = [], 0.0, 0
+    captions, seconds, width, text_flops = [], 0.0, 0, 0
     for path in paths:
         block = _read_block(path)
         captions.append(block["num_captions"].numpy())
         seconds, width = seconds + float(block["seconds"]) / ranks, block["image"].shape[1]
+        text_flops += int(block["text_flops"])
     starts = np.concatenate([[0], np.cumsum(np.concatenate(captions))])
     for name in FILES:
         (out / name).unlink(missing_ok=True)  # a symbolic link in its place would be followed
@@ -136,14 +149,18 @@ def _join(paths: Sequence[Path], out: Path) -> dict[str, Any]:
                 whole.write(_read_block(path)[name].numpy().data)
     shutil.rmtree(out / "blocks")
     digests = {name: file_digest(out / name, "features") for name in FILES}
-    return {"num_images": rows["image"], "num_captions": rows["text"], "seconds": seconds, "files": digests}
+    return {"num_images": rows["image"], "num_captions": rows["text"], "text_flops": text_flops, "seconds": seconds, "files": digests}
 
 
 def _read_block(path: Path) -> dict[str, Tensor]:
+    remedy = "Remove that block; mmlg features computes it again."
     try:
-        return towers.read_tensors(path)[0]
+        block = towers.read_tensors(path)[0]
     except UserError as error:
-        raise UserError(f"{str(error).rstrip('.')}. Remove that block; mmlg features computes it again.") from error
+        raise UserError(f"{str(error).rstrip('.')}. {remedy}") from error
+    if "text_flops" not in block:
+        raise UserError(f"{path} is of an earlier version. {remedy}")
+    return block
 
 
 def check_features(folder: Path, result: Mapping[str, Any]) -> None:

@@ -49,8 +49,12 @@ class Health:
     def note(self, step: int, samples_B: Tensor) -> None:
         """Take what the engine found in `step`; `samples_B` are this rank's."""
         norm = self._engine.gradient_norm
-        lost_norm = torch.full((1,), not math.isfinite(norm)) if isinstance(norm, float) else ~norm.isfinite().reshape(1)
-        lost = torch.cat([self._engine.lost_R, lost_norm.to(self._engine.lost_R)])
+        lost_R = self._engine.lost_R
+        if isinstance(norm, float):
+            lost_norm = torch.full((1,), not math.isfinite(norm), device=lost_R.device)
+        else:
+            lost_norm = ~norm.isfinite().reshape(1)
+        lost = torch.cat([lost_R, lost_norm.to(lost_R)])
         self._unseen.append((step, lost, samples_B))
         if len(self._unseen) >= LOOK_EVERY:
             self.look()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.checkpoint import Checkpoints
 from mmlg_scale.training.engine import Engine
 from mmlg_scale.training.health import Health
-from mmlg_scale.training.inputs import Inputs
+from mmlg_scale.training.inputs import inputs_of, text_length
 from mmlg_scale.training.meters import Meters
 from mmlg_scale.training.signals import Request, Requests, requeue
 from mmlg_scale.training.stages import Stage, Terms
@@ -27,6 +27,7 @@ from mmlg_scale.training.step import compute_gradients, compute_loss
 from mmlg_scale.training.watchdog import Watchdog
 
 Curve = list[dict[str, Any]]
+_HALF = 2**32
 
 
 @dataclass
@@ -55,15 +56,11 @@ def rate_factor(step: int, training_steps: int, warmup_fraction: float) -> float
 
 def train_step(stage: Stage, engine: Engine, batch: Batch, step: int) -> tuple[Tensor, Terms]:
     """One optimiser step on this rank's batch; returns its loss and the loss's terms, detached. Collective."""
-    loss, terms = compute_gradients(stage, engine, _inputs(stage, engine, batch), step)
+    inputs = inputs_of(batch, stage.spec.preprocess, engine.device, cut=engine.cuts_text)
+    loss, terms = compute_gradients(stage, engine, inputs, step)
     training = stage.training
     engine.step(rate_factor(step, training.steps, training.optimizer.warmup_fraction), loss)
     return loss, terms
-
-
-def _inputs(stage: Stage, engine: Engine, batch: Batch) -> Inputs:
-    inputs = Inputs(batch.image_uint8_BCHW, batch.text_BT, samples=batch.samples_B2).to(engine.device)
-    return replace(inputs, image=stage.spec.preprocess(inputs.image))
 
 
 def train(
@@ -111,7 +108,8 @@ def train(
     if (evaluate_first and evaluated < 0) or (_is_due(progress.step, training) and evaluated < progress.step):
         look()
     health = Health(engine, runtime.max_skipped_steps, name_of)
-    keep = _Keep(stage, engine, checkpoints, meters, requests, runtime, health, progress)
+    spent = _Spent(progress, engine)
+    keep = _Keep(stage, engine, checkpoints, meters, requests, runtime, health, spent)
     # A model that is not trained, as weights from elsewhere, needs no training data.
     stream = iter(batches(progress.step) if progress.step < training.steps and not progress.stopped_early else ())
     while progress.step < training.steps and not progress.stopped_early:
@@ -121,10 +119,8 @@ def train(
         with meters.loader_wait():
             batch = next(stream)
         loss, terms = train_step(stage, engine, batch, step)
-        student_flops, teacher_flops = (per_sample * training.batch_size for per_sample in stage.flops(step))
         progress.step += 1
-        progress.flops += student_flops
-        progress.teacher_flops += teacher_flops
+        spent.add(stage.flops(step, text_length(batch, cut=engine.cuts_text)), len(batch.text_BT))
         health.note(progress.step, batch.indices_B)
         keep.trained(batch)
         due = _is_due(progress.step, training)
@@ -139,8 +135,10 @@ def train(
         figures: dict[str, Any] = {"loss": loss, **terms}
         if meters.is_due(progress.step):
             figures = _mean_over_ranks(figures)
+        if meters.is_due(progress.step) or due or save:
+            spent.settle()
         figures |= {"gradient_norm": engine.gradient_norm, "learning_rate": engine.learning_rate}
-        meters.step(progress.step, figures, num_samples=training.batch_size, flops=student_flops + teacher_flops)
+        meters.step(progress.step, figures, num_samples=training.batch_size, flops=spent.unreported())
 
         if due:
             request = requests.agree(progress.step, now=True)  # an evaluation may take longer than a scheduler waits
@@ -170,6 +168,38 @@ def _resume(engine: Engine, checkpoints: Checkpoints, meters: Meters) -> Progres
     return progress
 
 
+class _Spent:
+    """What steps cost, summed over ranks: each cuts its captions to its own longest one, so that none knows the others' cost.
+
+    The sums are exchanged (`settle`) where a figure or a checkpoint needs them, not in every step.
+    """
+
+    def __init__(self, progress: Progress, engine: Engine) -> None:
+        self.progress, self._engine = progress, engine
+        self._pending = [0, 0]  # this rank's, of students and teacher
+        self._reported = progress.flops + progress.teacher_flops
+
+    def add(self, per_sample: Sequence[int], num_samples: int) -> None:
+        """One step on this rank's part of the batch."""
+        self._pending = [so_far + flops * num_samples for so_far, flops in zip(self._pending, per_sample, strict=True)]
+
+    def settle(self) -> None:
+        """Add all ranks' to `progress`. Collective."""
+        if any(self._pending) and dist.get_world_size() > 1:
+            # In two parts, because a sum may not fit into 64 bits.
+            parts = torch.tensor([divmod(flops, _HALF) for flops in self._pending], device=self._engine.device)
+            dist.all_reduce(parts)
+            self._pending = [high * _HALF + low for high, low in parts.tolist()]
+        self.progress.flops += self._pending[0]
+        self.progress.teacher_flops += self._pending[1]
+        self._pending = [0, 0]
+
+    def unreported(self) -> int:
+        """All FLOPs that were settled since the last call."""
+        before, self._reported = self._reported, self.progress.flops + self.progress.teacher_flops
+        return self._reported - before
+
+
 class _Keep:
     """Saves a run whose model is in good health, and ends it where that is asked for."""
 
@@ -182,10 +212,11 @@ class _Keep:
         requests: Requests,
         runtime: Runtime,
         health: Health,
-        progress: Progress,
+        spent: _Spent,
     ) -> None:
         self._stage, self._engine, self._checkpoints, self._meters = stage, engine, checkpoints, meters
-        self._requests, self._runtime, self._health, self._progress = requests, runtime, health, progress
+        self._requests, self._runtime, self._health, self._spent = requests, runtime, health, spent
+        self._progress = progress = spent.progress
         self._saved_step = progress.step  # there is nothing to save before the first step
         self._healthy_step = progress.step
         self._batch: Batch | None = None
@@ -202,7 +233,7 @@ class _Keep:
         self._health.look()
         self._health.require_weights(step)
         with self._meters.pause():
-            inputs = _inputs(self._stage, self._engine, self._batch)
+            inputs = inputs_of(self._batch, self._stage.spec.preprocess, self._engine.device, cut=self._engine.cuts_text)
             self._health.require_loss(compute_loss(self._stage, self._engine, inputs, step - 1), step)
         self._healthy_step = step
 
@@ -213,6 +244,7 @@ class _Keep:
             return
         self.require_health()
         progress.skipped_steps += self._health.take_skipped()
+        self._spent.settle()
         progress.meters = self._meters.state_dict()
         with self._meters.pause():
             self._checkpoints.save(self._engine, progress.step, {"progress": vars(progress)})

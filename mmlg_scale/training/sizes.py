@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmlg_scale import recipe, towers
@@ -15,6 +15,22 @@ from mmlg_scale.streams import Stream, generator
 TOWERS = ("image", "text")
 COUNTED_STEPS = 20_000
 """Steps whose sizes a forecast draws; each takes a third of a millisecond."""
+
+
+def tap_layers(depths: Sequence[float], num_layers: int) -> tuple[int, ...]:
+    """The layer nearest to each relative depth, counted from 1 (halves round up, and layer 0 is never compared)."""
+    return tuple(max(1, int(depth * num_layers + 0.5)) for depth in depths)
+
+
+def pooled_towers(config: Mapping[str, Any], depths: Sequence[float]) -> tuple[str, ...]:
+    """The towers whose last hidden state is not among those compared at `depths`, see `accounting.forward_flops`."""
+    counts = {tower: towers.num_layers(config, tower) for tower in TOWERS}
+    return tuple(tower for tower, count in counts.items() if count not in tap_layers(depths, count))
+
+
+def compared_depths(loss: recipe.DistillationLoss | None) -> Sequence[float]:
+    """The relative depths at which hidden states are compared."""
+    return loss.hidden_depths if loss is not None and loss.hidden else ()
 
 
 class SizeDraw:
@@ -30,7 +46,8 @@ class SizeDraw:
     def __init__(self, settings: recipe.Elastic, config: Mapping[str, Any], seed: int) -> None:
         self.settings, self.config, self.seed = settings, config, seed
         self.max_layers = most_layers(settings, config)
-        self._flops = functools.cache(lambda *sizes: self._student_flops(towers.with_sizes(config, **dict(sizes))))
+        self._depths_compared = compared_depths(getattr(settings, "loss", None))
+        self._flops = functools.cache(lambda length, *sizes: self._student_flops(towers.with_sizes(config, **dict(sizes)), length))
 
     def sizes(self, step: int) -> list[dict[str, int]]:
         """The sizes of the students at `step`: the same on every rank, and after every resume."""
@@ -55,19 +72,20 @@ class SizeDraw:
         heads = towers.width(self.config, tower) // head
         return head * max(1, int(share * heads + 0.5))
 
-    def flops(self, step: int) -> int:
-        """FLOPs per sample of the students' forward and backward passes at `step`."""
-        return sum(self._flops(*size.items()) for size in self.sizes(step))
+    def flops(self, step: int, text_length: int | None = None) -> int:
+        """FLOPs per sample of the students' forward and backward passes at `step`, on captions of that many tokens (None: all)."""
+        length = towers.context_length(self.config) if text_length is None else text_length
+        return sum(self._flops(length, *size.items()) for size in self.sizes(step))
 
     def total_flops(self, steps: int) -> int:
-        """FLOPs per sample of `steps` steps, all together: exact up to COUNTED_STEPS, from as many steps evenly apart beyond."""
+        """FLOPs per sample of `steps` steps on whole captions: exact up to COUNTED_STEPS, from as many steps evenly apart beyond."""
         if steps <= COUNTED_STEPS:
             return sum(self.flops(step) for step in range(steps))
         return sum(self.flops(position * steps // COUNTED_STEPS) for position in range(COUNTED_STEPS)) * steps // COUNTED_STEPS
 
-    def _student_flops(self, config: Mapping[str, Any]) -> int:
-        length, width = towers.context_length(config), towers.width(config, "text")
-        return training_flops(config) + 3 * product_flops(length, self.settings.embedding_rank, width)
+    def _student_flops(self, config: Mapping[str, Any], length: int) -> int:
+        embedding = 3 * product_flops(length, self.settings.embedding_rank, towers.width(config, "text"))
+        return training_flops(config, text_length=length, pooled=pooled_towers(config, self._depths_compared)) + embedding
 
     def evaluated(self) -> dict[str, dict[str, int]]:
         """The sizes to evaluate, by name: the least, middle and greatest depth, and the least width where several are drawn."""

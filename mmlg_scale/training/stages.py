@@ -27,8 +27,8 @@ from mmlg_scale.objectives import contrastive, distillation
 from mmlg_scale.streams import Stream, key
 from mmlg_scale.training.inputs import Inputs
 from mmlg_scale.training.muon import Place, places_of
-from mmlg_scale.training.sizes import TOWERS, SizeDraw
-from mmlg_scale.training.teacher import Autocast, PlainCLIP, Teacher, tap_layers
+from mmlg_scale.training.sizes import TOWERS, SizeDraw, compared_depths, pooled_towers, tap_layers
+from mmlg_scale.training.teacher import Autocast, PlainCLIP, Teacher
 
 Terms = dict[str, Tensor]
 
@@ -66,8 +66,12 @@ class Stage(Protocol):
         """The loss, and its terms by name, of one student's outputs on the whole local batch."""
         ...
 
-    def flops(self, step: int) -> tuple[int, int]:
-        """FLOPs per sample that this step costs: (student forward and backward, teacher forward)."""
+    def flops(self, step: int, text_length: int | None = None) -> tuple[int, int]:
+        """FLOPs per sample that this step costs: (student forward and backward, teacher forward).
+
+        Args:
+            text_length: tokens of each caption that are computed; None: the context length.
+        """
         ...
 
     def evaluated_sizes(self) -> dict[str, dict[str, int]]:
@@ -207,7 +211,7 @@ class ClipStage:
         self.seed = seed
         clip = towers.build_clip(self.config, seed=0)
         clip.load_state_dict(dict(model.state))
-        wrapped: nn.Module = PlainCLIP(clip)
+        wrapped: nn.Module = PlainCLIP(clip, self.config)
         if teacher is not None and weights is not None and weights.hidden:
             wrapped = _with_maps(wrapped, self.config, teacher.spec.config)
         self.model = wrapped.to(device)
@@ -227,7 +231,7 @@ class ClipStage:
 
     @property
     def _hidden_depths(self) -> Sequence[float]:
-        return self.weights.hidden_depths if self.weights is not None and self.weights.hidden else ()
+        return compared_depths(self.weights)
 
     def patches(self, step: int, first_row: int, num_rows: int) -> Tensor | None:
         return draw_patches(self.config, self.seed, step, first_row, num_rows)
@@ -241,8 +245,10 @@ class ClipStage:
             return loss, {"contrastive": loss}
         return distillation(outputs, targets, text_BT, self.weights)
 
-    def flops(self, step: int) -> tuple[int, int]:
-        return training_flops(self.config), self.teacher.flops if self.teacher else 0
+    def flops(self, step: int, text_length: int | None = None) -> tuple[int, int]:
+        depths = self._hidden_depths
+        own = training_flops(self.config, text_length=text_length, pooled=pooled_towers(self.config, depths))
+        return own, self.teacher.flops(depths, text_length) if self.teacher else 0
 
     def evaluated_sizes(self) -> dict[str, dict[str, int]]:
         return {"": {}}
@@ -333,8 +339,8 @@ class ElasticStage:
         loss = contrastive(outputs)
         return loss, {"contrastive": loss}
 
-    def flops(self, step: int) -> tuple[int, int]:
-        return self.draw.flops(step), 0
+    def flops(self, step: int, text_length: int | None = None) -> tuple[int, int]:
+        return self.draw.flops(step, text_length), 0
 
     def evaluated_sizes(self) -> dict[str, dict[str, int]]:
         return self.draw.evaluated()
@@ -393,7 +399,7 @@ class ExtractionStage(ElasticStage):
 
     @property
     def _hidden_depths(self) -> Sequence[float]:
-        return self.settings.loss.hidden_depths if self.settings.loss.hidden else ()
+        return compared_depths(self.settings.loss)
 
     def targets(self, autocast: Autocast, inputs: Inputs) -> dict[str, Any] | None:
         return self.teacher(inputs, autocast, self._hidden_depths)
@@ -402,8 +408,8 @@ class ExtractionStage(ElasticStage):
         assert targets is not None
         return distillation(outputs, targets, text_BT, self.settings.loss)
 
-    def flops(self, step: int) -> tuple[int, int]:
-        return self.draw.flops(step), self.teacher.flops
+    def flops(self, step: int, text_length: int | None = None) -> tuple[int, int]:
+        return self.draw.flops(step, text_length), self.teacher.flops(self._hidden_depths, text_length)
 
 
 def _strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -22,21 +22,17 @@ from mmlg_scale.reading import one_line
 from mmlg_scale.training.features import REMEDY, check_features, open_features
 from mmlg_scale.training.folder import RESULT_FILE, differences, result_of
 from mmlg_scale.training.inputs import Inputs
+from mmlg_scale.training.sizes import pooled_towers, tap_layers
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
-def tap_layers(depths: Sequence[float], num_layers: int) -> tuple[int, ...]:
-    """The layer nearest to each relative depth, counted from 1 (halves round up, and layer 0 is never compared)."""
-    return tuple(max(1, int(depth * num_layers + 0.5)) for depth in depths)
-
-
 class PlainCLIP(nn.Module):
-    """An open_clip CLIP with the forward that stages share."""
+    """An open_clip CLIP of a configuration, with the forward that stages share. It takes the model over: see `towers.use_own_blocks`."""
 
-    def __init__(self, clip: towers.CLIP) -> None:
+    def __init__(self, clip: towers.CLIP, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.clip = clip
+        self.clip = towers.use_own_blocks(clip, config)
 
     def forward(
         self,
@@ -64,8 +60,10 @@ class Teacher(Protocol):
     """What a student is compared with."""
 
     spec: towers.ModelSpec
-    flops: int
-    """Of one sample's pass in every step."""
+
+    def flops(self, depths: Sequence[float], text_length: int | None = None) -> int:
+        """Of one sample's pass in every step; hidden states at `depths` are compared, captions have that many tokens (None: all)."""
+        ...
 
     @property
     def cost(self) -> dict[str, Any] | None:
@@ -84,12 +82,15 @@ class LiveTeacher:
 
     def __init__(self, model: towers.Bundle, device: torch.device, *, shard: bool = False) -> None:
         self.spec = model.spec
-        self.flops = forward_flops(model.spec.config)["total"]
         clip = towers.build_clip(model.spec.config, seed=0)
         clip.load_state_dict(dict(model.state))
-        self.model = PlainCLIP(clip).to(device).eval().requires_grad_(False)
+        self.model = PlainCLIP(clip, model.spec.config).to(device).eval().requires_grad_(False)
         if shard and several_ranks():
             _shard(self.model, device)
+
+    def flops(self, depths: Sequence[float], text_length: int | None = None) -> int:
+        config = self.spec.config
+        return forward_flops(config, text_length=text_length, pooled=pooled_towers(config, depths))["total"]
 
     @torch.no_grad()
     def __call__(self, inputs: Inputs, autocast: Autocast, depths: Sequence[float]) -> dict[str, Any]:
@@ -120,8 +121,6 @@ class CachedTeacher:
         UserError: the folder has no finished features, or those of another ancestor, data set or precision.
     """
 
-    flops = 0
-
     def __init__(self, folder: Path, spec: towers.ModelSpec, expected: Mapping[str, Any]) -> None:
         self.folder, self.spec = folder, spec
         result = result_of(folder)
@@ -141,11 +140,14 @@ class CachedTeacher:
         on_first_rank(lambda: check_features(folder, result))
         self._image, self._text, self._starts = open_features(folder)
 
+    def flops(self, depths: Sequence[float], text_length: int | None = None) -> int:
+        return 0
+
     def __call__(self, inputs: Inputs, autocast: Autocast, depths: Sequence[float]) -> dict[str, Any]:
         """What the ancestor computes on these pairs, looked up by their places in the data set."""
         assert inputs.samples is not None
         assert not depths
-        samples, captions = inputs.samples.cpu().numpy().T
+        samples, captions = inputs.samples.numpy().T
         found = {"image": self._image[samples], "text": self._text[self._starts[samples] + captions]}
         bad = np.isnan(found["image"]).any(axis=1)
         if bad.any():
@@ -155,4 +157,5 @@ class CachedTeacher:
             )
         device = inputs.text.device
         features = {f"{name}_features": torch.from_numpy(rows).to(device, non_blocking=True) for name, rows in found.items()}
-        return features | {name: value.to(device) for name, value in self._logits.items()}
+        self._logits = {name: value.to(device) for name, value in self._logits.items()}  # once: a copy to a device waits for it
+        return features | self._logits

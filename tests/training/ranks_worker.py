@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 from torch.distributed.tensor import DTensor
 
-from mmlg_scale import recipe
+from mmlg_scale import recipe, towers
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.engine import Engine, start_ranks, stop_ranks
 from mmlg_scale.training.inputs import Inputs
@@ -55,6 +55,7 @@ class Case:
 
 
 KINDS = ("ancestor", "extraction")
+CONTEXT = 16
 EXACT = [
     *(Case(kind, zero) for zero in (0, 1, 2, 3) for kind in KINDS),
     *(Case(kind, zero, 4, 0.5) for zero in (0, 2, 3) for kind in KINDS),
@@ -129,7 +130,14 @@ def changed(stage: Stage, change: str | None) -> Stage:
 
 def make(case: Case, device: torch.device, name: str = "sgd") -> tuple[Stage, Engine]:
     """The case's stage and an engine around it."""
-    stage = build_stage(case.kind, device, accumulation=case.accumulation, patch_dropout=case.patch_dropout, shard=case.shard)
+    stage = build_stage(
+        case.kind,
+        device,
+        accumulation=case.accumulation,
+        patch_dropout=case.patch_dropout,
+        shard=case.shard,
+        context_length=CONTEXT,
+    )
     if isinstance(stage, ExtractionStage):
         stage.compose_per_layer = case.per_layer
         kept = [p.to_local() if isinstance(p, DTensor) else p for p in stage.teacher.model.parameters()]
@@ -160,8 +168,12 @@ def advance(stage: Stage, engine: Engine, steps: range) -> None:
     share = BATCH // dist.get_world_size()
     rows = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
     for step in steps:
-        images, texts = batch(step)
-        compute_gradients(stage, engine, Inputs(images[rows], texts[rows]), step)
+        images, texts = batch(step, CONTEXT)
+        text = texts[rows]
+        # The first rank's captions are short, and cut; the second's are not: each rank decides for itself.
+        text = text[:, : towers.cut_length(text)]
+        assert text.shape[1] == (8 if dist.get_rank() == 0 else CONTEXT)
+        compute_gradients(stage, engine, Inputs(images[rows], text), step)
         engine.step(rate_factor=1.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -116,9 +117,18 @@ def test_every_batch_finds_what_the_ancestor_computes(data: Path, folder: Path) 
 
 
 def test_numbers_and_cost(data: Path, tmp_path: Path) -> None:
-    found, flops = write(data, tmp_path / "kept"), forward_flops(ancestor(data).spec.config)
+    """Captions are charged as they are computed: item by item in parts of as many as it has images, by length, each cut to its longest."""
+    found, spec = write(data, tmp_path / "kept"), ancestor(data).spec
     assert (found["num_images"], found["num_captions"]) == (TRAIN, 3 * TRAIN)
-    assert found["flops"] == TRAIN * flops["image"] + 3 * TRAIN * flops["text"]
+    expected = TRAIN * forward_flops(spec.config, pooled=("image",))["image"]
+    sweep = Sweep(ShardReader(data / "train"), spec, item_size=8)
+    for item in (sweep[number] for number in range(len(sweep))):
+        lengths = sorted(row.tolist().index(max(row.tolist())) + 1 for row in item.text_MT)
+        size = len(item.num_captions_N)
+        for part in (lengths[first : first + size] for first in range(0, len(lengths), size)):
+            length = 8 * math.ceil(part[-1] / 8)
+            expected += len(part) * forward_flops(spec.config, text_length=length, pooled=("text",))["text"]
+    assert found["flops"] == expected
     assert found["seconds"] > 0
     assert not (tmp_path / "kept" / "blocks").exists()
 

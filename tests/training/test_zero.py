@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmlg_scale import recipe
 from mmlg_scale.training.muon import MuonAdamW
-from tests.training.ranks_worker import BF16, EXACT, MORE, MUON, RESUMED, WRONG, Case
+from tests.training.ranks_worker import BF16, CONTEXT, EXACT, MORE, MUON, RESUMED, WRONG, Case
 from tests.training.tiny import STEPS, build_stage, plain_loss, plain_updates
 
 Outs = Callable[[object], Path]
@@ -54,7 +54,7 @@ def params(cases: Sequence[Any]) -> list[Any]:
 
 @functools.cache
 def expected_updates(kind: str, patch_dropout: float) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
-    return plain_updates(build_stage(kind, torch.device("cpu"), patch_dropout=patch_dropout))
+    return plain_updates(build_stage(kind, torch.device("cpu"), patch_dropout=patch_dropout, context_length=CONTEXT))
 
 
 def errors(case: Case, outs: Outs) -> dict[str, float]:
@@ -73,7 +73,7 @@ def errors(case: Case, outs: Outs) -> dict[str, float]:
 
 @pytest.mark.parametrize("case", params(EXACT), ids=lambda case: case.name)
 def test_two_ranks_equal_one_process(case: Case, outs: Outs) -> None:
-    """ZeRO 0 to 3, micro-batches, patch dropout and activation checkpointing change no number."""
+    """ZeRO 0 to 3, micro-batches, patch dropout, activation checkpointing and cut captions change no number."""
     wrong = {name: error for name, error in errors(case, outs).items() if error > 1e-4}
     assert not wrong
 
@@ -102,7 +102,7 @@ def test_bf16_updates_point_the_same_way(case: Case, outs: Outs) -> None:
 @pytest.mark.parametrize(("kind", "zero_stage"), MUON)
 def test_muon_of_two_ranks_equals_one_process(kind: str, zero_stage: int, outs: Outs) -> None:
     """Shards of flat groups, cut through matrices, against whole matrices in one process."""
-    stage = build_stage(kind, torch.device("cpu"))
+    stage = build_stage(kind, torch.device("cpu"), context_length=CONTEXT)
     settings = stage.training.optimizer = recipe.Optimizer(name="muon", learning_rate=1e-3)
     before = {name: tensor.clone() for name, tensor in stage.model.state_dict().items()}
     adamw = {"betas": (settings.beta1, settings.beta2), "eps": settings.epsilon}

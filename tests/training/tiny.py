@@ -26,26 +26,37 @@ ANY_SIZE = {tower: {"layers": [1, 1000], "width": [1, 100_000]} for tower in ("i
 OPTIMIZER = recipe.Optimizer(learning_rate=0.05, weight_decay=0.0, gradient_clipping=0.0)
 
 
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    """Images [32, 3, 16, 16] and token ids [32, 8] whose end token (19) is at different places."""
+def batch(step: int, context_length: int = 8) -> tuple[Tensor, Tensor]:
+    """Images [32, 3, 16, 16] and token ids [32, T] whose end token (19) is at different places: below 8, in a longer context's second half
+    of the rows from 8 on."""
     generator = torch.Generator().manual_seed(100 + step)
     images = torch.randn(BATCH, 3, 16, 16, generator=generator)
-    texts = torch.randint(3, 19, (BATCH, 8), generator=generator)
+    texts = torch.randint(3, 19, (BATCH, context_length), generator=generator)
     for row in range(BATCH):
-        end = 3 + row % 5
+        end = 3 + row % 5 + (6 if context_length > 8 and row >= BATCH // 2 else 0)
         texts[row, end] = 19
         texts[row, end + 1 :] = 0
     return images, texts
 
 
-def build_stage(kind: str, device: torch.device, *, accumulation: int = 1, patch_dropout: float = 0.0, shard: bool = False) -> Stage:
+def build_stage(
+    kind: str,
+    device: torch.device,
+    *,
+    accumulation: int = 1,
+    patch_dropout: float = 0.0,
+    shard: bool = False,
+    context_length: int = 8,
+) -> Stage:
     """`ancestor` (only contrastive) or `extraction` (auxiliary model, hidden states, all terms), with `affinity`, or 3 `students`.
 
     `pretraining` is the auxiliary model without an ancestor; `factorised` is `extraction` with a token embedding of rank 5.
     `siglip` and `siglip_extraction` are the same two with SigLIP's loss. `shard`: the teacher.
     """
     training = recipe.Training(steps=STEPS, batch_size=BATCH, optimizer=OPTIMIZER, accumulation=accumulation)
-    config = towers.model_config(CONFIG | {"vision_cfg": {**CONFIG["vision_cfg"], "patch_dropout": patch_dropout}})  # type: ignore[dict-item]
+    vision = {**CONFIG["vision_cfg"], "patch_dropout": patch_dropout}  # type: ignore[dict-item]
+    text = {**CONFIG["text_cfg"], "context_length": context_length}  # type: ignore[dict-item]
+    config = towers.model_config(CONFIG | {"vision_cfg": vision, "text_cfg": text})
     if kind.startswith("siglip"):
         config = towers.with_logit_bias(config)
     model = towers.Bundle(towers.ModelSpec(config), towers.build_clip(config, seed=1).state_dict())
@@ -64,7 +75,7 @@ def build_stage(kind: str, device: torch.device, *, accumulation: int = 1, patch
 
 def plain_loss(stage: Stage, step: int) -> Tensor:
     """The loss of a step on the whole batch in one piece, in one process."""
-    images, texts = batch(step)
+    images, texts = batch(step, towers.context_length(stage.spec.config))
     patches = stage.patches(step, 0, BATCH)
     targets = stage.targets(nullcontext, Inputs(images, texts, patches))
     outputs = [stage.model(images, texts, patches=patches, **student) for student in stage.students(step)]

@@ -1,0 +1,194 @@
+"""One pre-LN transformer block as a pure function of tensors; plain CLIPs and the auxiliary model both compute their layers by it.
+
+The tensors have the names that they have in open_clip's ResidualAttentionBlock, whose state dicts stay the interface:
+
+    hidden = hidden + attention(layer_norm(hidden));  hidden = hidden + mlp(layer_norm(hidden))
+
+A text tower's block is causal by itself, without a mask as a tensor: a dense mask would keep attention from its fast kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmlg_scale.towers.config import head_dim, width
+from mmlg_scale.towers.modules import CLIP, ResidualAttentionBlock
+
+Block = Callable[..., Tensor]
+"""hidden [B, T, d] -> hidden [B, T, d]; with `rows` [B, 1], only those rows' results: [B, 1, d]."""
+NAMES = (
+    "ln_1.weight",
+    "ln_1.bias",
+    "attn.in_proj_weight",
+    "attn.in_proj_bias",
+    "attn.out_proj.weight",
+    "attn.out_proj.bias",
+    "ln_2.weight",
+    "ln_2.bias",
+    "mlp.c_fc.weight",
+    "mlp.c_fc.bias",
+    "mlp.c_proj.weight",
+    "mlp.c_proj.bias",
+)
+"""A block's tensors, in the order in which they are used."""
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+
+
+@dataclass(frozen=True)
+class BlockForm:
+    """What a block computes besides its tensors.
+
+    Attributes:
+        num_heads: attention heads, which divide the width.
+        causal: a token attends to itself and those before it (text), or to all (image).
+        activation: of the MLP, one of ACTIVATIONS.
+        eps: of the layer norms.
+    """
+
+    num_heads: int
+    causal: bool
+    activation: str = "gelu"
+    eps: float = 1e-5
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], tower: str) -> BlockForm:
+        """The form of the blocks of the "image" or "text" tower of an open_clip configuration."""
+        fields = config["vision_cfg" if tower == "image" else "text_cfg"]
+        tanh = (fields.get("act_kwargs") or {}).get("approximate") == "tanh"
+        return cls(
+            num_heads=width(config, tower) // head_dim(config, tower),
+            causal=tower == "text",
+            activation="quick_gelu" if config.get("quick_gelu", False) else "gelu_tanh" if tanh else "gelu",
+            eps=float((fields.get("norm_kwargs") or {}).get("eps", 1e-5)),
+        )
+
+
+def run_block(hidden_BTd: Tensor, tensors: Mapping[str, Tensor], form: BlockForm, rows_B1: Tensor | None = None) -> Tensor:
+    """One block on hidden states [B, T, d]; differentiable in all of them.
+
+    Args:
+        tensors: by open_clip's names, see NAMES; in_proj has queries, keys and values one after the other.
+        rows_B1: int64, a position of each sequence: only its result is computed, [B, 1, d]. A tower's last block needs no more where the
+            tower is pooled at one position, since what the other positions give is used nowhere.
+    """
+    return _compute(hidden_BTd, form, rows_B1, *(tensors[name] for name in NAMES))
+
+
+def _compute(
+    hidden: Tensor,
+    form: BlockForm,
+    rows_B1: Tensor | None,
+    ln_1_weight: Tensor,
+    ln_1_bias: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    ln_2_weight: Tensor,
+    ln_2_bias: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+) -> Tensor:
+    normed = _layer_norm(hidden, ln_1_weight, ln_1_bias, form.eps)
+    if rows_B1 is None:
+        attended = _attention(F.linear(normed, in_weight, in_bias), form)
+    else:
+        attended = _attention_of_rows(normed, in_weight, in_bias, rows_B1, form)
+        hidden = take_rows(hidden, rows_B1)
+    hidden = hidden + F.linear(attended, out_weight, out_bias)
+    inner = F.linear(_layer_norm(hidden, ln_2_weight, ln_2_bias, form.eps), fc_weight, fc_bias)
+    return hidden + F.linear(_activate(inner, form.activation), proj_weight, proj_bias)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """In fp32 under autocast, given back in the dtype of `x`, as open_clip's LayerNorm does."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(x.dtype)
+
+
+def _attention(packed_BT3d: Tensor, form: BlockForm) -> Tensor:
+    query, key, value = packed_BT3d.unflatten(-1, (3, form.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=form.causal).transpose(1, 2).flatten(2)
+
+
+def _attention_of_rows(normed_BTd: Tensor, weight: Tensor, bias: Tensor, rows_B1: Tensor, form: BlockForm) -> Tensor:
+    """Attention of one query of each sequence, over all tokens or, in a causal block, over those up to it."""
+    width = normed_BTd.shape[-1]
+    split = [width, 2 * width]
+    (query_weight, pair_weight), (query_bias, pair_bias) = weight.split(split), bias.split(split)
+    query = F.linear(take_rows(normed_BTd, rows_B1), query_weight, query_bias).unflatten(-1, (form.num_heads, -1)).transpose(1, 2)
+    pair_BT2d = F.linear(normed_BTd, pair_weight, pair_bias)
+    key, value = pair_BT2d.unflatten(-1, (2, form.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    seen = None
+    if form.causal:
+        seen = (torch.arange(normed_BTd.shape[1], device=rows_B1.device) <= rows_B1)[:, None, None]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen).transpose(1, 2).flatten(2)
+
+
+def take_rows(x_BTd: Tensor, rows_B1: Tensor) -> Tensor:
+    """Of each sequence the row at its position: [B, 1, d]."""
+    return x_BTd.gather(1, rows_B1[..., None].expand(-1, -1, x_BTd.shape[-1]))
+
+
+def _activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+class TransformerBlock(nn.Module):
+    """open_clip's block with the same parameters under the same names, computed by `run_block`.
+
+    A module, because ZeRO-3 and torch's sharding gather parameters in the forward of the module that owns them; it owns the parameters of
+    its submodules, which are never called.
+    """
+
+    def __init__(self, block: ResidualAttentionBlock, form: BlockForm) -> None:
+        super().__init__()
+        assert isinstance(block.ls_1, nn.Identity), "no configuration with LayerScale is supported"
+        self.ln_1, self.attn, self.ls_1 = block.ln_1, block.attn, block.ls_1
+        self.ln_2, self.mlp, self.ls_2 = block.ln_2, block.mlp, block.ls_2
+        self.form = form
+
+    def forward(self, hidden: Tensor, rows: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        """`attn_mask` is what open_clip's own forward passes on; the form has said it."""
+        attn, mlp = self.attn, self.mlp
+        return _compute(
+            hidden,
+            self.form,
+            rows,
+            self.ln_1.weight,
+            self.ln_1.bias,
+            attn.in_proj_weight,
+            attn.in_proj_bias,
+            attn.out_proj.weight,
+            attn.out_proj.bias,
+            self.ln_2.weight,
+            self.ln_2.bias,
+            mlp.c_fc.weight,
+            mlp.c_fc.bias,
+            mlp.c_proj.weight,
+            mlp.c_proj.bias,
+        )
+
+
+def use_own_blocks(clip: CLIP, config: Mapping[str, Any]) -> CLIP:
+    """Let both towers of `clip`, which has this configuration, compute by `run_block`; parameters and their names stay. Returns it."""
+    for tower, transformer in (("image", clip.visual.transformer), ("text", clip.transformer)):
+        form = BlockForm.of(config, tower)
+        transformer.resblocks = nn.ModuleList(_own(block, form) for block in transformer.resblocks)
+    return clip
+
+
+def _own(block: nn.Module, form: BlockForm) -> TransformerBlock:
+    if isinstance(block, TransformerBlock):
+        return block
+    assert isinstance(block, ResidualAttentionBlock)
+    return TransformerBlock(block, form)
