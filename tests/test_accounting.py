@@ -489,7 +489,7 @@ def test_a_step_is_charged_what_it_computes(length: int, dropout: float) -> None
     vision = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 3, "patch_dropout": dropout}
     text = {"context_length": 24, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2}
     config = towers.model_config({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text})
-    clip = towers.use_own_blocks(towers.build_clip(config, seed=0), config)
+    clip = towers.build_clip(config, seed=0)
     images, texts = torch.randn(4, 3, 32, 32), torch.randint(1, 50, (4, length))
     patches = torch.randperm(16)[: int(16 * (1 - dropout))].expand(4, -1) if dropout else None
     for tap, pooled in (((), ("image", "text")), ((1,), ("image", "text")), ((3,), ("text",))):

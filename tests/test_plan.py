@@ -61,7 +61,7 @@ def test_activations_are_what_autograd_keeps(bf16: bool, width: int, mlp_ratio: 
             "text_cfg": {**tower, "context_length": 16, "vocab_size": 50, "heads": width // 32},
         }
     )
-    clip = towers.use_own_blocks(towers.build_clip(config, seed=0), config)
+    clip = towers.build_clip(config, seed=0)
     weights = {parameter.data_ptr() for parameter in clip.parameters()}
     kept: dict[int, int] = {}
     alive = []

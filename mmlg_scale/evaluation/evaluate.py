@@ -97,7 +97,7 @@ class _Loaded:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.clip = towers.build_clip(bundle.spec.config, seed=0)
         self.clip.load_state_dict(bundle.state)
-        towers.use_own_blocks(self.clip, bundle.spec.config).to(self.device).eval()
+        self.clip.to(self.device).eval()
         self.preprocess = bundle.spec.preprocess
         self.corpus = Corpus(open_pairs(data), bundle.spec)
         self.split = self.corpus.eval_split(split)

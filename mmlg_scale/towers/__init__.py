@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmlg_scale.towers.block import Block, BlockForm, TransformerBlock, run_block, use_own_blocks
+from mmlg_scale.towers.block import Block, BlockForm, run_block
 from mmlg_scale.towers.bundle import Bundle, ModelSpec, export, export_tower, load_ancestor, load_clip, load_tower
 from mmlg_scale.towers.config import (
     architecture_names,
@@ -26,7 +26,7 @@ from mmlg_scale.towers.config import (
     with_sizes,
 )
 from mmlg_scale.towers.foreign import read_tensors, signed
-from mmlg_scale.towers.modules import CLIP
+from mmlg_scale.towers.modules import CLIP, ResidualAttentionBlock
 from mmlg_scale.towers.preprocess import Preprocess
 from mmlg_scale.towers.run import (
     INITIAL_LOGIT_SCALE,
@@ -70,8 +70,8 @@ __all__ = [
     "FileTokenizer",
     "ModelSpec",
     "Preprocess",
+    "ResidualAttentionBlock",
     "Tokenizer",
-    "TransformerBlock",
     "architecture_names",
     "block_template",
     "build_clip",
@@ -111,7 +111,6 @@ __all__ = [
     "split_state",
     "tokenizer_from_files",
     "told",
-    "use_own_blocks",
     "vocab_size",
     "width",
     "with_logit_bias",

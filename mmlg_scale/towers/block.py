@@ -1,4 +1,4 @@
-"""One pre-LN transformer block as a pure function of tensors; plain CLIPs and the auxiliary model both compute their layers by it.
+"""One pre-LN transformer block as a pure function of tensors, by which plain CLIPs and the auxiliary model compute their layers.
 
 The tensors have the names that they have in open_clip's ResidualAttentionBlock, whose state dicts stay the interface:
 
@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmlg_scale.towers.config import head_dim, width
-from mmlg_scale.towers.modules import CLIP, ResidualAttentionBlock
 
 Block = Callable[..., Tensor]
 """hidden [B, T, d] -> hidden [B, T, d]; with `rows` [B, 1], only those rows' results: [B, 1, d]."""
@@ -141,54 +140,3 @@ def _activate(x: Tensor, activation: str) -> Tensor:
     if activation == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-class TransformerBlock(nn.Module):
-    """open_clip's block with the same parameters under the same names, computed by `run_block`.
-
-    A module, because ZeRO-3 and torch's sharding gather parameters in the forward of the module that owns them; it owns the parameters of
-    its submodules, which are never called.
-    """
-
-    def __init__(self, block: ResidualAttentionBlock, form: BlockForm) -> None:
-        super().__init__()
-        assert isinstance(block.ls_1, nn.Identity), "no configuration with LayerScale is supported"
-        self.ln_1, self.attn, self.ls_1 = block.ln_1, block.attn, block.ls_1
-        self.ln_2, self.mlp, self.ls_2 = block.ln_2, block.mlp, block.ls_2
-        self.form = form
-
-    def forward(self, hidden: Tensor, rows: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
-        """`attn_mask` is what open_clip's own forward passes on; the form has said it."""
-        attn, mlp = self.attn, self.mlp
-        return _compute(
-            hidden,
-            self.form,
-            rows,
-            self.ln_1.weight,
-            self.ln_1.bias,
-            attn.in_proj_weight,
-            attn.in_proj_bias,
-            attn.out_proj.weight,
-            attn.out_proj.bias,
-            self.ln_2.weight,
-            self.ln_2.bias,
-            mlp.c_fc.weight,
-            mlp.c_fc.bias,
-            mlp.c_proj.weight,
-            mlp.c_proj.bias,
-        )
-
-
-def use_own_blocks(clip: CLIP, config: Mapping[str, Any]) -> CLIP:
-    """Let both towers of `clip`, which has this configuration, compute by `run_block`; parameters and their names stay. Returns it."""
-    for tower, transformer in (("image", clip.visual.transformer), ("text", clip.transformer)):
-        form = BlockForm.of(config, tower)
-        transformer.resblocks = nn.ModuleList(_own(block, form) for block in transformer.resblocks)
-    return clip
-
-
-def _own(block: nn.Module, form: BlockForm) -> TransformerBlock:
-    if isinstance(block, TransformerBlock):
-        return block
-    assert isinstance(block, ResidualAttentionBlock)
-    return TransformerBlock(block, form)

@@ -9,22 +9,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmlg_scale.towers.block import BlockForm, run_block
 from mmlg_scale.towers.config import fields_of
 from mmlg_scale.towers.config import num_patches as count_patches
 
-
-class Parts(NamedTuple):
-    """How a tower's norms and activations are made."""
-
-    norm: Callable[[int], nn.LayerNorm]
-    activation: Callable[[], nn.Module]
+Norm = Callable[[int], nn.LayerNorm]
 
 
 class LayerNorm(nn.LayerNorm):
@@ -34,56 +30,47 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(input).to(input.dtype)
 
 
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), which OpenAI's weights were trained with."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
 class Mlp(nn.Module):
-    """Two products with the activation between them."""
+    """The tensors of a block's two products."""
 
-    def __init__(self, width: int, inner: int, activation: Callable[[], nn.Module]) -> None:
+    def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.c_fc = nn.Linear(width, inner)
-        self.gelu = activation()
         self.c_proj = nn.Linear(inner, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.gelu(self.c_fc(x)))
 
 
 class ResidualAttentionBlock(nn.Module):
-    """A transformer block with its norms in front (pre-LN): [B, T, d] -> [B, T, d]."""
+    """A transformer block with its norms in front (pre-LN), computed by `block.run_block`: [B, T, d] -> [B, T, d].
 
-    def __init__(self, fields: Mapping[str, Any], heads: int, parts: Parts) -> None:
+    A module, because ZeRO-3 and torch's sharding gather parameters in the forward of the module that owns them. It owns those of its
+    submodules, which are never called.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], form: BlockForm, norm: Norm) -> None:
         super().__init__()
         width = fields["width"]
-        self.ln_1 = parts.norm(width)
-        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.ls_1, self.ls_2 = nn.Identity(), nn.Identity()  # LayerScale in open_clip, which no supported configuration has
-        self.ln_2 = parts.norm(width)
-        self.mlp = Mlp(width, int(width * fields["mlp_ratio"]), parts.activation)
+        self.form = form
+        self.ln_1 = norm(width)
+        self.attn = nn.MultiheadAttention(width, form.num_heads, batch_first=True)
+        self.ln_2 = norm(width)
+        self.mlp = Mlp(width, int(width * fields["mlp_ratio"]))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        normed = self.ln_1(x)
-        mask = None if attn_mask is None else attn_mask.to(x.dtype)
-        x = x + self.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0]
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """With `rows` [B, 1], only those rows' results: [B, 1, d]."""
+        return run_block(hidden, dict(self.named_parameters()), self.form, rows)
 
 
 class Transformer(nn.Module):
     """The blocks of one tower."""
 
-    def __init__(self, fields: Mapping[str, Any], heads: int, parts: Parts) -> None:
+    def __init__(self, fields: Mapping[str, Any], form: BlockForm, norm: Norm) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList([ResidualAttentionBlock(fields, heads, parts) for _ in range(fields["layers"])])
+        self.resblocks = nn.ModuleList([ResidualAttentionBlock(fields, form, norm) for _ in range(fields["layers"])])
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         for block in self.resblocks:
-            x = block(x, attn_mask=attn_mask)
-        return x
+            hidden = block(hidden)
+        return hidden
 
 
 class VisionTransformer(nn.Module):
@@ -94,7 +81,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        fields, parts = fields_of(config, "image"), _parts(config, "image")
+        fields, norm = fields_of(config, "image"), _norm(config, "image")
         width, patch, num_patches = fields["width"], fields["patch_size"], count_patches(config)
         self.pool_type, self.final_ln_after_pool = fields["pool_type"], fields["final_ln_after_pool"]
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
@@ -104,9 +91,9 @@ class VisionTransformer(nn.Module):
             self.positional_embedding = nn.Parameter(_drawn(scale, num_patches + 1, width))
         else:
             self.positional_embedding = nn.Parameter(torch.tensor(sine_positions(math.isqrt(num_patches), width)), requires_grad=False)
-        self.ln_pre = nn.Identity() if fields["no_ln_pre"] else parts.norm(width)
-        self.transformer = Transformer(fields, width // fields["head_width"], parts)
-        self.ln_post = parts.norm(width)
+        self.ln_pre = nn.Identity() if fields["no_ln_pre"] else norm(width)
+        self.transformer = Transformer(fields, BlockForm.of(config, "image"), norm)
+        self.ln_post = norm(width)
         self.proj = nn.Parameter(_drawn(scale, width, config["embed_dim"]))
 
     def _embeds(self, image: Tensor) -> Tensor:
@@ -151,28 +138,24 @@ def sine_positions(grid: int, width: int) -> np.ndarray:
 class CLIP(nn.Module):
     """Both towers; the text tower's tensors lie directly in it. The text tower is causal, and pooled where the highest id is."""
 
-    attn_mask: Tensor
-
     def __init__(self, config: Mapping[str, Any], *, logit_scale: float) -> None:
         super().__init__()
-        fields, parts = fields_of(config, "text"), _parts(config, "text")
+        fields, norm = fields_of(config, "text"), _norm(config, "text")
         width, length = fields["width"], fields["context_length"]
         self.visual = VisionTransformer(config)
         self.context_length, self.text_pool_type = length, fields["pool_type"]
         # open_clip draws in this order, and has the parameters in another; the embedding is drawn again below.
         embedding = nn.Embedding.from_pretrained(_drawn(1.0, fields["vocab_size"], width), freeze=False)
         self.positional_embedding = nn.Parameter(torch.empty(length, width))
-        self.transformer = Transformer(fields, fields["heads"], parts)
+        self.transformer = Transformer(fields, BlockForm.of(config, "text"), norm)
         self.token_embedding = embedding
-        self.ln_final = parts.norm(width)
+        self.ln_final = norm(width)
         self.text_projection = nn.Parameter(torch.empty(width, config["embed_dim"]))
-        self.register_buffer("attn_mask", torch.empty(length, length), persistent=False)
         bias = config.get("init_logit_bias")
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = None if bias is None else nn.Parameter(torch.empty(1))
-        if self.attn_mask.is_meta:
+        if self.logit_scale.is_meta:
             return
-        self.attn_mask.fill_(float("-inf")).triu_(1)
         nn.init.constant_(self.logit_scale, logit_scale)
         if bias is not None and self.logit_bias is not None:
             nn.init.constant_(self.logit_bias, bias)
@@ -197,7 +180,7 @@ class CLIP(nn.Module):
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """Features [B, D] of token ids [B, T]."""
-        hidden = self.transformer(self.token_embedding(text) + self.positional_embedding, attn_mask=self.attn_mask)
+        hidden = self.transformer(self.token_embedding(text) + self.positional_embedding[: text.shape[1]])
         features = text_global_pool(self.ln_final(hidden), text) @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
 
@@ -207,8 +190,5 @@ def text_global_pool(hidden: Tensor, text: Tensor) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), text.argmax(dim=-1)]
 
 
-def _parts(config: Mapping[str, Any], tower: str) -> Parts:
-    fields = fields_of(config, tower)
-    activation: type[nn.Module] = QuickGELU if config.get("quick_gelu", False) else nn.GELU
-    norm = functools.partial(LayerNorm, **(fields["norm_kwargs"] or {}))
-    return Parts(norm, functools.partial(activation, **(fields["act_kwargs"] or {})))
+def _norm(config: Mapping[str, Any], tower: str) -> Norm:
+    return functools.partial(LayerNorm, **(fields_of(config, tower)["norm_kwargs"] or {}))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from mmlg_scale.towers.block import Block, TransformerBlock, take_rows
+from mmlg_scale.towers.block import Block, take_rows
 from mmlg_scale.towers.config import require_memory, with_sizes
 from mmlg_scale.towers.modules import CLIP, ResidualAttentionBlock, VisionTransformer
 
@@ -145,21 +145,13 @@ def cut_length(text_BT: Tensor) -> int:
 def encode_image_with_hidden(
     clip: CLIP, image: Tensor, tap: Sequence[int] = (), *, patches: Tensor | None = None, checkpoint: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    """`run_image_tower` with the model's own blocks, which `use_own_blocks` has prepared."""
-    return run_image_tower(clip.visual, _own_blocks(clip.visual.transformer), image, tap, patches=patches, checkpoint=checkpoint)
+    """`run_image_tower` with the model's own blocks."""
+    return run_image_tower(clip.visual, list(clip.visual.transformer.resblocks), image, tap, patches=patches, checkpoint=checkpoint)
 
 
 def encode_text_with_hidden(clip: CLIP, text: Tensor, tap: Sequence[int] = (), *, checkpoint: bool = False) -> tuple[Tensor, list[Tensor]]:
-    """`run_text_tower` with the model's own blocks, which `use_own_blocks` has prepared."""
-    return run_text_tower(clip, _own_blocks(clip.transformer), text, tap, checkpoint=checkpoint)
-
-
-def _own_blocks(transformer: Any) -> list[Block]:
-    blocks = list(transformer.resblocks)
-    assert all(isinstance(block, TransformerBlock) for block in blocks), (
-        "call use_own_blocks first: open_clip's are not causal by themselves"
-    )
-    return blocks
+    """`run_text_tower` with the model's own blocks."""
+    return run_text_tower(clip, list(clip.transformer.resblocks), text, tap, checkpoint=checkpoint)
 
 
 def block_template(config: Mapping[str, Any], tower: str) -> ResidualAttentionBlock:

@@ -126,9 +126,9 @@ class Engine:
         )
         self._torch_optimizer = torch_optimizer
         self._clipping = optimizer.gradient_clipping
-        if self.zero_stage == 3 and any(isinstance(module, towers.TransformerBlock) for module in model.modules()):
+        if self.zero_stage == 3 and any(isinstance(module, towers.ResidualAttentionBlock) for module in model.modules()):
             # A block's forward uses its submodules' parameters without calling them: they are gathered with the block, as one.
-            deepspeed.utils.set_z3_leaf_modules(model, [towers.TransformerBlock])
+            deepspeed.utils.set_z3_leaf_modules(model, [towers.ResidualAttentionBlock])
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=torch_optimizer,

@@ -211,7 +211,7 @@ class ClipStage:
         self.seed = seed
         clip = towers.build_clip(self.config, seed=0)
         clip.load_state_dict(dict(model.state))
-        wrapped: nn.Module = PlainCLIP(clip, self.config)
+        wrapped: nn.Module = PlainCLIP(clip)
         if teacher is not None and weights is not None and weights.hidden:
             wrapped = _with_maps(wrapped, self.config, teacher.spec.config)
         self.model = wrapped.to(device)

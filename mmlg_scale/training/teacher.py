@@ -28,11 +28,11 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 class PlainCLIP(nn.Module):
-    """An open_clip CLIP of a configuration, with the forward that stages share. It takes the model over: see `towers.use_own_blocks`."""
+    """A CLIP with the forward that stages share."""
 
-    def __init__(self, clip: towers.CLIP, config: Mapping[str, Any]) -> None:
+    def __init__(self, clip: towers.CLIP) -> None:
         super().__init__()
-        self.clip = towers.use_own_blocks(clip, config)
+        self.clip = clip
 
     def forward(
         self,
@@ -84,7 +84,7 @@ class LiveTeacher:
         self.spec = model.spec
         clip = towers.build_clip(model.spec.config, seed=0)
         clip.load_state_dict(dict(model.state))
-        self.model = PlainCLIP(clip, model.spec.config).to(device).eval().requires_grad_(False)
+        self.model = PlainCLIP(clip).to(device).eval().requires_grad_(False)
         if shard and several_ranks():
             _shard(self.model, device)
 

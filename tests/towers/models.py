@@ -55,6 +55,21 @@ def changed(config: Mapping[str, Any], tower: str, **fields: Any) -> dict[str, A
     return {**config, tower: {**config[tower], **fields}}
 
 
+def open_clips_own(config: Mapping[str, Any], seed: int) -> torch.nn.Module:
+    """open_clip's CLIP of a configuration, with its own random start."""
+    open_clip = towers.open_clip
+    torch.manual_seed(seed)
+    return open_clip.CLIP(
+        config["embed_dim"],
+        open_clip.CLIPVisionCfg(**config["vision_cfg"]),
+        open_clip.CLIPTextCfg(**config["text_cfg"]),
+        quick_gelu=config.get("quick_gelu", False),
+        init_logit_scale=towers.run.SIGLIP_LOGIT_SCALE if "init_logit_bias" in config else towers.INITIAL_LOGIT_SCALE,
+        init_logit_bias=config.get("init_logit_bias"),
+        nonscalar_logit_scale=True,
+    )
+
+
 def clip_of(config: Mapping[str, Any]) -> towers.CLIP:
     """Every tensor random, so that a wrong place would show. The same object each time: not to be changed."""
     return _clip_of(json.dumps(config))

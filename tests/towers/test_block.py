@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -10,8 +9,7 @@ import torch
 from torch import Tensor
 
 from mmlg_scale import towers
-from mmlg_scale.towers.library import ResidualAttentionBlock
-from tests.towers.models import PLAIN, WIDE, batch, changed, clip_of
+from tests.towers.models import PLAIN, WIDE, batch, changed, clip_of, open_clips_own
 
 FORMS: dict[str, dict[str, Any]] = {
     "gelu": PLAIN,
@@ -20,9 +18,11 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def own(config: dict[str, Any]) -> towers.CLIP:
-    """The same weights, computed by the block function."""
-    return towers.use_own_blocks(copy.deepcopy(clip_of(config)), towers.model_config(config))
+def open_clip_of(config: dict[str, Any]) -> Any:
+    """open_clip's own model with the weights of `clip_of`."""
+    theirs = open_clips_own(towers.model_config(config), 0)
+    theirs.load_state_dict(clip_of(config).state_dict())
+    return theirs.eval()
 
 
 def gradients(outputs: Tensor, inputs: list[Tensor]) -> list[Tensor]:
@@ -35,9 +35,8 @@ def gradients(outputs: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 def test_a_block_is_open_clip_s(name: str, tower: str) -> None:
     """Outputs and all gradients, of the whole sequence and of one row of each."""
     config = towers.model_config(FORMS[name])
-    clip = clip_of(FORMS[name])
+    clip = open_clip_of(FORMS[name])
     block = (clip.visual.transformer if tower == "image" else clip.transformer).resblocks[1]
-    assert type(block) is ResidualAttentionBlock
     form, mask = towers.BlockForm.of(config, tower), clip.attn_mask if tower == "text" else None
     generator = torch.Generator().manual_seed(4)
     hidden = torch.randn(6, 8, towers.width(config, tower), generator=generator, requires_grad=True)
@@ -54,7 +53,7 @@ def test_a_block_is_open_clip_s(name: str, tower: str) -> None:
 
 def test_state_dicts_are_open_clip_s() -> None:
     """Names, order and tensors: what optimiser groups and files rest on."""
-    theirs, ours = clip_of(PLAIN), own(PLAIN)
+    theirs, ours = open_clip_of(PLAIN), clip_of(PLAIN)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
 
@@ -64,7 +63,7 @@ def test_state_dicts_are_open_clip_s() -> None:
 def test_towers_are_open_clip_s(pool_type: str, after: bool) -> None:
     """Features however a tower is pooled; hidden states as hooks in open_clip's blocks see them."""
     config = changed(PLAIN, "vision_cfg", pool_type=pool_type, final_ln_after_pool=after)
-    theirs, ours = clip_of(config), own(config)
+    theirs, ours = open_clip_of(config), clip_of(config)
     images, texts = batch(config)
     seen: list[Tensor] = []
     hooks = [
@@ -103,7 +102,7 @@ def test_cut_length_by_hand() -> None:
 def test_cut_captions_give_the_features_of_whole_ones(length: int) -> None:
     """And the gradients of every parameter, with and without hidden states at the last layer."""
     config = changed(WIDE, "text_cfg", context_length=20)
-    clip = own(config)
+    clip = clip_of(config)
     texts = torch.randint(3, 19, (5, 20), generator=torch.Generator().manual_seed(6))
     for row, end in enumerate((length - 1, 1, 4, 0, length - 2)):
         texts[row, end], texts[row, end + 1 :] = 19, 0
