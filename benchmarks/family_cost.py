@@ -53,6 +53,8 @@ SECTIONS = {
 LEARNGENES = ("mmlg", "tleg", "sws", "direct")
 NEEDS_ANCESTOR = ("distil", "even", "even_plain", "mmlg", "tleg", "sws")
 SAMPLES_BETWEEN_EVALUATIONS = 3_200
+ACCOUNTING = 2
+"""What FLOPs are counted of. 1 (files that name none): whole captions and whole last blocks; 2: what is computed. Never mixed in a file."""
 Size = tuple[int, ...]
 """Layers of the image and the text tower, then their width where it is not the ancestor's."""
 Settings = dict[str, Any]
@@ -326,13 +328,14 @@ def _launcher() -> LocalLauncher:
 
 
 def run_seed(plan: Plan, seed: int, out: Path, results: Path, only: Sequence[str] = ()) -> Path:
-    """Run what is missing of a seed; returns its JSON file.
+    """Run what is missing of a seed; returns its JSON file. Pieces of another way of counting FLOPs are missing.
 
     Args:
         only: methods, or method/schedule; empty: all.
     """
     target = results / f"family_cost_{plan.name}_seed{seed}.json"
-    kept = json.loads(target.read_text())["pieces"] if target.is_file() else {}
+    before = json.loads(target.read_text()) if target.is_file() else {}
+    kept = before["pieces"] if before.get("accounting") == ACCOUNTING else {}
     pieces = Pieces(plan, seed, tuned_settings(plan, results)).all()
     runner, console = Runner(plan, seed, out, pieces), Terminal(stderr=True)
     runner.make_data(console)
@@ -346,7 +349,13 @@ def run_seed(plan: Plan, seed: int, out: Path, results: Path, only: Sequence[str
         runner.run([piece.id for piece in group], console)
         found = {piece.id: figures for piece in pieces if (figures := runner.figures(piece)) is not None}
         kept = {piece.id: found.get(piece.id, kept.get(piece.id)) for piece in pieces if piece.id in found or piece.id in kept}
-        content = {"plan": plan.name, "seed": seed, "environment": environment(_settings(plan.recipe, ())[1]), "pieces": kept}
+        content = {
+            "plan": plan.name,
+            "seed": seed,
+            "accounting": ACCOUNTING,
+            "environment": environment(_settings(plan.recipe, ())[1]),
+            "pieces": kept,
+        }
         write_text_atomic(target, json.dumps(content, indent=1) + "\n")
     return target
 
