@@ -37,6 +37,7 @@ LEAST_BYTES = 2**16
 _STRIPES = 64
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _WAIT_SECONDS = 0.05
+_MISSING = (404, 410)
 _PARTIAL = ".tmp"
 
 
@@ -44,8 +45,16 @@ class StoreError(OSError):
     """A remote file could not be had, after all attempts. It counts as damage of its shard."""
 
 
+class FileMissingError(UserError):
+    """The store can be had, but has no such file."""
+
+
 class _Final(StoreError):
     """Trying again would not help."""
+
+
+class _Missing(_Final):
+    """There is no such file."""
 
 
 class RemoteFile(NamedTuple):
@@ -54,7 +63,7 @@ class RemoteFile(NamedTuple):
     Attributes:
         name: relative to the set, or a URL of its own.
         size: in bytes; a copy of another size is never used.
-        sha256: what it must have, or None to compare sizes alone.
+        sha256: what it must have, or how that begins; None to compare sizes alone.
     """
 
     name: str
@@ -72,6 +81,7 @@ class CacheSettings:
         attempts: how often a file is tried.
         first_pause: seconds after the first failure; each later pause is twice as long.
         timeout: seconds without a sign of the store after which an attempt has failed.
+        failed_for: seconds for which a file that could not be had is not tried again, so that not each of its samples waits for that.
     """
 
     folder: Path
@@ -79,6 +89,7 @@ class CacheSettings:
     attempts: int = 5
     first_pause: float = 0.5
     timeout: float = 30.0
+    failed_for: float = 60.0
 
 
 def is_remote(path: str) -> bool:
@@ -107,6 +118,7 @@ class Store:
         _check_url(self.root)
         self._queue: queue.Queue[tuple[RemoteFile, frozenset[str]]] = queue.Queue()
         self._thread: threading.Thread | None = None
+        self._failed: dict[str, tuple[float, StoreError]] = {}
 
     def __reduce__(self) -> tuple[type[Store], tuple[str, CacheSettings | None]]:
         """To loader workers, which fetch ahead by a thread of their own."""
@@ -154,6 +166,8 @@ class Store:
 
             try:
                 self._try(url, attempt)
+            except _Missing as error:
+                raise FileMissingError(_at_the_start(url, error)) from error
             except StoreError as error:
                 raise UserError(_at_the_start(url, error)) from error
             payload = b"".join(parts)
@@ -165,7 +179,7 @@ class Store:
         """The file for `pread`: itself, or its copy, which is fetched where it is not there. A copy that is open is removed last.
 
         Raises:
-            StoreError: it cannot be had, after all attempts.
+            StoreError: it cannot be had, after all attempts, or could not be a moment ago.
             OSError: of a local file, or of the cache's disk.
             UserError: the cache is smaller than the file.
         """
@@ -173,7 +187,7 @@ class Store:
         if not is_remote(url):
             return open_regular(local_path(url), buffering=0)
         while True:
-            path = self._fetched(file, frozenset())
+            path = self._fetched(file, frozenset(), remember=True)
             try:
                 opened = open_regular(path, buffering=0)
             except FileNotFoundError:
@@ -181,6 +195,11 @@ class Store:
             fcntl.flock(opened, fcntl.LOCK_SH)
             os.utime(opened.fileno())  # used last, now
             return opened
+
+    def has(self, file: RemoteFile) -> bool:
+        """Whether the file, or a copy of it, is on this machine."""
+        url = self.url(file.name)
+        return _size(self._place(file) if is_remote(url) else local_path(url)) == file.size
 
     def prefetch(self, files: Sequence[RemoteFile], keep: Collection[RemoteFile] = ()) -> None:
         """Fetch files in the background, in this order, as long as that removes none of `keep`. Errors are left to who opens them."""
@@ -215,8 +234,11 @@ class Store:
         base = re.sub(r"[^A-Za-z0-9._-]", "_", url.rpartition("/")[2])[-60:]
         return self._settings(url).folder / f"{key}-{base}"
 
-    def _fetched(self, file: RemoteFile, keep: frozenset[str]) -> Path:
-        """The copy's path, complete when this returns; of the node's processes one fetches, and the others wait."""
+    def _fetched(self, file: RemoteFile, keep: frozenset[str], *, remember: bool = False) -> Path:
+        """The copy's path, complete when this returns; of the node's processes one fetches, and the others wait.
+
+        `remember`: a failure is raised again for some time, without a new attempt.
+        """
         path, url = self._place(file), self.url(file.name)
         settings = self._settings(url)
         if _size(path) == file.size:
@@ -227,7 +249,15 @@ class Store:
         stripe = int(path.name[:8], 16) % _STRIPES
         with _locked(settings.folder / "locks" / f"{stripe:02}"):
             if _size(path) != file.size:
-                self._try(url, lambda: self._fetch(url, file, path, keep))
+                until, failure = self._failed.get(path.name, (0.0, None))
+                if failure is not None and time.monotonic() < until and remember:
+                    raise StoreError(str(failure)) from failure
+                try:
+                    self._try(url, lambda: self._fetch(url, file, path, keep))
+                except StoreError as error:
+                    if remember:
+                        self._failed[path.name] = (time.monotonic() + settings.failed_for, error)
+                    raise
         return path
 
     def _fetch(self, url: str, file: RemoteFile, path: Path, keep: frozenset[str]) -> None:
@@ -245,7 +275,7 @@ class Store:
                     found.update(part)
             if at != file.size:
                 raise StoreError(f"{url}: {at:,} bytes came, the manifest says {file.size:,}")
-            if file.sha256 not in (None, found.hexdigest()):
+            if file.sha256 is not None and not found.hexdigest().startswith(file.sha256):
                 raise StoreError(f"{url}: its SHA-256 is {found.hexdigest()}, the manifest says {file.sha256}")
             partial.flush()
             os.fsync(partial.fileno())
@@ -325,6 +355,8 @@ def _http(url: str, timeout: float) -> Iterator[bytes]:
         error.close()
         told = f"{url}: HTTP {error.code} {error.reason}"
         # Of the client's mistakes only "too slow" and "too many" pass by themselves.
+        if error.code in _MISSING:
+            raise _Missing(told) from error
         raise (_Final if 400 <= error.code < 500 and error.code not in (408, 429) else StoreError)(told) from error
 
 
@@ -345,7 +377,9 @@ def _fsspec(url: str, timeout: float) -> Iterator[bytes]:
         with system.open(path, "rb", block_size=8 * CHUNK, cache_type="readahead") as file:
             while part := file.read(CHUNK):
                 yield part
-    except (FileNotFoundError, PermissionError) as error:
+    except FileNotFoundError as error:
+        raise _Missing(f"{url}: {one_line(error)}") from error
+    except PermissionError as error:
         raise _Final(f"{url}: {one_line(error) or type(error).__name__}") from error
     except Exception as error:
         if "Credential" in type(error).__name__:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import http.server
 import os
 import pickle
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,67 +19,11 @@ import pytest
 from mmlg_scale.data import store as store_module
 from mmlg_scale.data.store import CacheSettings, RemoteFile, Store, StoreError
 from mmlg_scale.errors import UserError
-
-SIZE = 100_000
-
-
-def content(name: str, size: int = SIZE) -> bytes:
-    seed = hashlib.sha256(name.encode()).digest()
-    return (seed * (size // len(seed) + 1))[:size]
+from tests.data.server import SIZE, Server, content
 
 
 def remote(name: str, size: int = SIZE, *, checked: bool = False) -> RemoteFile:
     return RemoteFile(name, size, hashlib.sha256(content(name, size)).hexdigest() if checked else None)
-
-
-class Server:
-    """A plain HTTP server. `plan[name]` is what becomes of the next requests for a file: a status, cut, stall, wrong; then all is well."""
-
-    def __init__(self) -> None:
-        self.plan: dict[str, list[str]] = {}
-        self.requests: Counter[str] = Counter()
-        self.release = threading.Event()
-        server = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                server.answer(self)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
-        name = request.path.lstrip("/")
-        self.requests[name] += 1
-        todo = self.plan.get(name, [])
-        what = todo.pop(0) if todo else "well"
-        if what.isdigit():
-            request.send_error(int(what))
-            return
-        body = content(name if what != "wrong" else "another")
-        request.send_response(200)
-        request.send_header("Content-Length", str(len(body)))
-        request.end_headers()
-        try:
-            if what in ("cut", "stall"):
-                request.wfile.write(body[: len(body) // 2])
-                request.wfile.flush()
-                if what == "stall":
-                    self.release.wait(20)
-            else:
-                request.wfile.write(body)
-        except OSError:
-            pass  # the other side has given up
-
-    def close(self) -> None:
-        self.release.set()
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture
