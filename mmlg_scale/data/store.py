@@ -39,6 +39,8 @@ _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _WAIT_SECONDS = 0.05
 _MISSING = (404, 410)
 _PARTIAL = ".tmp"
+_OURS = re.compile(r"\.?[0-9a-f]{24}-.+")
+"""Copies, complete or not. Nothing else in the folder is counted or removed: somebody may name one that has files of his own."""
 
 
 class StoreError(OSError):
@@ -421,7 +423,7 @@ def _used(folder: Path) -> int:
     """Bytes of all copies, complete or not. What a process left that died is removed on the way: nobody has it locked."""
     total = 0
     for entry in os.scandir(folder):
-        if not entry.is_file(follow_symlinks=False):
+        if not _OURS.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
             continue
         if entry.name.endswith(_PARTIAL) and _is_free(Path(entry.path)):
             Path(entry.path).unlink(missing_ok=True)
@@ -450,7 +452,9 @@ def _remove_unused(folder: Path, wanted: int, keep: frozenset[str]) -> int:
     """
     copies = []
     for entry in os.scandir(folder):
-        if entry.is_file(follow_symlinks=False) and not entry.name.endswith(_PARTIAL) and entry.name not in keep:
+        if not _OURS.fullmatch(entry.name) or entry.name.endswith(_PARTIAL) or entry.name in keep:
+            continue
+        if entry.is_file(follow_symlinks=False):
             stat = entry.stat(follow_symlinks=False)
             copies.append((not _is_free(Path(entry.path)), stat.st_mtime_ns, stat.st_size, Path(entry.path)))
     freed = 0

@@ -123,6 +123,19 @@ def test_the_cache_stays_under_its_bound_and_the_last_used_stay(server: Server, 
     assert sorted(name[25:] for name in files_in(cache)) == ["0.tar", "6.tar", "7.tar"]
 
 
+def test_files_of_others_in_its_folder_are_left_alone(server: Server, tmp_path: Path) -> None:
+    cache = settings(tmp_path, files=1.5)
+    cache.folder.mkdir()
+    others = [cache.folder / name for name in ("thesis.tex", ".draft.tmp", "photos.tar")]
+    for other in others:
+        other.write_bytes(content(other.name))
+        os.utime(other, (0, 0))  # used longest ago
+    for number in range(3):
+        assert read(Store(server.url, cache), remote(f"{number}.tar")) == content(f"{number}.tar")
+    assert [other.read_bytes() for other in others] == [content(other.name) for other in others]
+    assert [name[25:] for name in files_in(cache) if name[:1].isalnum() and "-" in name] == ["2.tar"]
+
+
 def test_what_is_open_is_removed_last_and_stays_readable(server: Server, tmp_path: Path) -> None:
     cache = settings(tmp_path, files=2)
     store = Store(server.url, cache)
