@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mmlg_scale.data import store as store_module
+from mmlg_scale.data.corpus import Corpus, open_pairs
+from mmlg_scale.data.pipeline import StreamSettings
 from mmlg_scale.data.store import CacheSettings, RemoteFile, Store, StoreError
 from mmlg_scale.errors import UserError
 from tests.data.server import SIZE, Server, content
+from tests.data.specs import spec_for
 
 
 def remote(name: str, size: int = SIZE, *, checked: bool = False) -> RemoteFile:
@@ -351,6 +355,24 @@ def test_s3_is_read_as_from_disk(s3: None, tmp_path: Path) -> None:
             assert used(cache) <= cache.max_bytes
     with pytest.raises(StoreError, match=r"s3://pairs/set/train/9.tar"):
         store.open(remote("train/9.tar"))
+
+
+def test_a_set_in_a_bucket_gives_the_batches_of_the_disk(s3: None, scenes: Path, tmp_path: Path) -> None:
+    import boto3
+
+    client = boto3.client("s3")
+    for file in scenes.rglob("*"):
+        if file.is_file():
+            client.put_object(Bucket="pairs", Key=f"scenes/{file.relative_to(scenes)}", Body=file.read_bytes())
+    disk, remote = open_pairs(scenes), open_pairs("s3://pairs/scenes", CacheSettings(tmp_path / "cache", 10**8, timeout=20.0))
+    assert remote.digest() == disk.digest()
+    wanted, found = (
+        next(iter(Corpus(pairs, spec_for(scenes)).stream(StreamSettings(global_batch_size=50, seed=2)))) for pairs in (disk, remote)
+    )
+    assert torch.equal(found.samples_B2, wanted.samples_B2)
+    assert torch.equal(found.image_uint8_BCHW, wanted.image_uint8_BCHW)
+    with pytest.raises(UserError, match=r"^s3://pears/scenes/dataset.json: .*Check the bucket's and the folder's name.$"):
+        open_pairs("s3://pears/scenes", CacheSettings(tmp_path / "cache", 10**8, attempts=1, timeout=20.0))
 
 
 def test_a_wrong_bucket_and_missing_credentials_are_one_line(s3: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
