@@ -24,7 +24,7 @@ from rich.console import Console
 
 from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import BYTES_PER_PARAMETER, WITHOUT_ANCESTOR, checkpoint_bytes, summarise
-from mmlg_scale.data.corpus import PairSet, open_pairs
+from mmlg_scale.data.corpus import PairSet, pairs_of
 from mmlg_scale.data.summary import num_pairs
 from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
@@ -72,14 +72,14 @@ class Plan:
 
     def __init__(self, settings: recipe.Recipe, runtime: Runtime, out: Path, *, image_size: int) -> None:
         self.given, self.runtime, self.out = settings, runtime, out
-        self.data = Path(settings.data.path) if settings.data.path is not None else out / "data"
-        self.settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, path=str(self.data)))
+        self.data = settings.data.path if settings.data.path is not None else str(out / "data")
+        self.settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, path=self.data))
         self.ancestor = out / "ancestor"
         self.members: list[Member] = []
         self._first: tuple[str, ...] = ()
         if settings.data.path is None:
             options = [f"--image-size={image_size}", *(f"--{key}={value}" for key, value in vars(settings.data.scenes).items())]
-            self._add("data", ["data", "scenes", "--out", str(self.data), *options], (), self.data / "dataset.json", None, None)
+            self._add("data", ["data", "scenes", "--out", self.data, *options], (), Path(self.data) / "dataset.json", None, None)
             self._first = ("data",)
         self._train("ancestor", self.ancestor, (), settings.ancestor.steps, AncestorRole(self.settings))
         self._source, self._features = "ancestor", None
@@ -111,7 +111,7 @@ class Plan:
         return self.out / "descendants" / f"{size.name}-{init}"
 
     def _common(self, folder: Path) -> list[str]:
-        return [str(self.out / "recipe.yaml"), "--data.path", str(self.data), "--out", str(folder)]
+        return [str(self.out / "recipe.yaml"), "--data.path", self.data, "--out", str(folder)]
 
     def _model_options(self, *, features: bool = True) -> list[str]:
         cached = ["--features", str(self._features)] if features and self._features is not None else []
@@ -223,7 +223,7 @@ def check(settings: recipe.Recipe, runtime: Runtime, out: Path) -> dict[str, Any
     Raises:
         UserError: the recipe does not fit the data, the architecture or the runtime.
     """
-    pairs = open_pairs(settings.data.path) if settings.data.path is not None else None
+    pairs = pairs_of(settings.data) if settings.data.path is not None else None
     check_metric(settings.evaluation.metric, has_classes=pairs is None or pairs.classes is not None)
     config = recipe_config(settings)
     if config is None:
@@ -274,7 +274,7 @@ def check_folder(settings: recipe.Recipe, out: Path) -> dict[str, Any]:
     used = settings.used_by("ancestor")
     inputs = {}
     if settings.data.path is not None:
-        inputs["data_set"] = open_pairs(settings.data.path).digest()
+        inputs["data_set"] = pairs_of(settings.data).digest()
     else:
         used["data"]["scenes"] = whole["data"]["scenes"]
     if settings.model.weights is not None:
@@ -299,7 +299,7 @@ def standing(member: Member, plan: Plan) -> list[str] | None:
     """
     if member.identity is None:
         return [] if member.step.marker.exists() else None
-    return differences(member.step.folder, member.identity(open_pairs(str(plan.data)))) if member.step.folder.exists() else None
+    return differences(member.step.folder, member.identity(pairs_of(plan.settings.data))) if member.step.folder.exists() else None
 
 
 def is_complete(member: Member, plan: Plan, console: Console) -> bool:
@@ -401,7 +401,7 @@ def assemble(plan: Plan) -> FamilyResult:
             "num_bytes": 4 * ancestor["params"],
         },
         "kept_features": learngene["kept_features"],
-        "splits": _split_sizes(plan.data),
+        "splits": _split_sizes(pairs_of(plan.settings.data)),
         "learngene": {key: learngene[key] for key in LEARNGENE_KEYS},
         "rival_learngenes": {method: {key: _result(plan.learngene(method))[key] for key in LEARNGENE_KEYS} for method in plan.rivals()},
         "descendants": [_entry(member.step.folder, member.role) for member in plan.members if isinstance(member.role, DescendantRole)],
@@ -417,12 +417,11 @@ def _result(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _split_sizes(data: Path) -> dict[str, dict[str, int | None]]:
+def _split_sizes(pairs: PairSet) -> dict[str, dict[str, int | None]]:
     """What recall and accuracy were measured among."""
-    classes = open_pairs(data).classes
-    found = {}
+    classes, found = pairs.classes, {}
     for split in ("val", "test"):
-        images, captions = num_pairs(data / split)
+        images, captions = num_pairs(pairs.root / split, pairs.store)
         found[split] = {"images": images, "captions": captions, "classes": len(classes["classnames"]) if classes else None}
     return found
 
@@ -471,6 +470,6 @@ def _draw_samples(plan: Plan) -> None:
     if not sizes:
         return
     folder = plan.descendant(sizes[len(sizes) // 2], "mmlg") / "model"
-    image_ND, text_MD, split = folder_features(folder, plan.data, "test")
+    image_ND, text_MD, split = folder_features(folder, pairs_of(plan.settings.data), "test")
     samples = retrieval_samples(image_ND, text_MD, split.text_to_image_M, split.captions, split.image_png, num_image_queries=4)
     write_record(plan.out / "retrieval_samples.json", {"samples": samples})

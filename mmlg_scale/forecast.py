@@ -28,7 +28,7 @@ from mmlg_scale.accounting import (
     state_bytes,
     training_flops,
 )
-from mmlg_scale.data.corpus import open_pairs
+from mmlg_scale.data.corpus import pairs_of
 from mmlg_scale.data.scenes import TRAIN_CAPTIONS, scenes_tokenizer
 from mmlg_scale.data.summary import num_pairs
 from mmlg_scale.family import Member, Plan, check, check_folder, num_parallel, standing
@@ -168,7 +168,7 @@ def _with_vocabulary(settings: recipe.Recipe, config: dict[str, Any]) -> dict[st
     if settings.model.weights is not None:
         return towers.load_ancestor(Path(settings.model.weights), config).spec.config
     if settings.data.path is not None:
-        return fresh_spec(settings, open_pairs(settings.data.path)).config
+        return fresh_spec(settings, pairs_of(settings.data)).config
     tokenizer: towers.Tokenizer = scenes_tokenizer() if settings.data.tokenizer == "auto" else towers.BytePairTokenizer()
     return {**config, "text_cfg": {**config["text_cfg"], "vocab_size": tokenizer.vocab_size}}
 
@@ -307,7 +307,8 @@ class _Costs:
             images = self.settings.data.scenes.num_train
             captions = TRAIN_CAPTIONS * images
         else:
-            images, captions = num_pairs(self.plan.data / "train")
+            pairs = pairs_of(self.settings.data)
+            images, captions = num_pairs(pairs.root / "train", pairs.store, first_shard=pairs.store is not None)
         flops = forward_flops(self.config, pooled=TOWERS)
         return StepCost(
             f"the ancestor's features of {images:,} images and {captions:,} captions",

@@ -80,7 +80,11 @@ class Data:
     """Image-text pairs."""
 
     path: str | None = None
-    """A packed data set (a folder written by `mmlg data scenes` or `mmlg data pack`); null: the scenes below are generated."""
+    """A packed or indexed data set: a folder, or its URL (https://, s3://, gs://, hf://); null: the scenes below are generated."""
+    cache_dir: str | None = None
+    """Copies of a remote set's shards: a folder on a disk of the node, for all its processes and runs."""
+    cache_bytes: PositiveInt = 64 * 2**30
+    """Of those copies together; those that have gone unused for longest are removed. At least 16 shards, better 32."""
     scenes: Scenes = field(default_factory=Scenes)
     """The procedural set, used when path is null."""
     augment: Literal["none", "crop", "resized_crop"] = "none"
@@ -93,7 +97,7 @@ class Data:
     check: Literal["auto", "decode", "structure"] = "auto"
     """What is looked at once before the first step, so that every epoch reads each intact sample exactly once: decode also decodes every
     image; structure reads only headers and captions, and replaces an image that does not decode by another sample; auto is decode up to
-    200,000 training images, else structure."""
+    200,000 training images, else structure, and always structure for a remote set."""
     max_bad_fraction: ClosedUnitInterval = 0.01
     """Fraction of damaged samples, which are skipped and listed, above which the run stops with the list."""
 

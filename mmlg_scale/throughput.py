@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from mmlg_scale import recipe, towers
-from mmlg_scale.data.corpus import PairSet, open_pairs
+from mmlg_scale.data.corpus import PairSet, pairs_of
 from mmlg_scale.data.pipeline import Batch
 from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
@@ -158,7 +158,7 @@ def measure_cell(settings: recipe.Recipe, runtime: Runtime, cell: Cell, windows:
         UserError: the recipe, the data set and the cell do not go together.
     """
     settings, runtime = settings_of(settings, cell), replace(runtime, zero_stage=cell.zero_stage)
-    pairs = open_pairs(settings.data.path)
+    pairs = pairs_of(settings.data)
     _forget_peak()
     session = build_session(settings, role_of(settings, cell, pairs, folder), runtime=runtime, pairs=pairs)
     try:

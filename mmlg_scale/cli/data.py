@@ -142,7 +142,9 @@ def check(arguments: list[str]) -> int:
     args = parse(parser, arguments)
     from mmlg_scale.data.check import check_dataset, print_damage
 
-    root, part = Path(args.folder), _part(args.part)
+    if "://" in args.folder and not args.folder.startswith("file://"):
+        raise UserError(f"{args.folder} is remote: mmlg data check reads sets of this machine. Run it where the shards are.")
+    root, part = Path(args.folder.removeprefix("file://")), _part(args.part)
     found = check_dataset(root, splits=args.split, decode=args.decode, threads=args.threads, part=part, progress=progress("check"))
     print_damage(found, root)
     return 1 if found else 0

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -18,6 +18,8 @@ from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, print_report
 from mmlg_scale.data.manifest import manifest_digest
 from mmlg_scale.data.pipeline import StreamSettings, TrainStream
 from mmlg_scale.data.reader import ShardReader
+from mmlg_scale.data.remote import CLASSES_FILE, copy_small_files
+from mmlg_scale.data.store import CacheSettings, Store, is_remote, local_path
 from mmlg_scale.data.sweep import Sweep
 from mmlg_scale.data.tokens import offered_tokenizer
 from mmlg_scale.errors import UserError
@@ -26,7 +28,6 @@ from mmlg_scale.records import read_record
 from mmlg_scale.towers import BytePairTokenizer, ModelSpec, Tokenizer, same_tokenizer, told
 
 Classes = dict[str, list[str]]
-CLASSES_FILE = "classes.json"
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,18 @@ class PairSet:
     Attributes:
         tokenizer: what the set offers to models trained from scratch; None: nothing.
         classes: {"classnames", "templates"}, where the set has classes.
+        store: where the shards are, if not in `root`, which then has copies of the manifests and the other small files.
     """
 
     root: Path
     tokenizer: Tokenizer | None
     classes: Classes | None
+    store: Store | None = None
+
+    @property
+    def where(self) -> str:
+        """The set, for people."""
+        return str(self.root) if self.store is None else self.store.root
 
     def digest(self) -> str:
         """SHA-256 of the manifests of all splits and of the classes: equal for sets of equal pairs, wherever they are.
@@ -56,15 +64,36 @@ class PairSet:
         return found.hexdigest()
 
 
-def open_pairs(path: Path | str | None) -> PairSet:
-    """The data set in a folder.
+class DataKeys(Protocol):
+    """The recipe's keys that say where a data set is."""
+
+    path: str | None
+    cache_dir: str | None
+    cache_bytes: int
+
+
+def pairs_of(data: DataKeys) -> PairSet:
+    """The data set that a recipe names. Raises UserError as `open_pairs`."""
+    return open_pairs(data.path, cache_of(data.cache_dir, data.cache_bytes))
+
+
+def cache_of(folder: str | None, max_bytes: int) -> CacheSettings | None:
+    """Where copies of a remote set are kept, if anywhere."""
+    return None if folder is None else CacheSettings(Path(folder), max_bytes)
+
+
+def open_pairs(path: Path | str | None, cache: CacheSettings | None = None) -> PairSet:
+    """The data set in a folder, or at the URL of a store, of which copies are then kept as `cache` says.
 
     Raises:
-        UserError: `path` is None or contains no data set; its tokenizer or its classes are damaged.
+        UserError: `path` is None or contains no data set; its tokenizer or its classes are damaged; the store cannot be had.
     """
     if path is None:
         raise UserError("recipe key data.path is null. Write a data set with mmlg data scenes or mmlg data pack and give --data.path DIR.")
-    root = Path(path)
+    if is_remote(str(path)):
+        root, store = copy_small_files(str(path), cache)
+        return PairSet(root, offered_tokenizer(root), _load_classes(root / CLASSES_FILE), store)
+    root = local_path(str(path))
     if not (root / "dataset.json").is_file():
         raise UserError(f"recipe key data.path: {root} contains no data set. mmlg data scenes or mmlg data pack writes one.")
     return PairSet(root, offered_tokenizer(root), _load_classes(root / CLASSES_FILE))
@@ -109,8 +138,8 @@ def choose_tokenizer(pairs: PairSet, model: Tokenizer | None, choice: Literal["a
         return offered or BytePairTokenizer()
     if offered is not None and not same_tokenizer(offered, model):
         raise UserError(
-            f"{what} has {told(model)}, the data set {pairs.root} was packed with {told(offered)}. Set data.tokenizer to model to tokenise "
-            "with the model's, or pack the pairs with --tokenizer none."
+            f"{what} has {told(model)}, the data set {pairs.where} was packed with {told(offered)}. Set data.tokenizer to model to "
+            "tokenise with the model's, or pack the pairs with --tokenizer none."
         )
     return model
 
@@ -129,12 +158,12 @@ class Corpus:
 
     def eval_split(self, split: str, *, max_bad_fraction: float = MAX_BAD_FRACTION) -> EvalSplit:
         """A whole split, decoded as it is read; see `load_eval_split`. Ranks open it together."""
-        return load_eval_split(self.pairs.root / split, self.spec, max_bad_fraction=max_bad_fraction)
+        return load_eval_split(self.pairs.root / split, self.spec, max_bad_fraction=max_bad_fraction, store=self.pairs.store)
 
     def name_of(self, split: str, index: int) -> str:
         """A sample's shard and key, as far as they can be read. Reads the index: for messages."""
         try:
-            place = ShardReader(self.pairs.root / split).place(index)
+            place = ShardReader(self.pairs.root / split, self.pairs.store).place(index)
         except (OSError, UserError):
             return str(index)
         return f"{place.shard.name}/{shown(place.key)}"
@@ -148,11 +177,12 @@ class Corpus:
         on_epoch: Callable[[EpochReport], None] = print_report,
     ) -> TrainStream:
         """One rank's training batches from `start_step` on; see `TrainStream`."""
-        return TrainStream(self.pairs.root / "train", self.spec, settings, start_step=start_step, record=record, on_epoch=on_epoch)
+        folder, store = self.pairs.root / "train", self.pairs.store
+        return TrainStream(folder, self.spec, settings, start_step=start_step, record=record, on_epoch=on_epoch, store=store)
 
     def sweep(self) -> Sweep:
         """The training split once, in its own order."""
-        return Sweep(ShardReader(self.pairs.root / "train"), self.spec)
+        return Sweep(ShardReader(self.pairs.root / "train", self.pairs.store), self.spec)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Token ids at the model's context length, int64 [N, T]."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from mmlg_scale.data.faults import MAX_BAD_FRACTION, check_limit, told_truncation
 from mmlg_scale.data.reader import DamagedSample, Fault, ShardReader
 from mmlg_scale.data.scan import ahead, num_threads, scan
+from mmlg_scale.data.store import Store
 from mmlg_scale.data.tokens import truncated
 from mmlg_scale.errors import UserError
 from mmlg_scale.ranks import is_first_rank, several_ranks
@@ -202,21 +203,24 @@ class EvalSplit:
         return buffer.getvalue()
 
 
-def load_eval_split(folder: Path, spec: ModelSpec, *, max_bad_fraction: float = MAX_BAD_FRACTION) -> EvalSplit:
+def load_eval_split(folder: Path, spec: ModelSpec, *, max_bad_fraction: float = MAX_BAD_FRACTION, store: Store | None = None) -> EvalSplit:
     """Open a split as the model `spec` sees it. Where ranks run as one process group, all open it together.
+
+    The shards are in `store` where one is given.
 
     Damaged samples are left out and named on the console, metrics are then over the others; captions that are cut are counted there.
 
     Raises:
         UserError: more than `max_bad_fraction` of the samples are damaged; with the first of them.
     """
-    reader = ShardReader(folder)
+    reader = ShardReader(folder, store)
+    where = reader.shards.where
     shared = several_ranks() and dist.is_initialized()
     faults = scan(folder, reader, check="decode", threads=num_threads(), shared=shared)
-    check_limit(faults.counts, faults, len(reader), max_bad_fraction, None, str(folder))
+    check_limit(faults.counts, faults, len(reader), max_bad_fraction, None, where)
     samples_N = np.setdiff1d(np.arange(len(reader)), faults.positions(), assume_unique=True)
     if not len(samples_N):
-        raise UserError(f"{folder}: no sample can be read. mmlg data check says why.")
+        raise UserError(f"{where}: no sample can be read. mmlg data check says why.")
     owners, labels = list[int](), list[int | None]()
 
     def read_captions() -> Iterator[str]:
@@ -233,6 +237,6 @@ def load_eval_split(folder: Path, spec: ModelSpec, *, max_bad_fraction: float = 
         for fault in skipped:
             print(f"left out of the evaluation: {fault}", flush=True)
         if texts.num_truncated:
-            print(f"{folder}: {told_truncation(texts.num_truncated, len(captions), spec.context_length)}", flush=True)
+            print(f"{where}: {told_truncation(texts.num_truncated, len(captions), spec.context_length)}", flush=True)
     labels_N = None if any(label is None for label in labels) else torch.tensor(labels)
     return EvalSplit(ImageChunks(reader, samples_N, spec), texts, torch.tensor(owners), labels_N, captions, skipped, texts.num_truncated)

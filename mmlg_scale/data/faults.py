@@ -193,7 +193,7 @@ def known_faults(
             write_text_atomic(file, listed_text({"manifest_sha256": identity}, "shards", entries))
 
     first(note)
-    check_limit(faults.counts, faults, len(reader), max_bad_fraction, list_file, str(folder))
+    check_limit(faults.counts, faults, len(reader), max_bad_fraction, list_file, reader.shards.where)
     first(keep)
     return faults
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -50,7 +51,17 @@ _DIGEST_LETTERS = 32
 
 def index_path(folder: Path, shard_name: str) -> Path:
     """The index of a shard of the split `folder`; `shard_name` as the manifest gives it."""
-    return folder / INDEX_FOLDER / f"{Path(shard_name).name.removesuffix('.tar')}.npy"
+    return folder / index_name(shard_name)
+
+
+def index_name(shard_name: str) -> str:
+    """A shard's index, relative to its split."""
+    return f"{INDEX_FOLDER}/{Path(shard_name).name.removesuffix('.tar')}.npy"
+
+
+def index_bytes(num_samples: int) -> int:
+    """How large the index of so many samples is."""
+    return len(_header(num_samples)) + num_samples * RECORD.itemsize
 
 
 def key_checksum(key: str) -> int:
@@ -134,24 +145,28 @@ def read_index(path: Path, num_samples: int, num_bytes: int, digest: str) -> np.
         UserError: the file is missing, damaged, or another one than the manifest names.
     """
     remedy = f"Copy it again, or make it again with mmlg data index {path.parent.parent.parent}."
-    header = _header(num_samples)
-    wanted = len(header) + num_samples * RECORD.itemsize
     try:
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != wanted:
-                raise ValueError(f"it has {size} bytes, {wanted} are {num_samples} samples")
-            content = file.read(wanted)
-        if index_digest(content) != digest:
-            raise ValueError("it is not the file that the manifest names (SHA-256)")
-        if not content.startswith(header):
-            raise ValueError("it is no array of records")
-        records = np.frombuffer(content, RECORD, offset=len(header))
-        _require_places(records, num_bytes)
+            return records_in(file, num_samples, num_bytes, digest)
     except FileNotFoundError as error:
         raise UserError(f"no index {path} of a shard. {remedy}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"index {path} is damaged: {one_line(error)}. {remedy}") from error
+
+
+def records_in(file: BinaryIO, num_samples: int, num_bytes: int, digest: str) -> np.ndarray:
+    """What `read_index` gives, of an open file. Raises OSError, and ValueError where it is damaged or another file."""
+    header, wanted = _header(num_samples), index_bytes(num_samples)
+    size = os.fstat(file.fileno()).st_size
+    if size != wanted:
+        raise ValueError(f"it has {size} bytes, {wanted} are {num_samples} samples")
+    content = file.read(wanted)
+    if index_digest(content) != digest:
+        raise ValueError("it is not the file that the manifest names (SHA-256)")
+    if not content.startswith(header):
+        raise ValueError("it is no array of records")
+    records = np.frombuffer(content, RECORD, offset=len(header))
+    _require_places(records, num_bytes)
     return records
 
 

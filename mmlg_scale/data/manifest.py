@@ -19,16 +19,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import posixpath
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmlg_scale.bounds import MAX_MANIFEST_BYTES
-from mmlg_scale.data.index import MAX_SHARD_SAMPLES
+from mmlg_scale.data.index import MAX_SHARD_SAMPLES, index_bytes, index_name
+from mmlg_scale.data.store import RemoteFile, Store
 from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_text_atomic
@@ -63,6 +65,7 @@ class Shards:
         samples, num_bytes: int64 [S], of each.
         sha256, indexes: digests of each shard and of its index.
         starts: int64 [S + 1], the first sample of each, and the number of all.
+        store: where they are, if that is not `folder`.
     """
 
     folder: Path
@@ -72,13 +75,33 @@ class Shards:
     sha256: list[str]
     indexes: list[str]
     starts: np.ndarray
+    store: Store | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
     def path(self, shard: int) -> Path:
-        """The file of a shard."""
+        """The file of a shard of a local set."""
         return self.folder / self.names[shard]
+
+    @property
+    def where(self) -> str:
+        """The split, for people."""
+        return str(self.folder) if self.store is None else f"{self.store.root}/{self.folder.name}"
+
+    def told(self, shard: int) -> str:
+        """A shard, for people."""
+        return str(self.path(shard)) if self.store is None else self.store.url(self.file(shard).name)
+
+    def file(self, shard: int) -> RemoteFile:
+        """A shard in its store."""
+        name = posixpath.normpath(f"{self.folder.name}/{self.names[shard]}")
+        return RemoteFile(name, int(self.num_bytes[shard]), self.sha256[shard])
+
+    def index_file(self, shard: int) -> RemoteFile:
+        """A shard's index in its store."""
+        name = f"{self.folder.name}/{index_name(self.names[shard])}"
+        return RemoteFile(name, index_bytes(int(self.samples[shard])), self.indexes[shard])
 
 
 def shards_of(folder: Path, entries: Sequence[Mapping[str, Any]]) -> Shards:
@@ -193,8 +216,14 @@ def has_old_format(folder: Path) -> bool:
         return False
 
 
-def load_shards(folder: Path) -> Shards:
-    """The shards of a split. Raises UserError as `load_manifest`, and where the manifest is damaged."""
+def load_shards(folder: Path, store: Store | None = None) -> Shards:
+    """The shards of a split, which are in `store` where one is given.
+
+    Raises:
+        UserError: as `load_manifest`, and where the manifest is damaged.
+    """
+    if store is not None and not (folder / "manifest.json").is_file():
+        raise UserError(f"{store.root} has no split {folder.name!r}: there is no {folder.name}/manifest.json.")
     manifest = load_manifest(folder)
     try:
         shards = shards_of(folder, manifest["shards"])
@@ -202,7 +231,7 @@ def load_shards(folder: Path) -> Shards:
             raise ValueError("the samples of its shards are not as many as it says")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"{folder / 'manifest.json'} is damaged, or of another version: {one_line(error)}. {_REMEDY}") from error
-    return shards
+    return shards if store is None else replace(shards, store=store)
 
 
 def manifest_digest(folder: Path) -> str:

@@ -71,6 +71,18 @@ class EpochOrder:
             done += len(part)
         return epochs, samples
 
+    def window_at(self, position: int) -> tuple[int, int]:
+        """(epoch, window) that a position is in."""
+        epoch, offset = divmod(position, self.num_intact)
+        return epoch, int(np.searchsorted(self._epoch(epoch).starts, offset, side="right")) - 1
+
+    def window_shards(self, epoch: int, number: int) -> list[int]:
+        """The shards of a window; of a number beyond the epoch's last, those of the next epoch's first."""
+        order = self._epoch(epoch)
+        if number >= len(order.starts) - 1:
+            epoch, number, order = epoch + 1, 0, self._epoch(epoch + 1)
+        return [int(shard) for shard in order.shards[number * self.window : (number + 1) * self.window]]
+
     def intact(self, number: int) -> int:
         """The intact sample that `number` others come before in the split's own order."""
         shard = int(np.searchsorted(self._ends, number, side="right"))

@@ -28,9 +28,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mmlg_scale.data.augment import crop_batch, crop_boxes
 from mmlg_scale.data.captions import CaptionTokens
 from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, FaultLog, fault_list, known_faults, print_report
-from mmlg_scale.data.order import EpochOrder
+from mmlg_scale.data.manifest import Shards
+from mmlg_scale.data.order import SHUFFLE_WINDOW, EpochOrder
 from mmlg_scale.data.reader import DamagedSample, Fault, ShardReader
 from mmlg_scale.data.scan import Check, Findings, num_threads
+from mmlg_scale.data.store import RemoteFile, Store
 from mmlg_scale.data.workers import from_workers, require_shared_memory, worker_options
 from mmlg_scale.errors import UserError
 from mmlg_scale.ranks import on_first_rank, several_ranks
@@ -177,18 +179,46 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
 
 
 class _Steps(Sampler[np.ndarray]):
-    """This rank's places for each step from `start` on, without end: int64 [B, 2], epoch and sample."""
+    """This rank's places for each step from `start` on, without end: int64 [B, 2], epoch and sample.
 
-    def __init__(self, order: EpochOrder, batch_size: int, rank: int, world_size: int, start: int) -> None:
-        self.order, self.batch_size, self.start = order, batch_size, start
+    Where `shards` are remote, those of a window and of the next one are fetched in the background when the window is reached.
+    """
+
+    def __init__(self, order: EpochOrder, batch_size: int, rank: int, world_size: int, start: int, shards: Shards) -> None:
+        self.order, self.batch_size, self.start, self.shards = order, batch_size, start, shards
         self.share = batch_size // world_size
         self.offset = rank * self.share
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        step = self.start
+        step, fetched = self.start, None
         while True:
+            window = self.order.window_at(step * self.batch_size + self.offset) if self.shards.store is not None else None
+            if window != fetched and window is not None:
+                self._fetch(*window)
+                fetched = window
             yield np.stack(self.order.places(step * self.batch_size + self.offset, self.share), axis=1)
             step += 1
+
+    def _fetch(self, epoch: int, number: int) -> None:
+        assert self.shards.store is not None
+        here, ahead = (self._files(self.order.window_shards(epoch, number + more)) for more in (0, 1))
+        self.shards.store.prefetch([*here, *ahead], keep=here)
+
+    def _files(self, shards: list[int]) -> list[RemoteFile]:
+        return [file for shard in shards for file in (self.shards.index_file(shard), self.shards.file(shard))]
+
+
+def require_cache(shards: Shards, num_mixed: int = SHUFFLE_WINDOW) -> None:
+    """Raise UserError where a cache has no room for shards that are mixed: each would be fetched again for nearly every sample."""
+    if shards.store is None or shards.store.cache is None:
+        return
+    indexes_S = np.array([shards.index_file(shard).size for shard in range(len(shards))])
+    most = int(np.sort(shards.num_bytes + indexes_S)[-num_mixed:].sum())
+    if shards.store.cache.max_bytes < most:
+        raise UserError(
+            f"data.cache_bytes is {shards.store.cache.max_bytes:,}; {min(num_mixed, len(shards))} shards of {shards.where}, whose samples "
+            f"are mixed, take {most:,}. Allow twice as much, so that the next ones are fetched ahead."
+        )
 
 
 class TrainStream:
@@ -196,6 +226,7 @@ class TrainStream:
 
     Args:
         folder: a split.
+        store: where its shards are, if not in `folder`.
         spec: the model that reads it: size and preprocessing of images, tokenizer and context length of captions.
         record: folder of the run: keeps the set of damaged samples over a resume, and the list of faults.
         on_epoch: told at the end of each epoch what was skipped and cut; by default the console is, where something was.
@@ -214,12 +245,14 @@ class TrainStream:
         start_step: int = 0,
         record: Path | None = None,
         on_epoch: Callable[[EpochReport], None] = print_report,
+        store: Store | None = None,
     ) -> None:
         rank, world_size, batch_size = settings.rank, settings.world_size, settings.global_batch_size
-        reader, shared = ShardReader(folder), several_ranks() and dist.get_world_size() == world_size
+        reader, shared = ShardReader(folder, store), several_ranks() and dist.get_world_size() == world_size
         share, image = batch_size // world_size, 3 * spec.image_size**2
         need = functools.partial(require_shared_memory, settings.num_workers, [share * image, share * 8 * spec.context_length, share * 16])
         on_first_rank(need) if shared else need()
+        require_cache(reader.shards)
         known = known_faults(
             folder,
             reader,
@@ -233,7 +266,9 @@ class TrainStream:
         order = EpochOrder(reader.shards.samples, known.positions(), settings.seed)
         self.num_intact = order.num_intact
         if self.num_intact < batch_size:
-            raise UserError(f"{folder} has {self.num_intact} samples, batch_size is {batch_size}. Use a smaller batch, or more data.")
+            raise UserError(
+                f"{reader.shards.where} has {self.num_intact} samples, batch_size is {batch_size}. Use a smaller batch, or more data."
+            )
         self._start, self._batch_size = start_step, batch_size
         self._log = FaultLog(
             known,
@@ -243,12 +278,12 @@ class TrainStream:
             file=fault_list(record, rank),
             context_length=spec.context_length,
             on_epoch=on_epoch if rank == 0 else _only_new(on_epoch, known),
-            what=str(folder),
+            what=reader.shards.where,
         )
         self._loader: DataLoader[tuple[Batch, _News]] = DataLoader(
             _Pairs(reader, order, spec, settings),
             batch_size=None,
-            sampler=_Steps(order, batch_size, rank, world_size, start_step),
+            sampler=_Steps(order, batch_size, rank, world_size, start_step, reader.shards),
             pin_memory=torch.cuda.is_available(),
             # Its draw for the workers, on which nothing here depends, does not touch the global state.
             generator=torch.Generator().manual_seed(settings.seed),

@@ -22,8 +22,9 @@ import numpy as np
 
 from mmlg_scale.bounds import MAX_CAPTION, MAX_IMAGE_BYTES, MAX_SAMPLE_TEXT_BYTES
 from mmlg_scale.data.images import PLAIN, check_decodes, check_png, decode, load_cheaply, random_resized_crop
-from mmlg_scale.data.index import BLOCK, EXTENSIONS, PLAIN_KEY, RECORD, index_path, key_checksum, read_index
+from mmlg_scale.data.index import BLOCK, EXTENSIONS, PLAIN_KEY, RECORD, index_path, key_checksum, read_index, records_in
 from mmlg_scale.data.manifest import Location, Shards, load_shards
+from mmlg_scale.data.store import RemoteFile, Store, StoreError
 from mmlg_scale.errors import UserError
 from mmlg_scale.reading import one_line, open_regular, shown
 from mmlg_scale.towers import Preprocess
@@ -32,6 +33,8 @@ __all__ = ["REMEDIES", "DamagedSample", "Fault", "ShardReader", "check_decodes",
 
 OPEN_SHARDS = 32
 """Files and indexes that are kept: more than the shards that are mixed with each other."""
+OPEN_COPIES = 16
+"""Of remote shards: no more than are mixed, since a copy that is open takes its place on the disk even where it has been removed."""
 KEY = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")
 """webdataset's rule for a member's name: the key is all up to the first dot of the base name."""
 
@@ -77,8 +80,21 @@ class DamagedSample(UserError):
 
 
 def open_shard(path: Path) -> BinaryIO:
-    """Open a shard for `pread`: the one place through which shards are opened. Raises OSError."""
+    """Open a shard of this machine for `pread`. Raises OSError."""
     return open_regular(path, buffering=0)
+
+
+def open_remote(store: Store, file: RemoteFile) -> BinaryIO:
+    """Open the copy of a remote file. Raises StoreError where it cannot be had, UserError where the cache's disk fails."""
+    try:
+        return store.open(file)
+    except StoreError:
+        raise
+    except OSError as error:
+        told = error.strerror or one_line(error)
+        raise UserError(
+            f"data.cache_dir: copies of {store.root} cannot be kept ({error.filename}: {told}). Give another folder."
+        ) from error
 
 
 class _Spot(NamedTuple):
@@ -100,12 +116,16 @@ class ShardReader:
 
     What it holds grows with the number of shards; indexes and files of the few shards that are being read are kept open.
 
+    Args:
+        folder: the split; of a remote set, the copy of its manifest.
+        store: where its shards are, if not in `folder`.
+
     Raises:
         UserError: no manifest, or a damaged one; while reading, a missing or damaged index.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.shards = load_shards(folder)
+    def __init__(self, folder: Path, store: Store | None = None) -> None:
+        self.shards = load_shards(folder, store)
         self._open, self._indexes = OrderedDict[int, BinaryIO](), OrderedDict[int, np.ndarray]()
 
     @classmethod
@@ -137,12 +157,15 @@ class ShardReader:
             self.close()
 
     def records(self, shard: int) -> np.ndarray:
-        """The index of a shard: RECORD [N]. Raises UserError where it is missing or damaged."""
+        """The index of a shard: RECORD [N]. Raises UserError where it is missing or damaged, StoreError where it cannot be had."""
         found = self._indexes.get(shard)
         if found is None:
             of = self.shards
-            path = index_path(of.folder, of.names[shard])
-            found = read_index(path, int(of.samples[shard]), int(of.num_bytes[shard]), of.indexes[shard])
+            wanted = int(of.samples[shard]), int(of.num_bytes[shard]), of.indexes[shard]
+            if of.store is None:
+                found = read_index(index_path(of.folder, of.names[shard]), *wanted)
+            else:
+                found = _remote_index(of.store, of.index_file(shard), *wanted)
             self._indexes[shard] = found
             if len(self._indexes) > OPEN_SHARDS:
                 self._indexes.popitem(last=False)
@@ -166,12 +189,19 @@ class ShardReader:
 
     def key(self, index: int) -> str:
         """A sample's key, read from the tar; where it cannot be read, the sample's number in the shard, after a #."""
+        of, shard = self.shards, int(np.searchsorted(self.shards.starts, index, side="right")) - 1
+        if of.store is not None and not of.store.has(of.index_file(shard)):
+            return f"#{index - int(of.starts[shard])}"  # nothing is fetched for a message
         return self._key(self._spot(index))
 
     def _spot(self, index: int) -> _Spot:
         shard = int(np.searchsorted(self.shards.starts, index, side="right")) - 1
         position = index - int(self.shards.starts[shard])
-        image, text, about, image_size, text_size, json_size, key, lead, extension, flags = self.records(shard)[position].item()
+        try:
+            record = self.records(shard)[position]
+        except StoreError as error:
+            raise DamagedSample(Fault(self.shards.told(shard), f"#{position}", index, READ, str(error))) from error
+        image, text, about, image_size, text_size, json_size, key, lead, extension, flags = record.item()
         return _Spot(
             shard,
             position,
@@ -185,6 +215,8 @@ class ShardReader:
         )
 
     def _key(self, spot: _Spot) -> str:
+        if self.shards.store is not None and not self.shards.store.has(self.shards.file(spot.shard)):
+            return f"#{spot.position}"
         lead = max(1, spot.lead)
         for part, blocks in ((spot.image, lead), (spot.text, 1), (spot.json, 1)):
             if part is None:
@@ -200,16 +232,18 @@ class ShardReader:
         return f"#{spot.position}"
 
     def _damaged(self, spot: _Spot, cause: str, detail: str) -> DamagedSample:
-        shard = self.shards.path(spot.shard)
+        shard = self.shards.told(spot.shard)
         index = int(self.shards.starts[spot.shard]) + spot.position
-        return DamagedSample(Fault(str(shard), self._key(spot), index, cause, detail))
+        return DamagedSample(Fault(shard, self._key(spot), index, cause, detail))
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
         """Raises OSError."""
         file = self._open.get(shard)
         if file is None:
-            file = self._open[shard] = open_shard(self.shards.path(shard))
-            if len(self._open) > OPEN_SHARDS:
+            of = self.shards
+            file = open_shard(of.path(shard)) if of.store is None else open_remote(of.store, of.file(shard))
+            self._open[shard] = file
+            if len(self._open) > (OPEN_SHARDS if of.store is None else OPEN_COPIES):
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(shard)
         payload = os.pread(file.fileno(), size, offset)
@@ -298,7 +332,12 @@ class ShardReader:
         return {"captions": captions, "label": label if type(label) is int and abs(label) < 2**31 else None}
 
     def is_changed(self, shard: int) -> bool:
-        """Whether the bytes of a shard are not those that the manifest's SHA-256 is of; False also where it cannot be read."""
+        """Whether the bytes of a shard are not those that the manifest's SHA-256 is of; False also where it cannot be read.
+
+        Of a remote shard they never are: its copy would not be there.
+        """
+        if self.shards.store is not None:
+            return False
         try:
             with open_shard(self.shards.path(shard)) as file:
                 return content_digest(file) != self.shards.sha256[shard]
@@ -320,6 +359,14 @@ class ShardReader:
             return payload.decode("utf-8")
         except UnicodeDecodeError as error:
             raise self._damaged(spot, ENCODING, f".{extension}, byte {error.start}") from error
+
+
+def _remote_index(store: Store, file: RemoteFile, num_samples: int, num_bytes: int, digest: str) -> np.ndarray:
+    with open_remote(store, file) as opened:
+        try:
+            return records_in(opened, num_samples, num_bytes, digest)
+        except (OSError, ValueError) as error:
+            raise UserError(f"index {store.url(file.name)} is damaged: {one_line(error)}. Index the set again, where it is.") from error
 
 
 def content_digest(file: BinaryIO) -> str:

@@ -69,7 +69,7 @@ class Findings:
     def __iter__(self) -> Iterator[Fault]:
         reader = self._reader.clone()
         for shard, found in self.spans.items():
-            file, start = str(reader.shards.path(shard)), int(reader.shards.starts[shard])
+            file, start = reader.shards.told(shard), int(reader.shards.starts[shard])
             for first, count, cause, detail in found:
                 for index in range(start + first, start + first + count):
                     yield Fault(file, reader.key(index), index, cause, detail)
@@ -87,12 +87,12 @@ def num_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def resolved(check: Check, num_samples: int) -> Literal["decode", "structure"]:
-    """What `check` means for a split. Raises UserError where it is unknown."""
+def resolved(check: Check, num_samples: int, *, remote: bool = False) -> Literal["decode", "structure"]:
+    """What `check` means for a split; a `remote` one is fetched as a whole only where that is asked for. Raises UserError: unknown."""
     if check not in CHECKS:
         raise UserError(f"data.check {check!r} is unknown. Use one of: {', '.join(CHECKS)}.")
     if check == "auto":
-        return "decode" if num_samples <= AUTO_DECODE_SAMPLES else "structure"
+        return "decode" if num_samples <= AUTO_DECODE_SAMPLES and not remote else "structure"
     return check
 
 
@@ -122,7 +122,7 @@ def scan(
     Raises:
         UserError: `check` is unknown, or a shard's index is missing or damaged.
     """
-    decode = resolved(check, len(reader)) == "decode"
+    decode = resolved(check, len(reader), remote=reader.shards.store is not None) == "decode"
     shared = shared and several_ranks()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
     cache = _Cache(folder, {} if fresh else load_states(folder), part)
@@ -132,7 +132,7 @@ def scan(
     missing = [shard for shard in sorted(states) if states[shard] is None]
     to_read = int(reader.shards.samples[missing].sum())
     if rank == 0 and is_first_rank() and progress is None and to_read >= ANNOUNCE_FROM:
-        print(f"checking {to_read:,} samples of {folder}, once; kept in {CACHE_FILE}", flush=True)
+        print(f"checking {to_read:,} samples of {reader.shards.where}, once; kept in {CACHE_FILE}", flush=True)
     work = _Work(reader, missing, decode, hashed or decode, rank, world_size)
     bar = progress or _bar("checking data")
     found = _shared(lambda: work.run(threads, bar, None)) if shared else work.run(threads, bar, cache)
@@ -192,7 +192,7 @@ class _Work:
     def __init__(self, reader: ShardReader, shards: list[int], decode: bool, hashed: bool, rank: int, world_size: int) -> None:
         self.reader, self.shards, self.decode, self.hashed = reader, shards, decode, hashed
         self.rank, self.world_size = rank, world_size
-        self.stamps = {shard: _stamp(reader.shards.path(shard)) for shard in shards}
+        self.stamps = {shard: _stamp_of(reader, shard) for shard in shards}
         self._local = threading.local()
         self._clones: list[ShardReader] = []
 
@@ -294,6 +294,13 @@ def ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], 
         yield first, future.result()
 
 
+def _stamp_of(reader: ShardReader, shard: int) -> dict[str, int | None]:
+    """Of a remote shard what the manifest says: its copy is only there if that is true."""
+    if reader.shards.store is None:
+        return _stamp(reader.shards.path(shard))
+    return {"num_bytes": int(reader.shards.num_bytes[shard]), "mtime_ns": None}
+
+
 def _stamp(file: Path) -> dict[str, int | None]:
     try:
         stat = file.stat()
@@ -355,12 +362,20 @@ class _Cache:
         self.part_file = folder / (CACHE_FILE if part[1] == 1 else f"checked-{part[0]}-of-{part[1]}.json")
 
     def kept(self, reader: ShardReader, shard: int, decode: bool, hashed: bool) -> ShardState | None:
-        """What is known of a shard, if that is enough and its file is the one that was looked at."""
+        """What is known of a shard, if that is enough and its file is the one that was looked at.
+
+        Of a remote shard the headers and captions need no look: packing and indexing have had it, and what they found lies beside the
+        manifest.
+        """
         found = self.known.get(reader.shards.names[shard])
-        if found is None or (decode and not found["decode"]) or (hashed and not found["hashed"]):
+        remote, size = reader.shards.store is not None, int(reader.shards.samples[shard])
+        if remote and not decode:
+            unseen: ShardState = {**_stamp_of(reader, shard), "decode": False, "hashed": False, "faults": []}
+            found = unseen if found is None or found["num_bytes"] != unseen["num_bytes"] else found
+        elif found is None or (decode and not found["decode"]) or (hashed and not found["hashed"] and not remote):
             return None
-        stamp, size = _stamp(reader.shards.path(shard)), int(reader.shards.samples[shard])
-        if stamp["num_bytes"] is None or any(found[key] != stamp[key] for key in stamp):
+        stamp = _stamp_of(reader, shard)
+        if stamp["num_bytes"] is None or any(found[key] != stamp[key] for key in stamp if not (remote and key == "mtime_ns")):
             return None
         return found if all(first + count <= size for first, count, *_ in found["faults"]) else None
 

@@ -37,15 +37,26 @@ LEAST_BYTES = 2**16
 _STRIPES = 64
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _WAIT_SECONDS = 0.05
+_MISSING = (404, 410)
 _PARTIAL = ".tmp"
+_OURS = re.compile(r"\.?[0-9a-f]{24}-.+")
+"""Copies, complete or not. Nothing else in the folder is counted or removed: somebody may name one that has files of his own."""
 
 
 class StoreError(OSError):
     """A remote file could not be had, after all attempts. It counts as damage of its shard."""
 
 
+class FileMissingError(UserError):
+    """The store can be had, but has no such file."""
+
+
 class _Final(StoreError):
     """Trying again would not help."""
+
+
+class _Missing(_Final):
+    """There is no such file."""
 
 
 class RemoteFile(NamedTuple):
@@ -54,7 +65,7 @@ class RemoteFile(NamedTuple):
     Attributes:
         name: relative to the set, or a URL of its own.
         size: in bytes; a copy of another size is never used.
-        sha256: what it must have, or None to compare sizes alone.
+        sha256: what it must have, or how that begins; None to compare sizes alone.
     """
 
     name: str
@@ -72,6 +83,7 @@ class CacheSettings:
         attempts: how often a file is tried.
         first_pause: seconds after the first failure; each later pause is twice as long.
         timeout: seconds without a sign of the store after which an attempt has failed.
+        failed_for: seconds for which a file that could not be had is not tried again, so that not each of its samples waits for that.
     """
 
     folder: Path
@@ -79,6 +91,7 @@ class CacheSettings:
     attempts: int = 5
     first_pause: float = 0.5
     timeout: float = 30.0
+    failed_for: float = 60.0
 
 
 def is_remote(path: str) -> bool:
@@ -107,6 +120,7 @@ class Store:
         _check_url(self.root)
         self._queue: queue.Queue[tuple[RemoteFile, frozenset[str]]] = queue.Queue()
         self._thread: threading.Thread | None = None
+        self._failed: dict[str, tuple[float, StoreError]] = {}
 
     def __reduce__(self) -> tuple[type[Store], tuple[str, CacheSettings | None]]:
         """To loader workers, which fetch ahead by a thread of their own."""
@@ -154,6 +168,8 @@ class Store:
 
             try:
                 self._try(url, attempt)
+            except _Missing as error:
+                raise FileMissingError(_at_the_start(url, error)) from error
             except StoreError as error:
                 raise UserError(_at_the_start(url, error)) from error
             payload = b"".join(parts)
@@ -165,7 +181,7 @@ class Store:
         """The file for `pread`: itself, or its copy, which is fetched where it is not there. A copy that is open is removed last.
 
         Raises:
-            StoreError: it cannot be had, after all attempts.
+            StoreError: it cannot be had, after all attempts, or could not be a moment ago.
             OSError: of a local file, or of the cache's disk.
             UserError: the cache is smaller than the file.
         """
@@ -173,7 +189,7 @@ class Store:
         if not is_remote(url):
             return open_regular(local_path(url), buffering=0)
         while True:
-            path = self._fetched(file, frozenset())
+            path = self._fetched(file, frozenset(), remember=True)
             try:
                 opened = open_regular(path, buffering=0)
             except FileNotFoundError:
@@ -181,6 +197,11 @@ class Store:
             fcntl.flock(opened, fcntl.LOCK_SH)
             os.utime(opened.fileno())  # used last, now
             return opened
+
+    def has(self, file: RemoteFile) -> bool:
+        """Whether the file, or a copy of it, is on this machine."""
+        url = self.url(file.name)
+        return _size(self._place(file) if is_remote(url) else local_path(url)) == file.size
 
     def prefetch(self, files: Sequence[RemoteFile], keep: Collection[RemoteFile] = ()) -> None:
         """Fetch files in the background, in this order, as long as that removes none of `keep`. Errors are left to who opens them."""
@@ -215,8 +236,11 @@ class Store:
         base = re.sub(r"[^A-Za-z0-9._-]", "_", url.rpartition("/")[2])[-60:]
         return self._settings(url).folder / f"{key}-{base}"
 
-    def _fetched(self, file: RemoteFile, keep: frozenset[str]) -> Path:
-        """The copy's path, complete when this returns; of the node's processes one fetches, and the others wait."""
+    def _fetched(self, file: RemoteFile, keep: frozenset[str], *, remember: bool = False) -> Path:
+        """The copy's path, complete when this returns; of the node's processes one fetches, and the others wait.
+
+        `remember`: a failure is raised again for some time, without a new attempt.
+        """
         path, url = self._place(file), self.url(file.name)
         settings = self._settings(url)
         if _size(path) == file.size:
@@ -227,7 +251,15 @@ class Store:
         stripe = int(path.name[:8], 16) % _STRIPES
         with _locked(settings.folder / "locks" / f"{stripe:02}"):
             if _size(path) != file.size:
-                self._try(url, lambda: self._fetch(url, file, path, keep))
+                until, failure = self._failed.get(path.name, (0.0, None))
+                if failure is not None and time.monotonic() < until and remember:
+                    raise StoreError(str(failure)) from failure
+                try:
+                    self._try(url, lambda: self._fetch(url, file, path, keep))
+                except StoreError as error:
+                    if remember:
+                        self._failed[path.name] = (time.monotonic() + settings.failed_for, error)
+                    raise
         return path
 
     def _fetch(self, url: str, file: RemoteFile, path: Path, keep: frozenset[str]) -> None:
@@ -245,7 +277,7 @@ class Store:
                     found.update(part)
             if at != file.size:
                 raise StoreError(f"{url}: {at:,} bytes came, the manifest says {file.size:,}")
-            if file.sha256 not in (None, found.hexdigest()):
+            if file.sha256 is not None and not found.hexdigest().startswith(file.sha256):
                 raise StoreError(f"{url}: its SHA-256 is {found.hexdigest()}, the manifest says {file.sha256}")
             partial.flush()
             os.fsync(partial.fileno())
@@ -325,6 +357,8 @@ def _http(url: str, timeout: float) -> Iterator[bytes]:
         error.close()
         told = f"{url}: HTTP {error.code} {error.reason}"
         # Of the client's mistakes only "too slow" and "too many" pass by themselves.
+        if error.code in _MISSING:
+            raise _Missing(told) from error
         raise (_Final if 400 <= error.code < 500 and error.code not in (408, 429) else StoreError)(told) from error
 
 
@@ -345,7 +379,9 @@ def _fsspec(url: str, timeout: float) -> Iterator[bytes]:
         with system.open(path, "rb", block_size=8 * CHUNK, cache_type="readahead") as file:
             while part := file.read(CHUNK):
                 yield part
-    except (FileNotFoundError, PermissionError) as error:
+    except FileNotFoundError as error:
+        raise _Missing(f"{url}: {one_line(error)}") from error
+    except PermissionError as error:
         raise _Final(f"{url}: {one_line(error) or type(error).__name__}") from error
     except Exception as error:
         if "Credential" in type(error).__name__:
@@ -387,7 +423,7 @@ def _used(folder: Path) -> int:
     """Bytes of all copies, complete or not. What a process left that died is removed on the way: nobody has it locked."""
     total = 0
     for entry in os.scandir(folder):
-        if not entry.is_file(follow_symlinks=False):
+        if not _OURS.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
             continue
         if entry.name.endswith(_PARTIAL) and _is_free(Path(entry.path)):
             Path(entry.path).unlink(missing_ok=True)
@@ -416,7 +452,9 @@ def _remove_unused(folder: Path, wanted: int, keep: frozenset[str]) -> int:
     """
     copies = []
     for entry in os.scandir(folder):
-        if entry.is_file(follow_symlinks=False) and not entry.name.endswith(_PARTIAL) and entry.name not in keep:
+        if not _OURS.fullmatch(entry.name) or entry.name.endswith(_PARTIAL) or entry.name in keep:
+            continue
+        if entry.is_file(follow_symlinks=False):
             stat = entry.stat(follow_symlinks=False)
             copies.append((not _is_free(Path(entry.path)), stat.st_mtime_ns, stat.st_size, Path(entry.path)))
     freed = 0

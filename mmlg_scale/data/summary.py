@@ -16,6 +16,7 @@ import torch
 from mmlg_scale.data import SPLITS
 from mmlg_scale.data.images import open_image
 from mmlg_scale.data.reader import DamagedSample, ShardReader
+from mmlg_scale.data.store import Store
 from mmlg_scale.data.tokens import UNKNOWN, offered_tokenizer
 from mmlg_scale.towers import BytePairTokenizer, Tokenizer, told
 
@@ -48,15 +49,23 @@ class SplitSummary:
         return round(len(self.captions) * self.num_samples / max(1, self.num_read))
 
 
-def summarise_split(folder: Path, *, max_samples: int = MAX_SAMPLES, max_images: int = MAX_IMAGES) -> SplitSummary:
-    """Read a split; damaged samples are passed over.
+def summarise_split(
+    folder: Path,
+    store: Store | None = None,
+    *,
+    max_samples: int = MAX_SAMPLES,
+    max_images: int = MAX_IMAGES,
+    first_shard: bool = False,
+) -> SplitSummary:
+    """Read a split; damaged samples are passed over. Of a remote one, which is in `store`, `first_shard` can do.
 
     Raises:
         UserError: no manifest, or a damaged one.
     """
-    reader = ShardReader(folder)
+    reader = ShardReader(folder, store)
+    wanted = range(min(max_samples, int(reader.shards.samples[0]))) if first_shard else _spread(len(reader), max_samples)
     captions, sizes = list[str](), list[tuple[int, int]]()
-    for index in _spread(len(reader), max_samples):
+    for index in wanted:
         try:
             captions += reader.about(index)["captions"]
         except DamagedSample:
@@ -69,7 +78,7 @@ def summarise_split(folder: Path, *, max_samples: int = MAX_SAMPLES, max_images:
             continue
     reader.close()
     num_bytes = int(reader.shards.num_bytes.sum())
-    return SplitSummary(len(reader), num_bytes, min(max_samples, len(reader)), captions, sizes)
+    return SplitSummary(len(reader), num_bytes, len(wanted), captions, sizes)
 
 
 def _spread(count: int, wanted: int) -> list[int]:
@@ -77,9 +86,9 @@ def _spread(count: int, wanted: int) -> list[int]:
     return list(range(count)) if count <= wanted else [position * count // wanted for position in range(wanted)]
 
 
-def num_pairs(folder: Path) -> tuple[int, int]:
-    """Images and captions of a split; captions are estimated where the split is large."""
-    found = summarise_split(folder, max_images=0)
+def num_pairs(folder: Path, store: Store | None = None, *, first_shard: bool = False) -> tuple[int, int]:
+    """Images and captions of a split; captions are estimated where the split is large, or only its first shard is read."""
+    found = summarise_split(folder, store, max_images=0, first_shard=first_shard)
     return found.num_samples, found.num_captions
 
 

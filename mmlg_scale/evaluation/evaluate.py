@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmlg_scale import towers
-from mmlg_scale.data.corpus import Corpus, open_pairs
+from mmlg_scale.data.corpus import Corpus, PairSet, open_pairs
 from mmlg_scale.data.evaluation import Chunks, EvalSplit, TensorChunks
 from mmlg_scale.evaluation.retrieval import recall_at_k
 from mmlg_scale.evaluation.zeroshot import class_embeddings, zero_shot_metrics
@@ -91,7 +91,7 @@ def evaluate_pairs(
 class _Loaded:
     """An open_clip folder and a split read for it, ready to encode: its own tokenizer, its own preprocessing."""
 
-    def __init__(self, model: Path, data: Path, split: str) -> None:
+    def __init__(self, model: Path, data: Path | PairSet, split: str) -> None:
         bundle = towers.load_clip(model)
         bundle.spec.require_tokenizer(str(model))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,7 +99,7 @@ class _Loaded:
         self.clip.load_state_dict(bundle.state)
         self.clip.to(self.device).eval()
         self.preprocess = bundle.spec.preprocess
-        self.corpus = Corpus(open_pairs(data), bundle.spec)
+        self.corpus = Corpus(data if isinstance(data, PairSet) else open_pairs(data), bundle.spec)
         self.split = self.corpus.eval_split(split)
 
     def image(self, image: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class _Loaded:
 
 
 @torch.no_grad()
-def evaluate_folder(model: Path, data: Path, split: str) -> dict[str, float]:
+def evaluate_folder(model: Path, data: Path | PairSet, split: str) -> dict[str, float]:
     """All metrics of an open_clip folder on a split of a data set, by the model's own tokenizer and preprocessing.
 
     Raises:
@@ -131,7 +131,7 @@ def evaluate_folder(model: Path, data: Path, split: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def folder_features(model: Path, data: Path, split: str) -> tuple[Tensor, Tensor, EvalSplit]:
+def folder_features(model: Path, data: Path | PairSet, split: str) -> tuple[Tensor, Tensor, EvalSplit]:
     """Features of a split, [N, D] of its images and [M, D] of its captions, and the split itself."""
     loaded = _Loaded(model, data, split)
     image_ND = encode_in_chunks(lambda chunk: loaded.image(loaded.preprocess(chunk)), loaded.split.images, loaded.device)

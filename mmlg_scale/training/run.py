@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from mmlg_scale import recipe
-from mmlg_scale.data.corpus import Corpus, PairSet, open_pairs
+from mmlg_scale.data.corpus import Corpus, PairSet, pairs_of
 from mmlg_scale.errors import RunStopped, SupersededError, UserError
 from mmlg_scale.metric_names import check_metric
 from mmlg_scale.ranks import is_first_rank, on_first_rank, several_ranks
@@ -56,7 +56,7 @@ def run_role(role: Role, out: Path, runtime: Runtime) -> Result:
         UserError: what was given does not go together; `out` contains another run, or another process works there.
     """
     settings = role.settings
-    pairs = open_pairs(settings.data.path)
+    pairs = pairs_of(settings.data)
     check_metric(settings.evaluation.metric, has_classes=pairs.classes is not None)
     role.check(pairs)
     return _in_folder(out, runtime, lambda: role.identity(pairs), lambda start: _train(role, pairs, out, runtime, start))
@@ -64,7 +64,7 @@ def run_role(role: Role, out: Path, runtime: Runtime) -> Result:
 
 def write_features(settings: recipe.Recipe, ancestor: Path, out: Path, runtime: Runtime) -> Result:
     """Write the features that the ancestor gives the training split to `out`; see `features`."""
-    pairs = open_pairs(settings.data.path)
+    pairs = pairs_of(settings.data)
 
     def work(start: Start) -> Result:
         model, device = load_ancestor(settings, ancestor, pairs), start.device

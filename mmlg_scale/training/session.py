@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmlg_scale import recipe
-from mmlg_scale.data.corpus import Corpus, PairSet, open_pairs
+from mmlg_scale.data.corpus import Corpus, PairSet, pairs_of
 from mmlg_scale.data.evaluation import EvalSplit
 from mmlg_scale.data.pipeline import Batch, StreamSettings, TrainStream
 from mmlg_scale.evaluation.evaluate import evaluate_pairs
@@ -119,7 +119,7 @@ def build_session(
     """
     runtime = runtime if runtime is not None else Runtime()
     chosen: Role = role if role is not None else AncestorRole(settings)
-    pairs = pairs if pairs is not None else open_pairs(settings.data.path)
+    pairs = pairs if pairs is not None else pairs_of(settings.data)
     chosen.check(pairs)
     device = start_ranks(runtime)
     stage = chosen.build(Context(pairs, runtime, device, resumes))

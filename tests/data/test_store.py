@@ -4,85 +4,30 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import http.server
 import os
 import pickle
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mmlg_scale.data import store as store_module
+from mmlg_scale.data.corpus import Corpus, open_pairs
+from mmlg_scale.data.pipeline import StreamSettings
 from mmlg_scale.data.store import CacheSettings, RemoteFile, Store, StoreError
 from mmlg_scale.errors import UserError
-
-SIZE = 100_000
-
-
-def content(name: str, size: int = SIZE) -> bytes:
-    seed = hashlib.sha256(name.encode()).digest()
-    return (seed * (size // len(seed) + 1))[:size]
+from tests.data.server import SIZE, Server, content
+from tests.data.specs import spec_for
 
 
 def remote(name: str, size: int = SIZE, *, checked: bool = False) -> RemoteFile:
     return RemoteFile(name, size, hashlib.sha256(content(name, size)).hexdigest() if checked else None)
-
-
-class Server:
-    """A plain HTTP server. `plan[name]` is what becomes of the next requests for a file: a status, cut, stall, wrong; then all is well."""
-
-    def __init__(self) -> None:
-        self.plan: dict[str, list[str]] = {}
-        self.requests: Counter[str] = Counter()
-        self.release = threading.Event()
-        server = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                server.answer(self)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
-        name = request.path.lstrip("/")
-        self.requests[name] += 1
-        todo = self.plan.get(name, [])
-        what = todo.pop(0) if todo else "well"
-        if what.isdigit():
-            request.send_error(int(what))
-            return
-        body = content(name if what != "wrong" else "another")
-        request.send_response(200)
-        request.send_header("Content-Length", str(len(body)))
-        request.end_headers()
-        try:
-            if what in ("cut", "stall"):
-                request.wfile.write(body[: len(body) // 2])
-                request.wfile.flush()
-                if what == "stall":
-                    self.release.wait(20)
-            else:
-                request.wfile.write(body)
-        except OSError:
-            pass  # the other side has given up
-
-    def close(self) -> None:
-        self.release.set()
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture
@@ -180,6 +125,19 @@ def test_the_cache_stays_under_its_bound_and_the_last_used_stay(server: Server, 
     assert [name[25:] for name in files_in(cache) if "0.tar" in name] == ["0.tar"]
     assert server.requests["0.tar"] == 1
     assert sorted(name[25:] for name in files_in(cache)) == ["0.tar", "6.tar", "7.tar"]
+
+
+def test_files_of_others_in_its_folder_are_left_alone(server: Server, tmp_path: Path) -> None:
+    cache = settings(tmp_path, files=1.5)
+    cache.folder.mkdir()
+    others = [cache.folder / name for name in ("thesis.tex", ".draft.tmp", "photos.tar")]
+    for other in others:
+        other.write_bytes(content(other.name))
+        os.utime(other, (0, 0))  # used longest ago
+    for number in range(3):
+        assert read(Store(server.url, cache), remote(f"{number}.tar")) == content(f"{number}.tar")
+    assert [other.read_bytes() for other in others] == [content(other.name) for other in others]
+    assert [name[25:] for name in files_in(cache) if name[:1].isalnum() and "-" in name] == ["2.tar"]
 
 
 def test_what_is_open_is_removed_last_and_stays_readable(server: Server, tmp_path: Path) -> None:
@@ -397,6 +355,24 @@ def test_s3_is_read_as_from_disk(s3: None, tmp_path: Path) -> None:
             assert used(cache) <= cache.max_bytes
     with pytest.raises(StoreError, match=r"s3://pairs/set/train/9.tar"):
         store.open(remote("train/9.tar"))
+
+
+def test_a_set_in_a_bucket_gives_the_batches_of_the_disk(s3: None, scenes: Path, tmp_path: Path) -> None:
+    import boto3
+
+    client = boto3.client("s3")
+    for file in scenes.rglob("*"):
+        if file.is_file():
+            client.put_object(Bucket="pairs", Key=f"scenes/{file.relative_to(scenes)}", Body=file.read_bytes())
+    disk, remote = open_pairs(scenes), open_pairs("s3://pairs/scenes", CacheSettings(tmp_path / "cache", 10**8, timeout=20.0))
+    assert remote.digest() == disk.digest()
+    wanted, found = (
+        next(iter(Corpus(pairs, spec_for(scenes)).stream(StreamSettings(global_batch_size=50, seed=2)))) for pairs in (disk, remote)
+    )
+    assert torch.equal(found.samples_B2, wanted.samples_B2)
+    assert torch.equal(found.image_uint8_BCHW, wanted.image_uint8_BCHW)
+    with pytest.raises(UserError, match=r"^s3://pears/scenes/dataset.json: .*Check the bucket's and the folder's name.$"):
+        open_pairs("s3://pears/scenes", CacheSettings(tmp_path / "cache", 10**8, attempts=1, timeout=20.0))
 
 
 def test_a_wrong_bucket_and_missing_credentials_are_one_line(s3: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
