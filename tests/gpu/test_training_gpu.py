@@ -8,7 +8,6 @@ import pytest
 import torch
 
 pytest.importorskip("deepspeed")
-pytest.importorskip("open_clip")
 
 from mmlg_scale import recipe
 from mmlg_scale.data.pipeline import Batch
