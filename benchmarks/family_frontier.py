@@ -271,7 +271,8 @@ def summary(plan: Plan, seeds: Mapping[int, Seed]) -> dict[str, Any]:
             }
             for number, seed in seeds.items()
         }
-        content["families"][family] = {"over_seeds": _over_seeds(by_seed), "seeds": by_seed}
+        if any(figures["ends"] for figures in by_seed.values()):  # else no way of making the family has been run whole
+            content["families"][family] = {"over_seeds": _over_seeds(by_seed), "seeds": by_seed}
     return content
 
 
@@ -381,7 +382,7 @@ def write_summary(plan: Plan, results: Path) -> dict[str, Any]:
     stem = f"family_cost_{plan.name}"
     write_text_atomic(results / f"{stem}_summary.json", json.dumps(content, indent=1) + "\n")
     ancestor = mean(seed.ancestor["flops"] for seed in seeds.values())
-    for family in plan.families:
+    for family in content["families"]:
         for name, figure in (("frontier", plot_frontier(content, family, ancestor)), ("cost", plot_cost(content, family))):
             figure.savefig(results / f"{stem}_{family}_{name}.svg", metadata={"Date": None})
     return content
@@ -398,7 +399,7 @@ def main() -> None:
         content = write_summary(plan, arguments.results)
     except UserError as error:
         sys.exit(f"family_frontier: error: {error}")
-    for family in plan.families:
+    for family in content["families"]:
         print(table(content, family), end="\n\n")
 
 
