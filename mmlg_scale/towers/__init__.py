@@ -55,6 +55,7 @@ from mmlg_scale.towers.tokenizer import (
     tokenizer_from_files,
     told,
 )
+from mmlg_scale.towers.torchvision_ops import provide_operators
 from mmlg_scale.towers.weights import load_weights, say
 
 __all__ = [
@@ -116,6 +117,9 @@ __all__ = [
     "with_logit_bias",
     "with_sizes",
 ]
+
+
+provide_operators()  # whoever imports mmlg_scale first may import open_clip afterwards
 
 
 def __getattr__(name: str) -> Any:

@@ -1,19 +1,13 @@
-"""open_clip itself, imported in one place and only when asked for, since that takes seconds; beside a CPU-only torch it needs help."""
+"""open_clip itself, imported in one place and only when asked for, since that takes seconds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+from mmlg_scale.towers.torchvision_ops import provide_operators
 
-# PyPI's torchvision is a CUDA build. Beside a CPU-only torch its two compiled operators are missing and importing it fails; declaring
-# them is enough, since nothing here calls them. The reference keeps the declaration alive.
-_TORCHVISION = None
-if not hasattr(torch.ops.torchvision, "nms"):
-    _TORCHVISION = torch.library.Library("torchvision", "DEF")
-    for _operator in ("nms", "qnms"):
-        _TORCHVISION.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+provide_operators()
 
 import open_clip  # noqa: E402
 from open_clip.transformer import TextTransformer, VisionTransformer  # noqa: E402
