@@ -161,13 +161,10 @@ def _ranks(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return 1 + (logits > own[:, None]).sum(1), 1 + (logits > own[None, :]).sum(0)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize(("backend", "splits"), [("chunked", 8), ("triton", 8), ("triton", 1), ("reference", 8)])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("splits", [1, 8])
 def test_ranks_of_pairs(backend: str, dtype: torch.dtype, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of rows that need several tiles; and where texts, or images, are the same, none of which is above another."""
-    if backend != "triton" and splits == 1:
-        pytest.skip("only Triton splits columns")
+    """Of rows that need several tiles; and where texts, or images, are the same, none of which is above another; Triton splits columns."""
     monkeypatch.setattr(tiled, "SPLITS", splits)
     x, y = (z.round(decimals=2) for z in features(75, 33, torch.float64))
     x, y = (x * 64).round().to(dtype), (y * 64).round().to(dtype)  # integers: their products are exact in every order
