@@ -131,9 +131,9 @@ def _attention_of_rows(normed_BTd: Tensor, weight: Tensor, bias: Tensor, rows_B1
     return F.scaled_dot_product_attention(query, key, value, attn_mask=seen).transpose(1, 2).flatten(2)
 
 
-def take_rows(x_BTd: Tensor, rows_B1: Tensor) -> Tensor:
-    """Of each sequence the row at its position: [B, 1, d]."""
-    return x_BTd.gather(1, rows_B1[..., None].expand(-1, -1, x_BTd.shape[-1]))
+def take_rows(x_BTd: Tensor, rows_BR: Tensor) -> Tensor:
+    """Of each sequence the rows at its positions: [B, R, d]."""
+    return x_BTd.gather(1, rows_BR[..., None].expand(-1, -1, x_BTd.shape[-1]))
 
 
 def _activate(x: Tensor, activation: str) -> Tensor:

@@ -60,7 +60,7 @@ def logits_outputs(clip: CLIP) -> dict[str, Any]:
 def keep_patches(tokens_BTd: Tensor, patches_BP: Tensor) -> Tensor:
     """The class token and the patches at positions `patches_BP` (counted from 0): [B, 1 + P, d]."""
     index_BP = torch.cat([torch.zeros_like(patches_BP[:, :1]), patches_BP + 1], dim=1)
-    return tokens_BTd.gather(1, index_BP[..., None].expand(-1, -1, tokens_BTd.shape[-1]))
+    return take_rows(tokens_BTd, index_BP)
 
 
 def run_image_tower(
