@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import threading
@@ -9,12 +10,27 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from mmlg_scale.data.store import CacheSettings
+
 SIZE = 100_000
 
 
 def content(name: str, size: int = SIZE) -> bytes:
     seed = hashlib.sha256(name.encode()).digest()
     return (seed * (size // len(seed) + 1))[:size]
+
+
+def files_in(cache: CacheSettings) -> list[str]:
+    return sorted(path.name for path in cache.folder.iterdir() if path.is_file())
+
+
+def used(cache: CacheSettings) -> int:
+    """Bytes in a cache's folder, which its threads may change meanwhile: what is gone by then has no size."""
+    total = 0
+    for path in cache.folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 class Server:

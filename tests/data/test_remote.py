@@ -22,7 +22,7 @@ from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.data.store import CacheSettings
 from mmlg_scale.errors import UserError
 from mmlg_scale.recipe import Recipe
-from tests.data.server import Server
+from tests.data.server import Server, used
 from tests.data.specs import spec_for
 
 NUM_SHARDS = 20
@@ -65,10 +65,6 @@ def tars(server: Server, split: str) -> dict[str, int]:
     return {name: count for name, count in server.requests.items() if name.startswith(f"{split}/") and name.endswith(".tar")}
 
 
-def copies(cache: CacheSettings) -> list[Path]:
-    return [path for path in cache.folder.iterdir() if path.is_file()]
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_troubled_server_gives_the_batches_of_the_disk(num_workers: int, folder: Path, server: Server, tmp_path: Path) -> None:
     server.plan["train/manifest.json"] = ["500"]
@@ -107,7 +103,7 @@ def test_a_small_cache_stays_bounded(folder: Path, server: Server, tmp_path: Pat
     stream, disk = (iter(Corpus(found, spec_for(folder)).stream(settings)) for found in (pairs, open_pairs(folder)))
     for _ in range(12):
         require_equal([next(stream)], [next(disk)])
-        assert sum(path.stat().st_size for path in copies(kept)) <= bound
+        assert used(kept) <= bound
     small = open_pairs(server.url, cache(tmp_path, sum(sizes[-10:])))
     with pytest.raises(UserError, match=r"data\.cache_bytes is [\d,]+; 16 shards of http://.*/train, whose samples are mixed, take [\d,]+"):
         batches(small, folder, 1)

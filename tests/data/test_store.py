@@ -22,7 +22,7 @@ from mmlg_scale.data.corpus import Corpus, open_pairs
 from mmlg_scale.data.pipeline import StreamSettings
 from mmlg_scale.data.store import CacheSettings, RemoteFile, Store, StoreError
 from mmlg_scale.errors import UserError
-from tests.data.server import SIZE, Server, content
+from tests.data.server import SIZE, Server, content, files_in, used
 from tests.data.specs import spec_for
 
 
@@ -45,20 +45,6 @@ def settings(tmp_path: Path, *, files: float = 100.0, **options: Any) -> CacheSe
 def read(store: Store, file: RemoteFile) -> bytes:
     with store.open(file) as opened:
         return os.pread(opened.fileno(), file.size + 1, 0)
-
-
-def files_in(cache: CacheSettings) -> list[str]:
-    return sorted(path.name for path in cache.folder.iterdir() if path.is_file())
-
-
-def used(cache: CacheSettings) -> int:
-    total = 0
-    for path in cache.folder.iterdir():
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            continue
-    return total
 
 
 def test_a_copy_is_fetched_once_and_is_whole(server: Server, tmp_path: Path) -> None:

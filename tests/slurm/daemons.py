@@ -126,7 +126,8 @@ class Daemons:
                 elif f"SLURMD_NODENAME={node}\0".encode() in (entry / "environ").read_bytes():
                     tasks.append(int(entry.name))
         for pid in [*steps, *tasks]:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # a task may end by itself meanwhile
+                os.kill(pid, signal.SIGKILL)
 
     def _run(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         with open(self.folder / f"{name}-output.log", "ab") as log:
