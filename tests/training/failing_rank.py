@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mmlg_scale.cli import main
-from mmlg_scale.training import loop, signals
-from mmlg_scale.training.engine import Engine
+from mmlg_scale.training import checkpoint, loop, signals
 
 
 def fail(how: str) -> None:
     """Make this rank fail in its second step, or when it writes its part of a checkpoint."""
-    step, save = loop.train_step, Engine.save
+    step, write = loop.train_step, checkpoint.write_files
 
     def failing_step(stage: Any, engine: Any, batch: Any, number: int) -> Any:
         if number == 1 and how == "killed":
@@ -28,13 +27,13 @@ def fail(how: str) -> None:
             os.kill(os.getpid(), signal.SIGUSR2)
         return step(stage, engine, batch, number)
 
-    def failing_save(*args: Any) -> Iterator[Path]:
+    def failing_write(*args: Any) -> Iterator[Path]:
         if how == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-        return save(*args)
+        return write(*args)
 
     loop.train_step = failing_step
-    Engine.save = failing_save  # type: ignore[method-assign]
+    checkpoint.write_files = failing_write
 
 
 if __name__ == "__main__":
