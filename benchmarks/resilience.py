@@ -1,4 +1,5 @@
-"""What surviving costs: how long a checkpoint of a ViT-B-32 stalls training, and its share of the time at one save in ten minutes.
+"""What surviving costs: how long a checkpoint of a ViT-B-32 stalls training, its share of the time at one save in ten minutes, and what
+an exact place in the data costs.
 
     python -m benchmarks.resilience                        # table
     python -m benchmarks.resilience --folder RUNS --out DIR     # on another disk; and resilience.json
@@ -8,6 +9,9 @@ training waits for the disk, and in the background, where it waits for a copy in
 that its steps show what the writing thread takes from them. A copy of as many bytes to the same disk, flushed, is the measure of the
 disk. The share is of 600 s of training between two saves, whatever a step takes. The stall is of one rank that writes everything: N ranks
 write an Nth each.
+
+The data: a run resumes at its place because samples are found by number. What that takes, a look into the index and a read by position in
+the order of training, is set against decoding the same samples at 224 px.
 """
 
 from __future__ import annotations
@@ -18,12 +22,17 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.measure import environment
 from mmlg_scale import recipe, towers
+from mmlg_scale.data.images import decode
+from mmlg_scale.data.reader import ShardReader
+from mmlg_scale.data.synthetic import write_pairs
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.checkpoint import Checkpoints
 from mmlg_scale.training.engine import Engine, start_ranks, stop_ranks
@@ -101,6 +110,26 @@ def measure(folder: Path, repeats: int) -> dict[str, float]:
     }
 
 
+def measure_reads(folder: Path, num_samples: int) -> dict[str, float]:
+    """CPU seconds a sample, in a random order: to find it, to read its image and its caption, to decode it at 224 px."""
+    write_pairs(folder / "pairs", num_train=num_samples)
+    reader = ShardReader(folder / "pairs" / "train")
+    order = np.random.default_rng(0).permutation(num_samples)
+
+    def spent(work: Callable[[], object]) -> float:
+        started = time.process_time()
+        work()
+        return (time.process_time() - started) / num_samples
+
+    encoded: list[bytes] = []
+    return {
+        "index_seconds_a_sample": spent(lambda: [reader.locate(part) for part in np.array_split(order, 16)]),
+        "read_image_seconds_a_sample": spent(lambda: encoded.extend(reader.image_bytes(int(index)) for index in order)),
+        "read_caption_seconds_a_sample": spent(lambda: [reader.about(int(index)) for index in order]),
+        "decode_seconds_a_sample": spent(lambda: [decode(payload, 224) for payload in encoded]),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured; left out: the system's temporary folder")
@@ -108,9 +137,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder for resilience.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        found = measure(Path(folder), args.repeats)
+        found = measure(Path(folder), args.repeats) | measure_reads(Path(folder), 2000)
     for name, value in found.items():
-        print(f"{name:36} {value:,.4f}" if value < 1000 else f"{name:36} {value:,.0f}")
+        print(f"{name:44} {value:,.6f}" if value < 1000 else f"{name:44} {value:,.0f}")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "resilience.json").write_text(json.dumps({"environment": environment("cpu"), **found}, indent=1) + "\n")
