@@ -341,14 +341,24 @@ def _break_even(ancestor: AncestorEntry, totals: Mapping[str, Totals | None], nu
 
 
 def _missed_notes(entries: Sequence[DescendantEntry], sizes: Sequence[Size]) -> list[str]:
-    ours = [entry for entry in entries if entry.init == "mmlg" and size_of(entry) in sizes]
-    num_missed = sum(not _charge(entry).reached for entry in ours)
-    if not num_missed:
-        return []
-    return [
-        f"{num_missed} of {len(ours)} descendants never reach the target and are charged their whole adaptation: the cost ratios flatter "
-        "the learngene. Give adaptation or extraction more steps."
-    ]
+    """Ways that are charged although they do not reach every target: the learngene's ratios then flatter it, a rival's is too small."""
+    missed: dict[str, list[bool]] = defaultdict(list)
+    for entry in entries:
+        if size_of(entry) in sizes:
+            missed[entry.init].append(not _charge(entry).reached)
+    notes = []
+    if num_missed := sum(missed.pop("mmlg", [])):
+        num_ours = sum(entry.init == "mmlg" and size_of(entry) in sizes for entry in entries)
+        notes.append(
+            f"{num_missed} of {num_ours} descendants never reach the target and are charged their whole adaptation: the cost ratios "
+            "flatter the learngene. Give adaptation or extraction more steps."
+        )
+    listed = ", ".join(f"{init} {sum(found)} of {len(found)}" for init, found in sorted(missed.items()) if any(found))
+    if listed:
+        notes.append(
+            f"targets that are never reached: {listed}. Only what was spent is charged, so the ratios of these ways are too small."
+        )
+    return notes
 
 
 def _grid_notes(entries: Sequence[DescendantEntry], sizes: Sequence[Size]) -> list[str]:

@@ -254,6 +254,7 @@ def test_baselines_pay_for_the_ancestor_too() -> None:
     assert family["cost_ratio_with_ancestor_by_baseline"] == {"even": pytest.approx(3120 / 3220)}
     assert family["totals_by_init"]["even"]["params_shipped"] == 20_000  # it needs the whole ancestor
     assert family["totals_by_init"]["even"]["num_reached"] == 1
+    assert "targets that are never reached: even 1 of 2. Only what was spent is charged" in family["notes"][0]
 
 
 def test_a_baseline_without_a_size_has_no_ratio() -> None:
@@ -423,9 +424,8 @@ def test_an_ancestor_of_unknown_cost_has_no_ratios_with_it() -> None:
     assert with_ancestor == {"scratch": 1000, "mmlg": None, "even": None}  # scratch needs none
     for key in ("cost_ratio", "cost_ratio_by_baseline", "cost_ratio_seconds", "storage_ratio_ancestor"):
         assert found[key] == before[key]
-    assert found["notes"] == [
-        "the ancestor's own training cost is unknown (its weights come from elsewhere): ratios with the ancestor are not defined"
-    ]
+    unknown_cost = "the ancestor's own training cost is unknown (its weights come from elsewhere): ratios with the ancestor are not defined"
+    assert found["notes"] == [unknown_cost, *before["notes"]]
 
 
 RUN = {
