@@ -25,6 +25,10 @@ MAX_STEPS = 1_000_000_000
 MAX_BATCH = 4_194_304
 MAX_SCENES = 100_000_000
 """Images of a split of the procedural set."""
+MAX_SOURCES = 256
+"""Data sets of a mixture: each has files open."""
+MAX_NAMES = 64
+"""Names of a sample's captions that are drawn from."""
 MAX_WORKERS = 1024
 """Loader processes, and CPU threads, of a rank."""
 MAX_PROCESSES = 65_536

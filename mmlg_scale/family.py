@@ -72,12 +72,13 @@ class Plan:
 
     def __init__(self, settings: recipe.Recipe, runtime: Runtime, out: Path, *, image_size: int) -> None:
         self.given, self.runtime, self.out = settings, runtime, out
-        self.data = settings.data.path if settings.data.path is not None else str(out / "data")
+        self.data = None if settings.data.sources is not None else settings.data.path or str(out / "data")
         self.settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, path=self.data))
         self.ancestor = out / "ancestor"
         self.members: list[Member] = []
         self._first: tuple[str, ...] = ()
-        if settings.data.path is None:
+        if not settings.data.is_given:
+            assert self.data is not None
             options = [f"--image-size={image_size}", *(f"--{key}={value}" for key, value in vars(settings.data.scenes).items())]
             self._add("data", ["data", "scenes", "--out", self.data, *options], (), Path(self.data) / "dataset.json", None, None)
             self._first = ("data",)
@@ -111,7 +112,7 @@ class Plan:
         return self.out / "descendants" / f"{size.name}-{init}"
 
     def _common(self, folder: Path) -> list[str]:
-        return [str(self.out / "recipe.yaml"), "--data.path", self.data, "--out", str(folder)]
+        return [str(self.out / "recipe.yaml"), *(["--data.path", self.data] if self.data is not None else []), "--out", str(folder)]
 
     def _model_options(self, *, features: bool = True) -> list[str]:
         cached = ["--features", str(self._features)] if features and self._features is not None else []
@@ -223,7 +224,7 @@ def check(settings: recipe.Recipe, runtime: Runtime, out: Path) -> dict[str, Any
     Raises:
         UserError: the recipe does not fit the data, the architecture or the runtime.
     """
-    pairs = pairs_of(settings.data) if settings.data.path is not None else None
+    pairs = pairs_of(settings.data) if settings.data.is_given else None
     check_metric(settings.evaluation.metric, has_classes=pairs is None or pairs.classes is not None)
     config = recipe_config(settings)
     if config is None:
@@ -273,7 +274,7 @@ def check_folder(settings: recipe.Recipe, out: Path) -> dict[str, Any]:
     whole = settings.to_dict()
     used = settings.used_by("ancestor")
     inputs = {}
-    if settings.data.path is not None:
+    if settings.data.is_given:
         inputs["data_set"] = pairs_of(settings.data).digest()
     else:
         used["data"]["scenes"] = whole["data"]["scenes"]

@@ -167,7 +167,7 @@ def _with_vocabulary(settings: recipe.Recipe, config: dict[str, Any]) -> dict[st
         return config
     if settings.model.weights is not None:
         return towers.load_ancestor(Path(settings.model.weights), config).spec.config
-    if settings.data.path is not None:
+    if settings.data.is_given:
         return fresh_spec(settings, pairs_of(settings.data)).config
     tokenizer: towers.Tokenizer = scenes_tokenizer() if settings.data.tokenizer == "auto" else towers.BytePairTokenizer()
     return {**config, "text_cfg": {**config["text_cfg"], "vocab_size": tokenizer.vocab_size}}
@@ -303,12 +303,13 @@ class _Costs:
 
     def _features(self) -> StepCost:
         """The ancestor's pass over the training split."""
-        if self.plan.given.data.path is None:
+        if not self.plan.given.data.is_given:
             images = self.settings.data.scenes.num_train
             captions = TRAIN_CAPTIONS * images
         else:
-            pairs = pairs_of(self.settings.data)
-            images, captions = num_pairs(pairs.root / "train", pairs.store, first_shard=pairs.store is not None)
+            parts = pairs_of(self.settings.data).training()
+            counts = [num_pairs(part.folder, part.store, first_shard=part.store is not None, rule=part.rule) for part in parts]
+            images, captions = (sum(of) for of in zip(*counts, strict=True))
         flops = forward_flops(self.config, pooled=TOWERS)
         return StepCost(
             f"the ancestor's features of {images:,} images and {captions:,} captions",

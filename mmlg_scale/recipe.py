@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mmlg_scale.bounds import MAX_NAMES, MAX_SOURCES
 from mmlg_scale.errors import UserError
 from mmlg_scale.metric_names import check_metric
 from mmlg_scale.ranges import (
@@ -33,12 +35,15 @@ from mmlg_scale.ranges import (
     UnitInterval,
     Width,
 )
+from mmlg_scale.reading import shown
 
 Modality = Literal["both", "image", "text"]
 Init = Literal["ancestor", "mmlg", "direct", "tleg", "sws", "scratch", "even", "distil"]
 """What `mmlg train` trains: the ancestor, or a size written or drawn in one of these ways."""
 Method = Literal["mmlg", "tleg", "sws"]
 """What `mmlg extract` extracts."""
+LEAST_CAPTION = 1e-6
+"""Of the largest weight of a sample's captions."""
 MODALITIES, INITS, METHODS = (typing.get_args(choices) for choices in (Modality, Init, Method))
 
 
@@ -76,11 +81,33 @@ class Scenes:
 
 
 @dataclass
+class Source:
+    """One data set of a mixture."""
+
+    path: str = ""
+    """A folder, or a URL, as data.path."""
+    weight: PositiveFloat = 1.0
+    """Share of the training samples that come from it, relative to the other sources' weights. Each source has epochs of its own: a small
+    one with a large weight is read more often."""
+    captions: dict[str, PositiveFloat] | None = None
+    """As data.captions, for this source."""
+
+
+@dataclass
 class Data:
     """Image-text pairs."""
 
     path: str | None = None
     """A packed or indexed data set: a folder, or its URL (https://, s3://, gs://, hf://); null: the scenes below are generated."""
+    sources: list[Source] | None = field(default=None, metadata=LATER)
+    """In place of path, several data sets whose training samples are mixed by weight, one by one, in a fixed pattern. Validation and test
+    splits are those of the first one, unless evaluate_on names another."""
+    captions: dict[str, PositiveFloat] | None = field(default=None, metadata=LATER)
+    """Which captions of a sample are trained on: names of keys of its JSON (txt: its text), each a caption or a list of them, with the
+    weight by which one is drawn for each sample in every epoch: {alt: 0.5, synthetic: 0.5}. A name that a sample lacks is left out of its
+    draw; one that has none of them gives its ordinary captions; both are counted. null: the ordinary captions, as in evaluation."""
+    evaluate_on: str | None = field(default=None, metadata=LATER)
+    """The data set whose validation and test splits are used; null: path, or the first of sources."""
     cache_dir: str | None = None
     """Copies of a remote set's shards: a folder on a disk of the node, for all its processes and runs."""
     cache_bytes: PositiveInt = 64 * 2**30
@@ -99,7 +126,47 @@ class Data:
     image; structure reads only headers and captions, and replaces an image that does not decode by another sample; auto is decode up to
     200,000 training images, else structure, and always structure for a remote set."""
     max_bad_fraction: ClosedUnitInterval = 0.01
-    """Fraction of damaged samples, which are skipped and listed, above which the run stops with the list."""
+    """Fraction of damaged samples, which are skipped and listed, above which the run stops with the list; each source by itself."""
+
+    @property
+    def is_given(self) -> bool:
+        """Whether data sets are named; else scenes are generated."""
+        return self.path is not None or self.sources is not None
+
+    def rules(self) -> list[dict[str, float] | None]:
+        """The caption weights of each source, in their order."""
+        return [self.captions] if self.sources is None else [source.captions for source in self.sources]
+
+    def require_fit(self) -> None:
+        """Raise UserError where fields do not go together."""
+        _check_captions(self.captions, "data.captions")
+        if self.sources is None:
+            _require(self.is_given or self.evaluate_on is None, "data.evaluate_on", "is given, data.path is null", "Give data.path too.")
+            return
+        key, count = "data.sources", len(self.sources)
+        _require(self.path is None, key, f"is given, and data.path is {self.path}", "Give one of them: the path can be one of the sources.")
+        _require(self.captions is None, "data.captions", f"is given beside {key}", "Give captions with each source that has them.")
+        _require(count > 0, key, "is an empty list", "List data sets, or give data.path.")
+        _require(count <= MAX_SOURCES, key, f"has {count:,} data sets", f"At most {MAX_SOURCES} are supported: pack some together.")
+        for index, source in enumerate(self.sources):
+            own = f"{key}[{index}]"
+            _require(bool(source.path), f"{own}.path", "is missing", "Give the folder or the URL of a data set.")
+            _require(
+                0 < source.weight < math.inf, f"{own}.weight", f"is {source.weight}", "Use a positive number, or leave the source out."
+            )
+            _check_captions(source.captions, f"{own}.captions")
+
+
+def _check_captions(captions: dict[str, float] | None, key: str) -> None:
+    if captions is None:
+        return
+    remedy = "Name keys of the samples' JSON with weights, {alt: 0.5, synthetic: 0.5}, or leave it out."
+    _require(0 < len(captions) <= MAX_NAMES, key, f"has {len(captions)} names; 1 to {MAX_NAMES} are supported", remedy)
+    for name, weight in captions.items():
+        _require(0 < weight < math.inf, key, f"the weight of {shown(name)!r} is {weight}", "Use a positive number, or leave the name out.")
+    least = max(captions.values()) * LEAST_CAPTION
+    small = next((name for name, weight in captions.items() if weight < least), None)
+    _require(small is None, key, f"{shown(small)!r} would be drawn less than once in {1 / LEAST_CAPTION:,.0f} times", "Leave it out.")
 
 
 @dataclass
@@ -372,6 +439,7 @@ class Recipe:
             "has architecture and config",
             "Name an open_clip configuration, or give one inline.",
         )
+        self.data.require_fit()
         self.ancestor.check("ancestor")
         self.extraction.check("extraction")
         if self.pretraining is not None:
@@ -423,9 +491,15 @@ class Recipe:
         """
         whole = _identity(self)
         if role == "features":
-            return {"engine": {"precision": self.engine.precision}}
+            # Of all captions that may be read, however often.
+            names = [sorted(captions) if captions is not None else None for captions in self.data.rules()]
+            return {"engine": {"precision": self.engine.precision}} | ({"data": {"captions": names}} if any(names) else {})
         found = {key: whole[key] for key in ("seed", "engine", "model")}
         found["data"] = {key: whole["data"][key] for key in ("augment", "check")}
+        found["data"] |= {"captions": self.data.captions} if self.data.captions is not None else {}
+        if self.data.sources is not None:
+            # Which sets they are goes by digest.
+            found["data"]["sources"] = [{"weight": source.weight, "captions": source.captions} for source in self.data.sources]
         if role == "ancestor":
             # Weights that are read are compared by digest; they are not trained.
             found |= {"ancestor": whole["ancestor"]} if self.model.weights is None else {}

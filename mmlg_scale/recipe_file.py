@@ -145,7 +145,9 @@ def _plain(value: Any) -> Any:
 
 def dataclass_in(kind: Any) -> Any:
     """The dataclass that an annotation names, looking through `| None` and `list[...]`; None where it names none."""
-    return next((t for t in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(t)), None)
+    if dataclasses.is_dataclass(kind):
+        return kind
+    return next((found for part in typing.get_args(kind) if (found := dataclass_in(part)) is not None), None)
 
 
 def check_yaml(text: str) -> None:

@@ -79,7 +79,7 @@ def _collect(cls: type, default: Any, prefix: str, section: Section, found: dict
         if inner is None:
             section.fields.append(Field(key, in_words(kind), as_yaml(value), told[each.name]))
             continue
-        is_list = isinstance(value, list)
+        is_list = any(typing.get_origin(part) is list for part in (kind, *typing.get_args(kind)))
         into = section
         if inner is not Optimizer and key.count(".") < 2:
             into = found[key] = Section(key, told[each.name], _note(kind, value, is_list))
@@ -88,6 +88,8 @@ def _collect(cls: type, default: Any, prefix: str, section: Section, found: dict
 
 
 def _note(kind: Any, value: Any, is_list: bool) -> str:
+    if is_list and value is None:
+        return "A list of mappings with these keys; null leaves it out, which is the default."
     if is_list:
         return f"A list of mappings with these keys. Default: {as_yaml([_short(item) for item in value])}."
     if type(None) not in typing.get_args(kind):

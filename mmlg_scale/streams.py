@@ -27,6 +27,8 @@ class Stream(IntEnum):
     """(step, student): the sizes that extraction trains."""
     WINDOW_ORDER = 5
     """(epoch, window): the order of samples in a window of shards; see `data.order`."""
+    SOURCE = 7
+    """(source): the seed of the order of a mixture's source; see `data.mixture`."""
 
 
 def key(seed: int, stream: Stream, *position: int) -> list[int]:

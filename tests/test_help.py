@@ -78,8 +78,10 @@ def test_help_of_recipe_commands_is_quick() -> None:
 def fields_of(cls: type, prefix: str) -> Iterator[str]:
     """Dotted keys of every field of a dataclass that is none itself."""
     for name, kind in typing.get_type_hints(cls).items():
-        inner = [part for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)]
-        is_list = typing.get_origin(kind) is list
+        parts = (kind, *typing.get_args(kind))
+        parts += tuple(inner for part in parts for inner in typing.get_args(part))
+        inner = [part for part in parts if dataclasses.is_dataclass(part)]
+        is_list = any(typing.get_origin(part) is list for part in parts)
         if inner:
             yield from fields_of(inner[0], f"{prefix}{name}{'[]' if is_list else ''}.")
         else:

@@ -176,9 +176,9 @@ def _options(args: Any, cell: Cell) -> list[str]:
     return [*found, "--steps", str(args.steps), "--repeats", str(args.repeats), "--warmup", str(args.warmup)]
 
 
-def _data(args: Any, recipe: Recipe, out: Path) -> str:
-    """The data set: the user's, or one that is generated once."""
-    if recipe.data.path is not None:
+def _data(args: Any, recipe: Recipe, out: Path) -> str | None:
+    """The data set: the user's, or one that is generated once; None where the user has given a mixture."""
+    if recipe.data.is_given:
         return recipe.data.path
     from mmlg_scale.data.scenes import write_scenes
     from mmlg_scale.data.synthetic import write_pairs

@@ -7,6 +7,8 @@ are tokenised with their batch, and nothing grows with the data set.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +20,87 @@ TOKEN_CACHE_BYTES = 16 * 2**20
 """Of token ids and what Python adds to them, in each loader process."""
 _OVERHEAD = 400
 """Bytes that a kept sample takes besides its ids: a tensor, a number, a place in a dictionary."""
+_NAMES = 0x94D049BB133111EB
+"""Keeps the draw of a name apart from that of a caption under it."""
 
 
 def drawn_caption(seed: int, epoch: int, sample: int, num_captions: int) -> int:
     """Which of a sample's captions an epoch reads."""
     if num_captions == 1:
         return 0
+    return (_mixed(seed, epoch, sample) >> 33) % num_captions
+
+
+def _mixed(seed: int, epoch: int, sample: int) -> int:
     # A hash of (seed, epoch, sample) instead of a generator: this runs for every sample of every batch.
     mixed = (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + sample * 0x94D049BB133111EB) & (2**64 - 1)
-    mixed = ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) & (2**64 - 1)
-    return (mixed >> 33) % num_captions
+    return ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) & (2**64 - 1)
+
+
+class Texts(NamedTuple):
+    """All captions that may be read of a sample.
+
+    Attributes:
+        parts: how many of them each name of a `CaptionRule` has, one after the other; () where no rule is followed, and all 0 where the
+            sample has none of its names, so that these are the ordinary captions.
+    """
+
+    captions: Sequence[str]
+    parts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class CaptionRule:
+    """Named captions of a sample's JSON, and how often each name is read: drawn anew for each sample in every epoch.
+
+    Of a sample that lacks a name the others are drawn, in their own proportions; one that has none of them gives its ordinary captions.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    """Positive, the largest being 1."""
+
+    @classmethod
+    def of(cls, weights: Mapping[str, float] | None) -> CaptionRule | None:
+        """The rule that a recipe states; in whatever order it does."""
+        if weights is None:
+            return None
+        names, most = tuple(sorted(weights)), max(weights.values())
+        return cls(names, tuple(weights[name] / most for name in names))
+
+    def texts(self, ordinary: Sequence[str], named: Sequence[Sequence[str]]) -> Texts:
+        """What may be read of a sample, by its ordinary captions and those of each name."""
+        found = [text for texts in named for text in texts]
+        return Texts(found or ordinary, tuple(map(len, named)))
+
+    def draw(self, seed: int, epoch: int, sample: int, parts: Sequence[int]) -> int:
+        """Which of a sample's captions an epoch reads, by how many each name has, not all being 0."""
+        there = [place for place, count in enumerate(parts) if count]
+        total = sum(self.weights[place] for place in there)
+        mixed = _mixed(seed ^ _NAMES, epoch, sample)
+        left, name = ((mixed ^ (mixed >> 29)) >> 11) * 2.0**-53 * total, there[-1]
+        for place in there:
+            left -= self.weights[place]
+            if left < 0:
+                name = place
+                break
+        return sum(parts[:name]) + drawn_caption(seed, epoch, sample, parts[name])
+
+
+class Drawn(NamedTuple):
+    """A caption of each sample of a batch.
+
+    Attributes:
+        ids_BT: token ids.
+        captions: which of each sample's captions it is.
+        cut: rows that are cut to the context length.
+        parts: of rows whose sample lacks a name of its rule: row -> how many captions each name has.
+    """
+
+    ids_BT: Tensor
+    captions: list[int]
+    cut: list[int]
+    parts: dict[int, tuple[int, ...]]
 
 
 class CaptionTokens:
@@ -36,6 +109,7 @@ class CaptionTokens:
     def __init__(self, tokenizer: Tokenizer, context_length: int, seed: int) -> None:
         self.tokenizer, self.context_length, self.seed = tokenizer, context_length, seed
         self._kept: dict[int, Tensor] = {}
+        self._parts: dict[int, tuple[int, ...]] = {}
         # (sample, caption) of the kept captions that are cut.
         self._cut: set[tuple[int, int]] = set()
         self._bytes, self._keeps = 0, True
@@ -45,41 +119,57 @@ class CaptionTokens:
         return all(sample in self._kept for sample in samples)
 
     def draw(
-        self, epochs: Sequence[int], samples: Sequence[int], texts: Mapping[int, Sequence[str]]
-    ) -> tuple[Tensor, list[int], list[int]]:
-        """Ids of a caption of each sample [B, T], which one it is, and the rows that are cut to the context length.
+        self,
+        epochs: Sequence[int],
+        samples: Sequence[int],
+        texts: Mapping[int, Texts],
+        rules: Sequence[CaptionRule | None] | None = None,
+    ) -> Drawn:
+        """A caption of each of B samples.
 
         Args:
             texts: all captions of the samples whose ids are not kept.
+            rules: of each sample, where any has one.
         """
         if self._keeps:
             self._keep(texts)
         kept = [self._kept.get(sample) for sample in samples]
-        counts = [len(texts[sample]) if ids is None else len(ids) for sample, ids in zip(samples, kept, strict=True)]
+        counts = [len(texts[sample].captions) if ids is None else len(ids) for sample, ids in zip(samples, kept, strict=True)]
         chosen = [drawn_caption(self.seed, *of) for of in zip(epochs, samples, counts, strict=True)]
+        lacking = dict[int, tuple[int, ...]]()
+        for row, rule in enumerate(rules or ()):
+            if rule is not None:
+                sample = samples[row]
+                parts = texts[sample].parts if kept[row] is None else self._parts[sample]
+                chosen[row] = rule.draw(self.seed, epochs[row], sample, parts) if any(parts) else chosen[row]
+                if not all(parts):
+                    lacking[row] = parts
         cut = [row for row, place in enumerate(zip(samples, chosen, strict=True)) if place in self._cut] if self._cut else []
         rows = [row for row, ids in enumerate(kept) if ids is None]
         new_NT = torch.zeros(0, self.context_length, dtype=torch.long)
         if rows:  # one call for all: a call each costs five times as much
-            words = [texts[samples[row]][chosen[row]] for row in rows]
+            words = [texts[samples[row]].captions[chosen[row]] for row in rows]
             new_NT = self.tokenizer(words, self.context_length)
             cut = sorted([*cut, *(rows[position] for position in truncated(self.tokenizer, words, new_NT))])
         new = iter(new_NT)
         found = [next(new) if ids is None else ids[caption] for ids, caption in zip(kept, chosen, strict=True)]
-        return torch.stack(found), chosen, cut
+        return Drawn(torch.stack(found), chosen, cut, lacking)
 
-    def _keep(self, texts: Mapping[int, Sequence[str]]) -> None:
+    def _keep(self, texts: Mapping[int, Texts]) -> None:
         """Tokenise all captions of samples that are met for the first time; stop keeping where that takes too much."""
         new = [sample for sample in texts if sample not in self._kept]
         if not new:
             return
-        words = [text for sample in new for text in texts[sample]]
+        words = [text for sample in new for text in texts[sample].captions]
         self._bytes += len(words) * self.context_length * 8 + len(new) * _OVERHEAD
         if self._bytes > TOKEN_CACHE_BYTES:
             self._keeps = False
             return
         ids = self.tokenizer(words, self.context_length)
-        places = [(sample, caption) for sample in new for caption in range(len(texts[sample]))]
+        counts = [len(texts[sample].captions) for sample in new]
+        places = [(sample, caption) for sample, count in zip(new, counts, strict=True) for caption in range(count)]
         self._cut.update(places[row] for row in truncated(self.tokenizer, words, ids))
-        for sample, part in zip(new, ids.split([len(texts[sample]) for sample in new]), strict=True):
+        for sample, part in zip(new, ids.split(counts), strict=True):
             self._kept[sample] = part
+            if texts[sample].parts:
+                self._parts[sample] = texts[sample].parts

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from mmlg_scale.data.scan import Check, Findings, Span, checked_spans, scan
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import make_folder, open_append, write_text_atomic, writing
 from mmlg_scale.ranks import is_first_rank, on_first_rank
-from mmlg_scale.reading import one_line
+from mmlg_scale.reading import one_line, shown
 from mmlg_scale.records import read_record
 
 MAX_BAD_FRACTION = 0.01
@@ -48,6 +48,8 @@ class EpochReport:
         num_captions: captions that this rank read.
         num_truncated: those of them that are longer than the context length.
         context_length: tokens per caption.
+        source: the name of the mixture's source, if it is of one.
+        lacking: captions of samples that lack a name of data.captions, by name.
     """
 
     epoch: int
@@ -57,15 +59,26 @@ class EpochReport:
     num_captions: int
     num_truncated: int
     context_length: int
+    source: str = ""
+    lacking: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def _which(self) -> str:
+        return f"{self.source}, epoch {self.epoch}" if self.source else f"epoch {self.epoch}"
 
     def told_skipped(self) -> str:
         """The skipped samples in words."""
         where = f", listed in {self.listed_in}" if self.listed_in is not None else ""
-        return f"epoch {self.epoch}: {sum(self.skipped.values())} samples skipped ({_causes(self.skipped)}){where}"
+        return f"{self._which}: {sum(self.skipped.values())} samples skipped ({_causes(self.skipped)}){where}"
 
     def told_cut(self) -> str:
         """The cut captions in words."""
-        return f"epoch {self.epoch}: {told_truncation(self.num_truncated, self.num_captions, self.context_length)}"
+        return f"{self._which}: {told_truncation(self.num_truncated, self.num_captions, self.context_length)}"
+
+    def told_lacking(self) -> str:
+        """The captions that are not of the name that might have been drawn, in words."""
+        causes = ", ".join(f"{shown(name)!r} in {count}" for name, count in sorted(self.lacking.items()))
+        return f"{self._which}: of {self.num_captions} samples, there are no captions named {causes}; their others were read"
 
 
 def told_truncation(num_truncated: int, num_captions: int, context_length: int) -> str:
@@ -78,11 +91,13 @@ def _causes(counts: dict[str, int]) -> str:
 
 
 def print_report(report: EpochReport) -> None:
-    """One line on the console where something was skipped, and one, of the first rank's captions, where some were cut."""
+    """One line on the console where something was skipped, and one, of the first rank's captions, where some were cut or lack a name."""
     if report.skipped:
         print(report.told_skipped(), flush=True)
     if report.num_truncated and is_first_rank():
         print(report.told_cut(), flush=True)
+    if report.lacking and is_first_rank():
+        print(report.told_lacking(), flush=True)
 
 
 def check_limit(
@@ -111,6 +126,7 @@ class FaultLog:
         num_samples: of the split; `share` of them, and of `known`, fall to this rank.
         file: where the list goes; null: nowhere.
         what: the split, which starts messages.
+        source: as in the reports.
     """
 
     def __init__(
@@ -124,13 +140,15 @@ class FaultLog:
         context_length: int,
         on_epoch: Callable[[EpochReport], None],
         what: str,
+        source: str = "",
     ) -> None:
         self.known, self.num_samples, self.share, self.what = known, num_samples, share, what
         self.max_bad_fraction, self.file, self.on_epoch = max_bad_fraction, file, on_epoch
-        self.context_length = context_length
+        self.context_length, self.source = context_length, source
         self._met: dict[int, list[Fault]] = {}
         self._captions: Counter[int] = Counter()
         self._cut: Counter[int] = Counter()
+        self._lacking: dict[int, Counter[str]] = {}
 
     def add(self, epoch: int, step: int, faults: Iterable[Fault]) -> None:
         """Count samples of `epoch` that turned out damaged when `step` read them.
@@ -148,39 +166,53 @@ class FaultLog:
             counts = Counter(fault.cause for fault in met) + self.known.counts
             check_limit(counts, chain(met, self.known), 0.0, self.max_bad_fraction, self.file, f"{self.what}, epoch {epoch}")
 
-    def add_captions(self, read: Mapping[int, int], cut: Mapping[int, int]) -> None:
-        """Count captions by epoch: those that were read, and those of them that were cut."""
-        self._captions.update(read)
-        self._cut.update(cut)
+    def add_captions(self, epoch: int, read: int, cut: int, lacking: Mapping[str, int]) -> None:
+        """Count captions that were read, those of them that were cut, and those of samples that lack a name, by name."""
+        self._captions[epoch] += read
+        self._cut[epoch] += cut
+        if lacking:
+            self._lacking.setdefault(epoch, Counter()).update(lacking)
 
     def end_epoch(self, epoch: int) -> None:
         """Report the epoch; every rank reports what it met itself."""
         met = self._met.pop(epoch, [])
         counts = dict(self.known.counts + Counter(fault.cause for fault in met))
         captions, cut = self._captions.pop(epoch, 0), self._cut.pop(epoch, 0)
-        self.on_epoch(EpochReport(epoch, self.num_samples - len(self.known), counts, self.file, captions, cut, self.context_length))
+        lacking = dict(self._lacking.pop(epoch, {}))
+        intact = self.num_samples - len(self.known)
+        self.on_epoch(EpochReport(epoch, intact, counts, self.file, captions, cut, self.context_length, self.source, lacking))
 
 
 def known_faults(
-    folder: Path, reader: ShardReader, *, check: Check, max_bad_fraction: float, record: Path | None, rank: int, threads: int, shared: bool
+    folder: Path,
+    reader: ShardReader,
+    *,
+    check: Check,
+    max_bad_fraction: float,
+    record: Path | None,
+    rank: int,
+    threads: int,
+    shared: bool,
+    label: str = "",
 ) -> Findings:
     """The damaged samples that a run leaves out: as its record says, or else as a scan finds them, the same on every rank.
 
     Args:
         record: the run's folder, which keeps the set over a resume.
         shared: this is one of the ranks of the process group, which all call.
+        label: part of the names of the run's files, where it reads several splits.
 
     Raises:
         UserError: more than the limit, or a damaged record; on every rank.
     """
     identity = manifest_digest(folder)
-    file = None if record is None else record / "data-skipped.json"
+    file = None if record is None else record / f"data-skipped{label}.json"
     first = on_first_rank if shared else _call
     recorded = first(lambda: _load_record(file, identity, reader))
     if recorded is not None:
         return Findings(reader, recorded)
     faults = scan(folder, reader, check=check, threads=threads, shared=shared)
-    list_file = fault_list(record, 0 if shared else rank)
+    list_file = fault_list(record, 0 if shared else rank, label)
 
     def note() -> None:
         if list_file is not None:
@@ -205,9 +237,9 @@ def _call(work: Callable[[], T]) -> T:
     return work()
 
 
-def fault_list(record: Path | None, rank: int) -> Path | None:
+def fault_list(record: Path | None, rank: int, label: str = "") -> Path | None:
     """The file in which a rank lists its faults."""
-    return None if record is None else record / f"data-faults-rank{rank}.jsonl"
+    return None if record is None else record / f"data-faults{label}-rank{rank}.jsonl"
 
 
 def _load_record(file: Path | None, identity: str, reader: ShardReader) -> dict[int, list[Span]] | None:

@@ -8,13 +8,16 @@ An epoch is the intact samples of the split: the damaged ones are known before t
 that set is written down when a run starts and used again when it resumes, so that a shard that is fixed or breaks in between changes no
 batch. A sample that fails only when it is read is replaced by another one, drawn by a function of (seed, epoch, sample): the batch stays
 full, no rank needs to hear of it, and the epoch reads the substitute twice.
+
+Several splits are read as one by a pattern (`mixture.py`): each keeps its own order, epochs, damage and limit. What is drawn for a sample
+goes by its number among the samples of all sources.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,13 +29,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmlg_scale.data.augment import crop_batch, crop_boxes
-from mmlg_scale.data.captions import CaptionTokens
+from mmlg_scale.data.captions import CaptionTokens, Texts
 from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, FaultLog, fault_list, known_faults, print_report
 from mmlg_scale.data.manifest import Shards
+from mmlg_scale.data.mixture import JoinedReader, MixedOrder, Pattern, Source, source_seed
 from mmlg_scale.data.order import SHUFFLE_WINDOW, EpochOrder
-from mmlg_scale.data.reader import DamagedSample, Fault, ShardReader
+from mmlg_scale.data.reader import DamagedSample, Fault
 from mmlg_scale.data.scan import Check, Findings, num_threads
-from mmlg_scale.data.store import RemoteFile, Store
+from mmlg_scale.data.store import RemoteFile
 from mmlg_scale.data.workers import from_workers, require_shared_memory, worker_options
 from mmlg_scale.errors import UserError
 from mmlg_scale.ranks import on_first_rank, several_ranks
@@ -43,7 +47,9 @@ AUGMENTATIONS = ("none", "crop", "resized_crop")
 ATTEMPTS = 100
 """Substitutes that are tried for a sample before reading is given up."""
 CACHE_BYTES = 512 * 2**20
-"""A split whose decoded images fit into this is decoded once and kept."""
+"""A split whose decoded images fit into this is decoded once and kept; of a mixture all splits together."""
+Epoch = tuple[int, int]
+"""(source, epoch)."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class Batch:
     image_uint8_BCHW: Tensor
     text_BT: Tensor
     samples_B2: Tensor
-    """Each pair's sample in the split, and which of its captions was drawn."""
+    """Each pair's sample, by its number among those of all sources, and which of its captions was drawn."""
 
     @property
     def indices_B(self) -> Tensor:
@@ -106,18 +112,20 @@ class Batch:
 class _News(NamedTuple):
     """What reading a batch brought to light besides the batch."""
 
-    faults: list[tuple[int, Fault]]
-    """(epoch, fault) of what failed."""
-    read: dict[int, int]
-    """Captions by epoch."""
-    cut: dict[int, int]
+    faults: list[tuple[Epoch, Fault]]
+    """What failed."""
+    read: dict[Epoch, int]
+    """Captions."""
+    cut: dict[Epoch, int]
     """Those of them that are cut to the context length."""
+    lacking: dict[Epoch, dict[str, int]]
+    """Those of them whose sample lacks a name that its rule draws, by name."""
 
 
 class _Pairs(Dataset[tuple[Batch, _News]]):
     """Batches by their places, int64 [B, 2]: epoch and sample."""
 
-    def __init__(self, reader: ShardReader, order: EpochOrder, spec: ModelSpec, settings: StreamSettings) -> None:
+    def __init__(self, reader: JoinedReader, order: MixedOrder, spec: ModelSpec, settings: StreamSettings) -> None:
         self.reader, self.order, self.seed, self.augment = reader, order, settings.seed, settings.augment
         self.preprocess, self.image_size = spec.preprocess, spec.image_size
         fits = len(reader) * self.image_size * self.image_size * 3 <= CACHE_BYTES
@@ -128,34 +136,41 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
         self._captions = CaptionTokens(spec.tokenizer, spec.context_length, settings.seed)
 
     def __getitem__(self, places_B2: np.ndarray) -> tuple[Batch, _News]:
-        met: list[tuple[int, Fault]] = []
+        met: list[tuple[Epoch, Fault]] = []
         epochs, wanted = places_B2[:, 0].tolist(), places_B2[:, 1].tolist()
         if self._cached is not None and self._known is not None and self._known[wanted].all() and self._captions.has(wanted):
             indices, images, texts = wanted, self._cached[wanted], {}
         else:
-            texts = dict[int, list[str]]()
+            texts = dict[int, Texts]()
             read = [self._readable(epoch, index, texts, met) for epoch, index in zip(epochs, wanted, strict=True)]
             indices, images = [index for index, _ in read], np.stack([image for _, image in read])
         if self.augment == "crop":
             images = crop_batch(images, crop_boxes(self.seed, np.array(epochs), np.array(indices), self.image_size))
         else:
             images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        text_BT, chosen, cut = self._captions.draw(epochs, indices, texts)
-        news = _News(met, dict(Counter(epochs)), dict(Counter(epochs[row] for row in cut)))
-        return Batch(torch.from_numpy(images), text_BT, torch.tensor([indices, chosen]).T), news
+        sources, rules = [self.reader.source(index) for index in indices], self.reader.rules
+        drawn = self._captions.draw(epochs, indices, texts, [rules[source] for source in sources] if any(rules) else None)
+        of, lacking = list(zip(sources, epochs, strict=True)), dict[Epoch, Counter[str]]()
+        for row, parts in drawn.parts.items():
+            rule = rules[sources[row]]
+            assert rule is not None
+            lacking.setdefault(of[row], Counter()).update(name for name, count in zip(rule.names, parts, strict=True) if not count)
+        # No Counter: torch's loader copies mappings by `update`, which would add.
+        read, cut = dict(Counter(of)), dict(Counter(of[row] for row in drawn.cut))
+        news = _News(met, read, cut, {key: dict(found) for key, found in lacking.items()})
+        return Batch(torch.from_numpy(images), drawn.ids_BT, torch.tensor([indices, drawn.captions]).T), news
 
-    def _readable(self, epoch: int, wanted: int, texts: dict[int, list[str]], met: list[tuple[int, Fault]]) -> tuple[int, np.ndarray]:
+    def _readable(self, epoch: int, wanted: int, texts: dict[int, Texts], met: list[tuple[Epoch, Fault]]) -> tuple[int, np.ndarray]:
         """The sample, or the first of its substitutes that can be read, with its image; captions that are needed go to `texts`."""
-        index = wanted
+        index, source = wanted, self.reader.source(wanted)
         for attempt in range(ATTEMPTS):
             try:
                 if index not in texts and not self._captions.has([index]):
-                    texts[index] = self.reader.about(index)["captions"]
+                    texts[index] = self.reader.texts(index)
                 return index, self._image(epoch, index)
             except DamagedSample as damage:
-                met.append((epoch, damage.fault))
-                draws = generator(self.seed, Stream.SUBSTITUTE, epoch, wanted, attempt)
-                index = self.order.intact(int(draws.integers(self.order.num_intact)))
+                met.append(((source, epoch), damage.fault))
+                index = self.order.substitute(source, generator(self.seed, Stream.SUBSTITUTE, epoch, wanted, attempt))
         last = met[-1][1]
         raise UserError(f"{ATTEMPTS} samples in a row cannot be read, the last being {last}. Check the storage.")
 
@@ -181,42 +196,62 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
 class _Steps(Sampler[np.ndarray]):
     """This rank's places for each step from `start` on, without end: int64 [B, 2], epoch and sample.
 
-    Where `shards` are remote, those of a window and of the next one are fetched in the background when the window is reached.
+    Where shards are remote, those of a window and of the next one are fetched in the background when the window is reached.
     """
 
-    def __init__(self, order: EpochOrder, batch_size: int, rank: int, world_size: int, start: int, shards: Shards) -> None:
-        self.order, self.batch_size, self.start, self.shards = order, batch_size, start, shards
+    def __init__(self, order: MixedOrder, batch_size: int, rank: int, world_size: int, start: int, splits: Sequence[Shards]) -> None:
+        self.order, self.batch_size, self.start, self.splits = order, batch_size, start, splits
         self.share = batch_size // world_size
         self.offset = rank * self.share
+        self._remote = [source for source, shards in enumerate(splits) if shards.store is not None]
+        self._windows = dict[int, tuple[int, int]]()
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        step, fetched = self.start, None
+        step = self.start
+        self._windows.clear()
         while True:
-            window = self.order.window_at(step * self.batch_size + self.offset) if self.shards.store is not None else None
-            if window != fetched and window is not None:
-                self._fetch(*window)
-                fetched = window
-            yield np.stack(self.order.places(step * self.batch_size + self.offset, self.share), axis=1)
+            first = step * self.batch_size + self.offset
+            if self._remote:
+                self._fetch(self.order.pattern.counts(first).tolist())
+            yield np.stack(self.order.places(first, self.share), axis=1)
             step += 1
 
-    def _fetch(self, epoch: int, number: int) -> None:
-        assert self.shards.store is not None
-        here, ahead = (self._files(self.order.window_shards(epoch, number + more)) for more in (0, 1))
-        self.shards.store.prefetch([*here, *ahead], keep=here)
+    def _fetch(self, counts: list[int]) -> None:
+        """Fetch the windows of sources that have come to another one. What no source's present window needs may be removed."""
+        windows = {source: self.order.orders[source].window_at(counts[source]) for source in self._remote}
+        reached = [source for source in self._remote if windows[source] != self._windows.get(source)]
+        self._windows = windows
+        for source in reached:
+            store, others = self.splits[source].store, [other for other in self._remote if other != source]
+            assert store is not None
+            here, ahead = self._files(source), self._files(source, 1)
+            store.prefetch(
+                [*here, *ahead], keep=[*here, *(_anywhere(self.splits[other], file) for other in others for file in self._files(other))]
+            )
 
-    def _files(self, shards: list[int]) -> list[RemoteFile]:
-        return [file for shard in shards for file in (self.shards.index_file(shard), self.shards.file(shard))]
+    def _files(self, source: int, more: int = 0) -> list[RemoteFile]:
+        shards, (epoch, number) = self.splits[source], self._windows[source]
+        chosen = self.order.orders[source].window_shards(epoch, number + more)
+        return [file for shard in chosen for file in (shards.index_file(shard), shards.file(shard))]
 
 
-def require_cache(shards: Shards, num_mixed: int = SHUFFLE_WINDOW) -> None:
+def _anywhere(shards: Shards, file: RemoteFile) -> RemoteFile:
+    """A file of one remote set as that of any other."""
+    assert shards.store is not None
+    return file._replace(name=shards.store.url(file.name))
+
+
+def require_cache(splits: Sequence[Shards], num_mixed: int = SHUFFLE_WINDOW) -> None:
     """Raise UserError where a cache has no room for shards that are mixed: each would be fetched again for nearly every sample."""
-    if shards.store is None or shards.store.cache is None:
-        return
-    indexes_S = np.array([shards.index_file(shard).size for shard in range(len(shards))])
-    most = int(np.sort(shards.num_bytes + indexes_S)[-num_mixed:].sum())
-    if shards.store.cache.max_bytes < most:
+    remote = [shards for shards in splits if shards.store is not None and shards.store.cache is not None]
+    most, caches = 0, [shards.store.cache for shards in remote if shards.store is not None and shards.store.cache is not None]
+    for shards in remote:
+        indexes_S = np.array([shards.index_file(shard).size for shard in range(len(shards))])
+        most += int(np.sort(shards.num_bytes + indexes_S)[-num_mixed:].sum())
+    if remote and caches[0].max_bytes < most:
+        count = sum(min(num_mixed, len(shards)) for shards in remote)
         raise UserError(
-            f"data.cache_bytes is {shards.store.cache.max_bytes:,}; {min(num_mixed, len(shards))} shards of {shards.where}, whose samples "
+            f"data.cache_bytes is {caches[0].max_bytes:,}; {count} shards of {', '.join(shards.where for shards in remote)}, whose samples "
             f"are mixed, take {most:,}. Allow twice as much, so that the next ones are fetched ahead."
         )
 
@@ -225,80 +260,116 @@ class TrainStream:
     """The endless stream of one rank's batches from `start_step` on. Where ranks run as one process group, all make it together.
 
     Args:
-        folder: a split.
-        store: where its shards are, if not in `folder`.
+        sources: the splits that are read; a folder is one split.
         spec: the model that reads it: size and preprocessing of images, tokenizer and context length of captions.
         record: folder of the run: keeps the set of damaged samples over a resume, and the list of faults.
-        on_epoch: told at the end of each epoch what was skipped and cut; by default the console is, where something was.
+        on_epoch: told at the end of each source's epoch what was skipped and cut; by default the console is, where something was.
 
     Raises:
-        UserError: fewer samples are intact than a batch has, more than the limit are damaged, `check` is unknown, or there is too little
-            shared memory for the workers; while reading, more than the limit turn out damaged, or a worker fails.
+        UserError: fewer samples are intact than a batch takes of a source, more than the limit are damaged, `check` is unknown, captions
+            have none of the names that are asked for, or there is too little shared memory for the workers; while reading, more than the
+            limit turn out damaged, or a worker fails.
     """
 
     def __init__(
         self,
-        folder: Path,
+        sources: Path | Sequence[Source],
         spec: ModelSpec,
         settings: StreamSettings,
         *,
         start_step: int = 0,
         record: Path | None = None,
         on_epoch: Callable[[EpochReport], None] = print_report,
-        store: Store | None = None,
     ) -> None:
         rank, world_size, batch_size = settings.rank, settings.world_size, settings.global_batch_size
-        reader, shared = ShardReader(folder, store), several_ranks() and dist.get_world_size() == world_size
+        self.sources = (Source(sources),) if isinstance(sources, Path) else tuple(sources)
+        reader, shared = JoinedReader.of(self.sources), several_ranks() and dist.get_world_size() == world_size
         share, image = batch_size // world_size, 3 * spec.image_size**2
         need = functools.partial(require_shared_memory, settings.num_workers, [share * image, share * 8 * spec.context_length, share * 16])
         on_first_rank(need) if shared else need()
-        require_cache(reader.shards)
-        known = known_faults(
-            folder,
-            reader,
-            check=settings.check,
-            max_bad_fraction=settings.max_bad_fraction,
-            record=record,
-            rank=rank,
-            threads=num_threads(),
-            shared=shared,
-        )
-        order = EpochOrder(reader.shards.samples, known.positions(), settings.seed)
-        self.num_intact = order.num_intact
-        if self.num_intact < batch_size:
-            raise UserError(
-                f"{reader.shards.where} has {self.num_intact} samples, batch_size is {batch_size}. Use a smaller batch, or more data."
-            )
+        splits = [own.shards for own in reader.readers]
+        require_cache(splits)
+        findings = [self._faults(source, reader, settings, record, shared) for source in range(len(self.sources))]
+        orders = [
+            EpochOrder(own.shards.samples, found.positions(), source_seed(settings.seed, source))
+            for source, (own, found) in enumerate(zip(reader.readers, findings, strict=True))
+        ]
+        self._order = MixedOrder(orders, reader.starts, Pattern([source.share for source in self.sources]))
+        self._require_enough(splits, batch_size)
         self._start, self._batch_size = start_step, batch_size
-        self._log = FaultLog(
-            known,
-            len(reader),
-            share=1 / world_size,
-            max_bad_fraction=settings.max_bad_fraction,
-            file=fault_list(record, rank),
-            context_length=spec.context_length,
-            on_epoch=on_epoch if rank == 0 else _only_new(on_epoch, known),
-            what=reader.shards.where,
-        )
+        fractions = self._order.pattern.fractions(batch_size, share * rank, share)
+        self._logs = [
+            FaultLog(
+                known,
+                len(reader.readers[source]),
+                share=fractions[source],
+                max_bad_fraction=settings.max_bad_fraction,
+                file=fault_list(record, rank, self._label(source)),
+                context_length=spec.context_length,
+                on_epoch=on_epoch if rank == 0 else _only_new(on_epoch, known),
+                what=splits[source].where,
+                source=self.sources[source].name,
+            )
+            for source, known in enumerate(findings)
+        ]
         self._loader: DataLoader[tuple[Batch, _News]] = DataLoader(
-            _Pairs(reader, order, spec, settings),
+            _Pairs(reader, self._order, spec, settings),
             batch_size=None,
-            sampler=_Steps(order, batch_size, rank, world_size, start_step, reader.shards),
+            sampler=_Steps(self._order, batch_size, rank, world_size, start_step, splits),
             pin_memory=torch.cuda.is_available(),
             # Its draw for the workers, on which nothing here depends, does not touch the global state.
             generator=torch.Generator().manual_seed(settings.seed),
             **worker_options(settings.num_workers),
         )
 
+    def _label(self, source: int) -> str:
+        """What tells the files of several sources in a run's folder apart."""
+        return f"-source{source}" if len(self.sources) > 1 else ""
+
+    def _faults(self, source: int, reader: JoinedReader, settings: StreamSettings, record: Path | None, shared: bool) -> Findings:
+        return known_faults(
+            self.sources[source].folder,
+            reader.readers[source],
+            check=settings.check,
+            max_bad_fraction=settings.max_bad_fraction,
+            record=record,
+            rank=settings.rank,
+            threads=num_threads(),
+            shared=shared,
+            label=self._label(source),
+        )
+
+    def _require_enough(self, splits: Sequence[Shards], batch_size: int) -> None:
+        """Raise UserError where a batch would have a sample twice."""
+        for shards, count, most in zip(splits, self._order.num_intact.tolist(), self._order.pattern.most(batch_size), strict=True):
+            if count < most:
+                told = "" if len(splits) == 1 else f", {most} of them of this source"
+                less = "" if len(splits) == 1 else ", a smaller weight"
+                raise UserError(
+                    f"{shards.where} has {count} samples, batch_size is {batch_size}{told}. Use a smaller batch{less}, or more data."
+                )
+
+    def figures(self, step: int) -> dict[str, float]:
+        """How many epochs of each source have been read after `step` steps: `epochs`, or `epochs/NAME` of several sources."""
+        counts = self._order.pattern.counts(step * self._batch_size) / self._order.num_intact
+        return {
+            f"epochs/{source.name}" if source.name else "epochs": float(count) for source, count in zip(self.sources, counts, strict=True)
+        }
+
     def __iter__(self) -> Iterator[Batch]:
         step = self._start
+        whole = self._order.epochs(step * self._batch_size)
         for batch, news in from_workers(self._loader):
-            for epoch in sorted({epoch for epoch, _ in news.faults}):
-                self._log.add(epoch, step, [fault for of, fault in news.faults if of == epoch])
-            self._log.add_captions(news.read, news.cut)
-            epoch, position = divmod(step * self._batch_size, self.num_intact)
-            if position + self._batch_size >= self.num_intact:
-                self._log.end_epoch(epoch)
+            # torch's loader makes lists of tuples that are not keys.
+            for source, epoch in sorted({(*of,) for of, _ in news.faults}):
+                self._logs[source].add(epoch, step, [fault for of, fault in news.faults if (*of,) == (source, epoch)])
+            for (source, epoch), count in news.read.items():
+                of = (source, epoch)
+                self._logs[source].add_captions(epoch, count, news.cut.get(of, 0), news.lacking.get(of, {}))
+            before, whole = whole, self._order.epochs((step + 1) * self._batch_size)
+            for source in np.flatnonzero(whole > before).tolist():
+                for epoch in range(before[source], whole[source]):
+                    self._logs[source].end_epoch(epoch)
             yield batch
             step += 1
 

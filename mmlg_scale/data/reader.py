@@ -14,6 +14,7 @@ import os
 import re
 import tarfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -35,6 +36,8 @@ OPEN_SHARDS = 32
 """Files and indexes that are kept: more than the shards that are mixed with each other."""
 OPEN_COPIES = 16
 """Of remote shards: no more than are mixed, since a copy that is open takes its place on the disk even where it has been removed."""
+TEXT = "txt"
+"""The name by which a sample's text is asked for beside keys of its JSON."""
 KEY = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")
 """webdataset's rule for a member's name: the key is all up to the first dot of the base name."""
 
@@ -127,20 +130,26 @@ class ShardReader:
     def __init__(self, folder: Path, store: Store | None = None) -> None:
         self.shards = load_shards(folder, store)
         self._open, self._indexes = OrderedDict[int, BinaryIO](), OrderedDict[int, np.ndarray]()
+        self.limit_open(OPEN_SHARDS)
 
     @classmethod
     def of_shards(cls, shards: Shards, records: dict[int, np.ndarray] | None = None) -> ShardReader:
         """A reader of shards that no manifest lists yet, by the records of each."""
         reader = cls.__new__(cls)
         reader.shards, reader._open, reader._indexes = shards, OrderedDict(), OrderedDict(records or {})
+        reader.limit_open(OPEN_SHARDS)
         return reader
+
+    def limit_open(self, count: int) -> None:
+        """Keep at most so many shards open; indexes are kept all the same."""
+        self._most_open = min(count, OPEN_SHARDS if self.shards.store is None else OPEN_COPIES)
 
     def __len__(self) -> int:
         return int(self.shards.starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files do not travel to worker processes, nor need indexes.
-        return {"shards": self.shards, "_open": OrderedDict(), "_indexes": OrderedDict()}
+        return {**vars(self), "_open": OrderedDict(), "_indexes": OrderedDict()}
 
     def clone(self) -> ShardReader:
         """A reader of the same split with open files of its own, for another thread."""
@@ -243,7 +252,7 @@ class ShardReader:
             of = self.shards
             file = open_shard(of.path(shard)) if of.store is None else open_remote(of.store, of.file(shard))
             self._open[shard] = file
-            if len(self._open) > (OPEN_SHARDS if of.store is None else OPEN_COPIES):
+            if len(self._open) > self._most_open:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(shard)
         payload = os.pread(file.fileno(), size, offset)
@@ -307,8 +316,12 @@ class ShardReader:
         except Exception as error:  # of damaged bytes PIL's plugins raise nearly anything: struct.error, EOFError, SyntaxError, ...
             raise self._damaged(self._spot(index), IMAGE, " ".join(str(error).split())) from error
 
-    def about(self, index: int) -> dict[str, Any]:
-        """{"captions": [...], "label": int | None}: from the JSON's `captions`, else from the text, else from the JSON's `caption`."""
+    def about(self, index: int, names: Sequence[str] = ()) -> dict[str, Any]:
+        """{"captions": [...], "label": int | None}: from the JSON's `captions`, else from the text, else from the JSON's `caption`.
+
+        With `names` also "named", in that order the list of captions under each of these keys of the JSON (a text, or a list of texts),
+        `txt` being the sample's text: empty where there is none.
+        """
         spot = self._spot(index)
         content: Any = {}
         if spot.json is not None:
@@ -325,11 +338,16 @@ class ShardReader:
             captions = [content.get("caption")]
         if not isinstance(captions, list) or not captions or not all(isinstance(text, str) and text.strip() for text in captions):
             raise self._damaged(spot, JSON, "no captions, or an empty one")
-        longest = max(map(len, captions))
+        named = list[list[str]]()
+        for name in names:
+            given = self._text(spot, spot.text, "txt").strip() if name == TEXT and spot.text is not None else content.get(name)
+            texts = given if isinstance(given, list) else [given]
+            named.append([text for text in texts if isinstance(text, str) and text.strip()])
+        longest = max(len(text) for texts in (captions, *named) for text in texts)
         if longest > MAX_CAPTION:
             raise self._damaged(spot, LONG, f"{longest} characters, at most {MAX_CAPTION} are supported")
         label = content.get("label")
-        return {"captions": captions, "label": label if type(label) is int and abs(label) < 2**31 else None}
+        return {"captions": captions, "label": label if type(label) is int and abs(label) < 2**31 else None, "named": named}
 
     def is_changed(self, shard: int) -> bool:
         """Whether the bytes of a shard are not those that the manifest's SHA-256 is of; False also where it cannot be read.

@@ -31,7 +31,7 @@ _LIMITS = {
 """Files that a set may have, and how large each is at most."""
 
 
-def copy_small_files(url: str, cache: CacheSettings | None) -> tuple[Path, Store]:
+def copy_small_files(url: str, cache: CacheSettings | None, *, key: str = "data.path") -> tuple[Path, Store]:
     """Copy the files of the data set at `url` that say what it is; returns the folder of the copies, and the store of the shards.
 
     Each file carries its own digest, or dataset.json has it; whoever reads it compares.
@@ -41,7 +41,7 @@ def copy_small_files(url: str, cache: CacheSettings | None) -> tuple[Path, Store
             of earlier versions.
     """
     if cache is None:
-        raise UserError(f"recipe key data.path: {url} is remote. Give a folder on a disk of this node for copies of it: data.cache_dir.")
+        raise UserError(f"recipe key {key}: {url} is remote. Give a folder on a disk of this node for copies of it: data.cache_dir.")
     store = Store(url, cache)
     files = {"dataset.json": store.read_bytes("dataset.json", MAX_JSON_BYTES)}
     for name, limit in _LIMITS.items():

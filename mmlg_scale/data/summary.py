@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from mmlg_scale.data import SPLITS
+from mmlg_scale.data.captions import CaptionRule
 from mmlg_scale.data.images import open_image
+from mmlg_scale.data.mixture import texts_of
 from mmlg_scale.data.reader import DamagedSample, ShardReader
 from mmlg_scale.data.store import Store
 from mmlg_scale.data.tokens import UNKNOWN, offered_tokenizer
@@ -56,8 +58,11 @@ def summarise_split(
     max_samples: int = MAX_SAMPLES,
     max_images: int = MAX_IMAGES,
     first_shard: bool = False,
+    rule: CaptionRule | None = None,
 ) -> SplitSummary:
     """Read a split; damaged samples are passed over. Of a remote one, which is in `store`, `first_shard` can do.
+
+    Captions are those that `rule` may read, or the ordinary ones.
 
     Raises:
         UserError: no manifest, or a damaged one.
@@ -67,7 +72,7 @@ def summarise_split(
     captions, sizes = list[str](), list[tuple[int, int]]()
     for index in wanted:
         try:
-            captions += reader.about(index)["captions"]
+            captions += texts_of(reader, index, rule).captions
         except DamagedSample:
             continue  # mmlg data check lists them
     for index in _spread(len(reader), max_images):
@@ -86,9 +91,9 @@ def _spread(count: int, wanted: int) -> list[int]:
     return list(range(count)) if count <= wanted else [position * count // wanted for position in range(wanted)]
 
 
-def num_pairs(folder: Path, store: Store | None = None, *, first_shard: bool = False) -> tuple[int, int]:
+def num_pairs(folder: Path, store: Store | None = None, *, first_shard: bool = False, rule: CaptionRule | None = None) -> tuple[int, int]:
     """Images and captions of a split; captions are estimated where the split is large, or only its first shard is read."""
-    found = summarise_split(folder, store, max_images=0, first_shard=first_shard)
+    found = summarise_split(folder, store, max_images=0, first_shard=first_shard, rule=rule)
     return found.num_samples, found.num_captions
 
 

@@ -1,4 +1,4 @@
-"""Every sample of a split once, in its order, with all its captions."""
+"""Every sample of one split or several once, in their order, with all captions that a training stream may read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmlg_scale.data.reader import DamagedSample, ShardReader
+from mmlg_scale.data.mixture import JoinedReader
+from mmlg_scale.data.reader import DamagedSample
 from mmlg_scale.towers import ModelSpec
 
 
@@ -24,9 +25,9 @@ class Samples(NamedTuple):
 
 
 class Sweep(Dataset[Samples]):
-    """A split in items of `item_size` samples, as a training stream without augmentation reads them."""
+    """Splits in items of `item_size` samples, as a training stream without augmentation reads them."""
 
-    def __init__(self, reader: ShardReader, spec: ModelSpec, item_size: int = 256) -> None:
+    def __init__(self, reader: JoinedReader, spec: ModelSpec, item_size: int = 256) -> None:
         self.reader, self.tokenizer, self.preprocess = reader, spec.tokenizer, spec.preprocess
         self.image_size, self.context_length, self.item_size = spec.image_size, spec.context_length, item_size
 
@@ -35,15 +36,15 @@ class Sweep(Dataset[Samples]):
 
     def __getitem__(self, item: int) -> Samples:
         first = item * self.item_size
-        images, captions, counts, whole = [], [], [], []
+        images, captions, counts, whole = [], list[str](), [], []
         for index in range(first, min(first + self.item_size, len(self.reader))):
             try:
                 image = self.reader.image(index, self.image_size, preprocess=self.preprocess, draft=True)
-                texts = self.reader.about(index)["captions"]
+                texts = self.reader.texts(index).captions
             except DamagedSample:
                 image, texts = np.zeros((self.image_size, self.image_size, 3), np.uint8), []
             images.append(image)
-            captions += texts
+            captions.extend(texts)
             counts.append(len(texts))
             whole.append(bool(texts))
         text_MT = self.tokenizer(captions, self.context_length) if captions else torch.zeros(0, self.context_length, dtype=torch.long)

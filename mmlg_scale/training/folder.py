@@ -37,7 +37,15 @@ IDENTITY_FILE, RESULT_FILE, LOCK_FILE = "run.json", "result.json", ".lock"
 INCARNATION_FILE = "incarnation.json"
 _LEFTOVER = re.compile(r"\.lock|\..*\.tmp")
 """What a start that was killed while it claimed the folder may have left in it."""
-_OF_A_START = ("metrics.jsonl", "tensorboard", "wandb", "checkpoints", "metrics_at_0.json", "data-skipped.json", "data-faults-rank*.jsonl")
+_OF_A_START = (
+    "metrics.jsonl",
+    "tensorboard",
+    "wandb",
+    "checkpoints",
+    "metrics_at_0.json",
+    "data-skipped*.json",
+    "data-faults*-rank*.jsonl",
+)
 """What a run writes before its first checkpoint."""
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,18 @@ from mmlg_scale.training.step import compute_gradients, compute_loss
 from mmlg_scale.training.watchdog import Watchdog
 
 Curve = list[dict[str, Any]]
+
+
+class Batches(Protocol):
+    """The endless stream of a rank's batches."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def figures(self, step: int) -> dict[str, float]:
+        """What is to be noted of the data after `step` steps."""
+        ...
+
+
 _HALF = 2**32
 
 
@@ -67,7 +79,7 @@ def train(
     stage: Stage,
     engine: Engine,
     *,
-    batches: Callable[[int], Iterable[Batch]],
+    batches: Callable[[int], Batches],
     evaluate: Callable[[], dict[str, float]],
     checkpoints: Checkpoints,
     meters: Meters,
@@ -111,7 +123,8 @@ def train(
     spent = _Spent(progress, engine)
     keep = _Keep(stage, engine, checkpoints, meters, requests, runtime, health, spent)
     # A model that is not trained, as weights from elsewhere, needs no training data.
-    stream = iter(batches(progress.step) if progress.step < training.steps and not progress.stopped_early else ())
+    reading = batches(progress.step) if progress.step < training.steps and not progress.stopped_early else None
+    stream = iter(reading or ())
     while progress.step < training.steps and not progress.stopped_early:
         watchdog.beat()
         keep.obey(requests.agree(progress.step))
@@ -138,7 +151,9 @@ def train(
         if meters.is_due(progress.step) or due or save:
             spent.settle()
         figures |= {"gradient_norm": engine.gradient_norm, "learning_rate": engine.learning_rate}
-        meters.step(progress.step, figures, num_samples=training.batch_size, flops=spent.unreported())
+        meters.step(
+            progress.step, figures | _of_data(reading, meters, progress.step), num_samples=training.batch_size, flops=spent.unreported()
+        )
 
         if due:
             request = requests.agree(progress.step, now=True)  # an evaluation may take longer than a scheduler waits
@@ -150,6 +165,11 @@ def train(
             keep()
     checkpoints.wait()
     return progress
+
+
+def _of_data(reading: Batches | None, meters: Meters, step: int) -> dict[str, float]:
+    """The data's figures, where figures are written."""
+    return reading.figures(step) if reading is not None and meters.is_due(step) else {}
 
 
 def _is_due(step: int, training: recipe.Training) -> bool:

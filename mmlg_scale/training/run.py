@@ -173,7 +173,7 @@ def _train_metered(role: Role, out: Path, session: Session, meters: Meters, star
                 runtime=runtime,
                 evaluate_first=role.evaluate_first,
                 stop=role.stop,
-                name_of=functools.partial(session.corpus.name_of, "train"),
+                name_of=session.corpus.name_of,
             )
         except UserError:
             checkpoints.settle()  # the model was in good health when it was copied

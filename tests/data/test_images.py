@@ -17,6 +17,7 @@ from mmlg_scale import towers
 from mmlg_scale.data import images as images_module
 from mmlg_scale.data.evaluation import load_eval_split
 from mmlg_scale.data.images import as_shown, check_decodes, decode, open_image, random_resized_crop
+from mmlg_scale.data.mixture import JoinedReader
 from mmlg_scale.data.pack import PackSettings, pack_table
 from mmlg_scale.data.pipeline import StreamSettings, TrainStream
 from mmlg_scale.data.reader import ShardReader
@@ -202,7 +203,7 @@ def test_streams_sweeps_and_evaluations_obey_the_models_geometry(scenes: Path, r
         batch = next(iter(TrainStream(scenes / "train", spec, StreamSettings(global_batch_size=10, seed=0, cache_decoded=cache))))
         for row, index in enumerate(batch.indices_B.tolist()):
             assert np.array_equal(batch.image_uint8_BCHW[row].numpy(), wanted(reader, index))
-    assert np.array_equal(Sweep(reader, spec, item_size=4)[1].image_uint8_NCHW[2].numpy(), wanted(reader, 6))
+    assert np.array_equal(Sweep(JoinedReader([reader]), spec, item_size=4)[1].image_uint8_NCHW[2].numpy(), wanted(reader, 6))
     split = load_eval_split(scenes / "test", spec)
     assert np.array_equal(split.images_uint8_NCHW()[7].numpy(), wanted(ShardReader(scenes / "test"), 7))
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import forward_flops
 from mmlg_scale.data.corpus import open_pairs
+from mmlg_scale.data.mixture import JoinedReader
 from mmlg_scale.data.pipeline import StreamSettings, TrainStream
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.data.scenes import write_scenes
@@ -76,7 +77,7 @@ def identity(data: Path, seed: int = 1, precision: str = "fp32") -> dict[str, An
 def write(data: Path, out: Path) -> dict[str, Any]:
     """Items of 8 samples, blocks of 2 items: nine items, the last of 6 samples, in five blocks."""
     model = ancestor(data)
-    sweep = Sweep(ShardReader(data / "train"), model.spec, item_size=8)
+    sweep = Sweep(JoinedReader([ShardReader(data / "train")]), model.spec, item_size=8)
     if dist.get_rank() == 0:
         out.mkdir(exist_ok=True)
         claim(out, identity(data))
@@ -121,7 +122,7 @@ def test_numbers_and_cost(data: Path, tmp_path: Path) -> None:
     found, spec = write(data, tmp_path / "kept"), ancestor(data).spec
     assert (found["num_images"], found["num_captions"]) == (TRAIN, 3 * TRAIN)
     expected = TRAIN * forward_flops(spec.config, pooled=("image",))["image"]
-    sweep = Sweep(ShardReader(data / "train"), spec, item_size=8)
+    sweep = Sweep(JoinedReader([ShardReader(data / "train")]), spec, item_size=8)
     for item in (sweep[number] for number in range(len(sweep))):
         lengths = sorted(row.tolist().index(max(row.tolist())) + 1 for row in item.text_MT)
         size = len(item.num_captions_N)
