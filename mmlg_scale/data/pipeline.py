@@ -156,8 +156,8 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
             assert rule is not None
             lacking.setdefault(of[row], Counter()).update(name for name, count in zip(rule.names, parts, strict=True) if not count)
         # No Counter: torch's loader copies mappings by `update`, which would add.
-        read, cut = dict(Counter(of)), dict(Counter(of[row] for row in drawn.cut))
-        news = _News(met, read, cut, {key: dict(found) for key, found in lacking.items()})
+        counts, cut = dict(Counter(of)), dict(Counter(of[row] for row in drawn.cut))
+        news = _News(met, counts, cut, {key: dict(found) for key, found in lacking.items()})
         return Batch(torch.from_numpy(images), drawn.ids_BT, torch.tensor([indices, drawn.captions]).T), news
 
     def _readable(self, epoch: int, wanted: int, texts: dict[int, Texts], met: list[tuple[Epoch, Fault]]) -> tuple[int, np.ndarray]:
