@@ -25,6 +25,8 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 """Of images. A record holds the number of one: append, never reorder."""
 PLAIN_KEY = 1
 """Flag: the tar headers of the sample hold its whole key, so that they can be compared with it."""
+NAMES_ONLY = 2
+"""Flag: the captions are in the text; the JSON is read only where captions are asked for by its keys."""
 RECORD = np.dtype(
     [
         ("image", "<u8"),
@@ -69,6 +71,10 @@ def key_checksum(key: str) -> int:
     return zlib.crc32(key.encode("utf-8", "surrogateescape"))
 
 
+NAMES = "names"
+"""In place of a JSON's extension: see NAMES_ONLY."""
+
+
 class RecordBuilder:
     """Collects the members of a shard, in any order, into records in the order in which the keys appear."""
 
@@ -101,6 +107,7 @@ class RecordBuilder:
             record["lead"] = lead if lead <= MAX_LEAD else 0
             # Names that are long or not ASCII are in extended headers: the header proper has a shortened or mangled copy.
             record["flags"] = PLAIN_KEY if key.isascii() and len(key) + 6 < 100 else 0
+            record["flags"] |= NAMES_ONLY if "json" in members and members["json"][3] == NAMES else 0
         return records
 
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from mmlg_scale.bounds import MAX_JSON_BYTES, MAX_SAMPLE_TEXT_BYTES
 from mmlg_scale.data import SPLITS
-from mmlg_scale.data.index import BLOCK, EXTENSIONS, MAX_MEMBER_BYTES, RecordBuilder, index_path, write_index
+from mmlg_scale.data.index import BLOCK, EXTENSIONS, MAX_MEMBER_BYTES, NAMES, RecordBuilder, index_path, write_index
 from mmlg_scale.data.manifest import Progress, shards_of, tokenizer_digests, write_manifest
 from mmlg_scale.data.publish import DESCRIPTION_VERSION
 from mmlg_scale.data.reader import KEY, DamagedSample, ShardReader, content_digest, header_checksum, open_shard
@@ -291,7 +291,10 @@ def index_shard(path: Path, folder: Path) -> Indexed:
     with _open_shard(path) as file:
         for members in builder.samples().values():
             if "json" in members and not _json_counts(file, members):
-                del members["json"]
+                if _has_names(file, members):
+                    members["json"] = (*members["json"][:3], NAMES)
+                else:
+                    del members["json"]
             if "image" not in members:
                 problems[NO_IMAGE] += 1
             elif "text" not in members and "json" not in members:
@@ -327,6 +330,19 @@ def _json_counts(file: BinaryIO, entry: Mapping[str, tuple[int, int, int, str]])
     if not isinstance(content, dict):
         return False
     return "captions" in content or ("text" not in entry and isinstance(content.get("caption"), str))
+
+
+def _has_names(file: BinaryIO, entry: Mapping[str, tuple[int, int, int, str]]) -> bool:
+    """Whether the JSON beside a text may hold further captions by name."""
+    _, offset, size, _ = entry["json"]
+    if "text" not in entry or size > MAX_SAMPLE_TEXT_BYTES:
+        return False
+    file.seek(offset)
+    try:
+        content = json.loads(file.read(size))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and any(isinstance(value, (str, list)) for value in content.values())
 
 
 def _members(path: Path, problems: Counter[str]) -> Iterator[tarfile.TarInfo]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from mmlg_scale.bounds import MAX_CAPTION, MAX_IMAGE_BYTES, MAX_SAMPLE_TEXT_BYTES
 from mmlg_scale.data.images import PLAIN, check_decodes, check_png, decode, load_cheaply, random_resized_crop
-from mmlg_scale.data.index import BLOCK, EXTENSIONS, PLAIN_KEY, RECORD, index_path, key_checksum, read_index, records_in
+from mmlg_scale.data.index import BLOCK, EXTENSIONS, NAMES_ONLY, PLAIN_KEY, RECORD, index_path, key_checksum, read_index, records_in
 from mmlg_scale.data.manifest import Location, Shards, load_shards
 from mmlg_scale.data.store import RemoteFile, Store, StoreError
 from mmlg_scale.errors import UserError
@@ -279,7 +279,8 @@ class ShardReader:
         """Compare the tar header before each member with the index: checksum, name, size."""
         spot = self._spot(index)
         key = spot.key if spot.flags & PLAIN_KEY else None
-        for extension, part in ((spot.extension, spot.image), ("txt", spot.text), ("json", spot.json)):
+        about = None if spot.flags & NAMES_ONLY else spot.json
+        for extension, part in ((spot.extension, spot.image), ("txt", spot.text), ("json", about)):
             if part is not None:
                 problem = header_problem(self._read(spot, part[0] - BLOCK, BLOCK), extension, part[1], key)
                 if problem:
@@ -324,7 +325,7 @@ class ShardReader:
         """
         spot = self._spot(index)
         content: Any = {}
-        if spot.json is not None:
+        if spot.json is not None and (names or not spot.flags & NAMES_ONLY):
             try:
                 content = json.loads(self._text(spot, spot.json, "json"))
             except (ValueError, RecursionError) as error:
