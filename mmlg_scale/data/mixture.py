@@ -6,6 +6,7 @@ endless row of epochs (`order.py`). Both are arithmetic on a table of one period
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import heapq
 import math
@@ -19,13 +20,16 @@ import numpy as np
 
 from mmlg_scale.data.captions import CaptionRule, Texts
 from mmlg_scale.data.order import EpochOrder
-from mmlg_scale.data.reader import ShardReader
+from mmlg_scale.data.reader import DamagedSample, ShardReader
 from mmlg_scale.data.store import Store
 from mmlg_scale.errors import UserError
+from mmlg_scale.reading import shown
 from mmlg_scale.streams import Stream, generator
 
 MAX_PERIOD = 2**18
 """Positions after which a pattern repeats at the latest: 1.5 MB, and a third of a second when a stream is made."""
+PROBED = 256
+"""Samples in which each name of a caption rule is looked for before the first step."""
 _FEW = 64
 OPEN_FILES = 512
 """Shards that the readers of all sources keep open together: many systems give a process 1,024 files."""
@@ -242,6 +246,36 @@ class JoinedReader:
         """All captions that may be read of a sample. Raises DamagedSample."""
         source = self.source(sample)
         return texts_of(self.readers[source], sample - int(self.starts[source]), self.rules[source])
+
+
+def require_names(reader: JoinedReader, order: MixedOrder, position: int) -> None:
+    """Look for the names of each rule in the first samples of one shard that is read soon; say which are not there.
+
+    Raises:
+        UserError: none of these samples has any of them.
+    """
+    counts = order.pattern.counts(position).tolist()
+    for source, rule in enumerate(reader.rules):
+        if rule is None:
+            continue
+        own, of = reader.readers[source].clone(), order.orders[source]
+        shard = of.window_shards(*of.window_at(counts[source]))[0]
+        first, found = int(own.shards.starts[shard]), list[tuple[int, ...]]()
+        for index in range(first, min(first + PROBED, int(own.shards.starts[shard + 1]))):
+            with contextlib.suppress(DamagedSample):
+                found.append(texts_of(own, index, rule).parts)
+        own.close()
+        lacking = [name for place, name in enumerate(rule.names) if not any(parts[place] for parts in found)]
+        if not found or not lacking:
+            continue
+        told = f"{', '.join(repr(shown(name)) for name in lacking)} in the first {len(found)} samples of {own.shards.told(shard)}"
+        if len(lacking) == len(rule.names):
+            key = "data.captions" if len(reader.rules) == 1 else f"data.sources[{source}].captions"
+            raise UserError(
+                f"recipe key {key}: there are no captions named {told}. Correct the names; or index the set again where an earlier version "
+                "did, which left out what it did not need of a JSON."
+            )
+        print(f"there are no captions named {told}", flush=True)
 
 
 def texts_of(reader: ShardReader, index: int, rule: CaptionRule | None) -> Texts:

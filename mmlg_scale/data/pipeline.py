@@ -32,7 +32,7 @@ from mmlg_scale.data.augment import crop_batch, crop_boxes
 from mmlg_scale.data.captions import CaptionTokens, Texts
 from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, FaultLog, fault_list, known_faults, print_report
 from mmlg_scale.data.manifest import Shards
-from mmlg_scale.data.mixture import JoinedReader, MixedOrder, Pattern, Source, source_seed
+from mmlg_scale.data.mixture import JoinedReader, MixedOrder, Pattern, Source, require_names, source_seed
 from mmlg_scale.data.order import SHUFFLE_WINDOW, EpochOrder
 from mmlg_scale.data.reader import DamagedSample, Fault
 from mmlg_scale.data.scan import Check, Findings, num_threads
@@ -296,6 +296,8 @@ class TrainStream:
         ]
         self._order = MixedOrder(orders, reader.starts, Pattern([source.share for source in self.sources]))
         self._require_enough(splits, batch_size)
+        look = functools.partial(require_names, reader, self._order, start_step * batch_size)
+        on_first_rank(look) if shared else look()
         self._start, self._batch_size = start_step, batch_size
         fractions = self._order.pattern.fractions(batch_size, share * rank, share)
         self._logs = [

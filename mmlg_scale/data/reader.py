@@ -348,7 +348,8 @@ class ShardReader:
         if longest > MAX_CAPTION:
             raise self._damaged(spot, LONG, f"{longest} characters, at most {MAX_CAPTION} are supported")
         label = content.get("label")
-        return {"captions": captions, "label": label if type(label) is int and abs(label) < 2**31 else None, "named": named}
+        found = {"captions": captions, "label": label if type(label) is int and abs(label) < 2**31 else None}
+        return found | {"named": named} if names else found
 
     def is_changed(self, shard: int) -> bool:
         """Whether the bytes of a shard are not those that the manifest's SHA-256 is of; False also where it cannot be read.

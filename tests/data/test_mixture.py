@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from fractions import Fraction
@@ -411,17 +412,35 @@ def test_captions_have_the_names_that_are_asked_for(
 def test_each_source_follows_its_own_rule_and_texts_are_a_name_too(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = mixture_of(root)
     assert data.sources is not None
-    data.sources[0].captions, data.sources[1].captions = {"txt": 1.0, "alt": 1.0}, {"nothing": 1.0}
+    data.sources[0].captions, data.sources[1].captions = {"txt": 1.0, "alt": 1.0}, {"synthetic": 1.0}
     found = batches(data, root, 50)
     words, sources = texts_read(data, root, found), [sample for batch in found for sample in batch.indices_B.tolist()]
     small = Counter(text.partition(" ")[0] for text, sample in zip(words, sources, strict=True) if sample < 21)
     assert set(small) == {"small", "alternative"}
     assert small["small"] / small.total() == pytest.approx(0.5, abs=0.19)
-    rest = [text for text, sample in zip(words, sources, strict=True) if sample >= 21]
-    assert all(text.startswith(("middle", "large")) for text in rest)  # the ordinary ones
+    for text, sample in zip(words, sources, strict=True):
+        # One in three of the middle set has nothing of that name, and gives its ordinary caption.
+        named = "middle" if (sample - 21) % 3 == 0 else ("made", "once")
+        assert sample < 21 or text.startswith(named if sample < 67 else "large")
     said = capsys.readouterr().out
-    assert "middle, epoch 0: of 44 samples, there are no captions named 'nothing' in 44; their others were read" in said
+    lacking = len(set(range(0, 46, 3)) - {9})
+    assert f"middle, epoch 0: of 44 samples, there are no captions named 'synthetic' in {lacking}; their others were read" in said
     assert "small, epoch" not in said
+
+
+def test_names_that_are_nowhere_are_told_at_the_start(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    batches(Data(path=str(root / "large"), captions={"alt": 1.0, "synthetik": 1.0}), root, 1)
+    assert re.search(r"there are no captions named 'synthetik' in the first [34] samples of .*large/train/shard-0", capsys.readouterr().out)
+    data = mixture_of(root)
+    assert data.sources is not None
+    data.sources[1].captions = {"alternative": 1.0, "image": 2.0}
+    with pytest.raises(
+        UserError, match=r"recipe key data.sources\[1\].captions: there are no captions named 'alternative', 'image' in the fi"
+    ):
+        batches(data, root, 1)
+    data.sources[1].captions = None
+    batches(data, root, 1)
+    assert "no captions named" not in capsys.readouterr().out
 
 
 def test_hostile_captions_are_no_captions_or_damage(tmp_path: Path) -> None:
