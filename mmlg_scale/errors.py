@@ -14,6 +14,12 @@ class UserError(Exception):
     """
 
 
+def require_key(condition: bool, key: str, problem: str, remedy: str) -> None:
+    """Raise UserError of the recipe's dotted `key` unless the condition holds."""
+    if not condition:
+        raise UserError(f"recipe key {key}: {problem}. {remedy}")
+
+
 class SupersededError(UserError):
     """Another start has taken over the run of this process, which may publish nothing any more. Only the first rank notices."""
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mmlg_scale.bounds import MAX_NAMES, MAX_SOURCES
 from mmlg_scale.errors import UserError
+from mmlg_scale.errors import require_key as _require
 from mmlg_scale.metric_names import check_metric
 from mmlg_scale.ranges import (
     BatchSize,
@@ -35,15 +34,13 @@ from mmlg_scale.ranges import (
     UnitInterval,
     Width,
 )
-from mmlg_scale.reading import shown
+from mmlg_scale.sources import Source, check_captions, check_sources
 
 Modality = Literal["both", "image", "text"]
 Init = Literal["ancestor", "mmlg", "direct", "tleg", "sws", "scratch", "even", "distil"]
 """What `mmlg train` trains: the ancestor, or a size written or drawn in one of these ways."""
 Method = Literal["mmlg", "tleg", "sws"]
 """What `mmlg extract` extracts."""
-LEAST_CAPTION = 1e-6
-"""Of the largest weight of a sample's captions."""
 MODALITIES, INITS, METHODS = (typing.get_args(choices) for choices in (Modality, Init, Method))
 
 
@@ -61,11 +58,6 @@ def in_section(key: str) -> Iterator[None]:
         raise UserError(str(error).replace("recipe key extraction", f"recipe key {key}")) from error
 
 
-def _require(condition: bool, key: str, problem: str, remedy: str) -> None:
-    if not condition:
-        raise UserError(f"recipe key {key}: {problem}. {remedy}")
-
-
 @dataclass
 class Scenes:
     """The procedural image-text set that ships with the project."""
@@ -78,19 +70,6 @@ class Scenes:
     """Test images: reported qualities are measured here."""
     seed: NonNegativeInt = 0
     """Seed of the data set; apart from the recipe's seed, so that runs of several seeds share one data set."""
-
-
-@dataclass
-class Source:
-    """One data set of a mixture."""
-
-    path: str = ""
-    """A folder, or a URL, as data.path."""
-    weight: PositiveFloat = 1.0
-    """Share of the training samples that come from it, relative to the other sources' weights. Each source has epochs of its own: a small
-    one with a large weight is read more often."""
-    captions: dict[str, PositiveFloat] | None = None
-    """As data.captions, for this source."""
 
 
 @dataclass
@@ -139,34 +118,10 @@ class Data:
 
     def require_fit(self) -> None:
         """Raise UserError where fields do not go together."""
-        _check_captions(self.captions, "data.captions")
-        if self.sources is None:
-            _require(self.is_given or self.evaluate_on is None, "data.evaluate_on", "is given, data.path is null", "Give data.path too.")
-            return
-        key, count = "data.sources", len(self.sources)
-        _require(self.path is None, key, f"is given, and data.path is {self.path}", "Give one of them: the path can be one of the sources.")
-        _require(self.captions is None, "data.captions", f"is given beside {key}", "Give captions with each source that has them.")
-        _require(count > 0, key, "is an empty list", "List data sets, or give data.path.")
-        _require(count <= MAX_SOURCES, key, f"has {count:,} data sets", f"At most {MAX_SOURCES} are supported: pack some together.")
-        for index, source in enumerate(self.sources):
-            own = f"{key}[{index}]"
-            _require(bool(source.path), f"{own}.path", "is missing", "Give the folder or the URL of a data set.")
-            _require(
-                0 < source.weight < math.inf, f"{own}.weight", f"is {source.weight}", "Use a positive number, or leave the source out."
-            )
-            _check_captions(source.captions, f"{own}.captions")
-
-
-def _check_captions(captions: dict[str, float] | None, key: str) -> None:
-    if captions is None:
-        return
-    remedy = "Name keys of the samples' JSON with weights, {alt: 0.5, synthetic: 0.5}, or leave it out."
-    _require(0 < len(captions) <= MAX_NAMES, key, f"has {len(captions)} names; 1 to {MAX_NAMES} are supported", remedy)
-    for name, weight in captions.items():
-        _require(0 < weight < math.inf, key, f"the weight of {shown(name)!r} is {weight}", "Use a positive number, or leave the name out.")
-    least = max(captions.values()) * LEAST_CAPTION
-    small = next((name for name, weight in captions.items() if weight < least), None)
-    _require(small is None, key, f"{shown(small)!r} would be drawn less than once in {1 / LEAST_CAPTION:,.0f} times", "Leave it out.")
+        check_captions(self.captions, "data.captions")
+        if self.sources is not None:
+            check_sources(self.sources, self.path, self.captions)
+        _require(self.is_given or self.evaluate_on is None, "data.evaluate_on", "is given, data.path is null", "Give data.path too.")
 
 
 @dataclass
