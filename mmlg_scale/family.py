@@ -72,7 +72,7 @@ class Plan:
 
     def __init__(self, settings: recipe.Recipe, runtime: Runtime, out: Path, *, image_size: int) -> None:
         self.given, self.runtime, self.out = settings, runtime, out
-        self.data = None if settings.data.sources is not None else settings.data.path or str(out / "data")
+        self.data = settings.data.path if settings.data.is_given else str(out / "data")
         self.settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, path=self.data))
         self.ancestor = out / "ancestor"
         self.members: list[Member] = []
