@@ -42,6 +42,7 @@ Method = Literal["mmlg", "tleg", "sws"]
 MODALITIES, INITS, METHODS = (typing.get_args(choices) for choices in (Modality, Init, Method))
 
 
+MAX_JITTER = 100
 LATER = {"later": True}
 """Metadata of a field that came later: at its default, which changes nothing, it is no part of a run's identity, so that runs from before
 it are recognised."""
@@ -76,6 +77,37 @@ class Scenes:
 
 
 @dataclass
+class Augmentation:
+    """open_clip's `aug_cfg`: what data.augment resized_crop draws for each image, anew every epoch. timm's keys are not supported."""
+
+    scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
+    """Smallest and largest share of the image's area that a crop takes. Pre-training with many epochs often uses [0.4, 1.0]."""
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    """Smallest and largest width of a crop divided by its height."""
+    color_jitter: list[float] | None = None
+    """Strengths of the changes of brightness, contrast, saturation and hue, as torchvision's ColorJitter takes them:
+    [0.32, 0.32, 0.32, 0.08]. The first three are factors from 1 - x to 1 + x; hue moves by up to x of the circle, at most 0.5."""
+    color_jitter_prob: ClosedUnitInterval = 0.0
+    """Share of the images whose colours are changed; above 0 where color_jitter is given. Often 0.8."""
+    gray_scale_prob: ClosedUnitInterval = 0.0
+    """Share of the images that are made grey. Often 0.2."""
+
+    def check(self, key: str) -> None:
+        """Raise UserError where a value is out of range; `key` is where this object is in the recipe."""
+        for name, pair, least, most in (("scale", self.scale, 0.0001, 1.0), ("ratio", self.ratio, 0.01, 100.0)):
+            fits = len(pair) == 2 and least <= pair[0] <= pair[1] <= most
+            _require(fits, f"{key}.{name}", f"is {pair}", f"Use two numbers from {least} to {most}, the smaller one first.")
+        jitter = self.color_jitter
+        if jitter is not None:
+            fits = len(jitter) == 4 and all(0 <= x <= MAX_JITTER for x in jitter) and jitter[3] <= 0.5
+            remedy = f"Use four numbers: brightness, contrast, saturation from 0 to {MAX_JITTER}, hue from 0 to 0.5."
+            _require(fits, f"{key}.color_jitter", f"is {jitter}", remedy)
+        problem = f"is {self.color_jitter_prob}, color_jitter is {'not given' if jitter is None else jitter}"
+        both = (jitter is not None) == (self.color_jitter_prob > 0)
+        _require(both, f"{key}.color_jitter_prob", problem, "Give both, such as 0.8 and [0.32, 0.32, 0.32, 0.08], or neither.")
+
+
+@dataclass
 class Data:
     """Image-text pairs."""
 
@@ -91,6 +123,8 @@ class Data:
     """Augmentation of training images: crop takes 80 to 100 % of the side of the centre square; resized_crop takes 90 to 100 % of the whole
     image's area (open_clip's, for photographs). Never a horizontal flip, since captions say left and right. Training reads JPEGs the quick
     way, up to two grey levels from what evaluation sees."""
+    aug_cfg: Augmentation = field(default_factory=Augmentation, metadata=LATER)
+    """What resized_crop draws, by the names of open_clip's aug_cfg."""
     tokenizer: Literal["auto", "model"] = "auto"
     """auto: a model trained from scratch takes the data set's tokenizer (open_clip's byte pairs where it has none), and a model that has a
     tokenizer must have the same one as the data set; model: the model's own (byte pairs from scratch), whatever the data set has."""
@@ -372,6 +406,11 @@ class Recipe:
             "has architecture and config",
             "Name an open_clip configuration, or give one inline.",
         )
+        data = self.data
+        data.aug_cfg.check("data.aug_cfg")
+        used = data.augment == "resized_crop" or data.aug_cfg == Augmentation()
+        problem = f"is given, and data.augment {data.augment} does not draw it"
+        _require(used, "data.aug_cfg", problem, "Set data.augment to resized_crop, or leave aug_cfg out.")
         self.ancestor.check("ancestor")
         self.extraction.check("extraction")
         if self.pretraining is not None:
@@ -425,7 +464,7 @@ class Recipe:
         if role == "features":
             return {"engine": {"precision": self.engine.precision}}
         found = {key: whole[key] for key in ("seed", "engine", "model")}
-        found["data"] = {key: whole["data"][key] for key in ("augment", "check")}
+        found["data"] = {key: given for key, given in whole["data"].items() if key in ("augment", "aug_cfg", "check")}
         if role == "ancestor":
             # Weights that are read are compared by digest; they are not trained.
             found |= {"ancestor": whole["ancestor"]} if self.model.weights is None else {}
@@ -458,4 +497,8 @@ def _identity(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return value
     found = {item: getattr(value, item.name) for item in dataclasses.fields(value)}
-    return {item.name: _identity(given) for item, given in found.items() if not (item.metadata.get("later") and given == item.default)}
+    return {item.name: _identity(given) for item, given in found.items() if not (item.metadata.get("later") and given == _default(item))}
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()

@@ -25,6 +25,15 @@ def nearest(word: str, choices: Sequence[str]) -> str:
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
+def _instead(word: str, options: Sequence[str]) -> str:
+    """A sentence for an unknown option: the nearest one, or in a small section of the recipe without a similar key all of that section."""
+    section, dot, key = word.rpartition(".")
+    siblings = [option.removeprefix(f"{section}.") for option in options if option.startswith(f"{section}.") and option[-1] != "+"]
+    if dot and 0 < len(siblings) <= 8 and not difflib.get_close_matches(key, siblings, cutoff=0.7):
+        return f" Valid: {', '.join(f'{section}.{name}' for name in siblings)}."
+    return nearest(word, options)
+
+
 def make_parser(name: str, usage: str, description: str, examples: Sequence[str]) -> ArgumentParser:
     """The parser of a command.
 
@@ -52,7 +61,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         message = in_words(" ".join(str(error).split()))
         unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
-        hint = nearest(unknown[0], sorted(options)) if message.startswith("unrecognized") and unknown else ""
+        hint = _instead(unknown[0], sorted(options)) if message.startswith("unrecognized") and unknown else ""
         raise UserError(f"{message}.{hint} See {parser.prog} --help.") from error
 
 

@@ -289,11 +289,9 @@ class ShardReader:
         """The image as a model with this preprocessing sees it: uint8 [H, W, 3]; `draft` as in `decode`."""
         return self._decoded(index, functools.partial(decode, image_size=image_size, preprocess=preprocess, draft=draft))
 
-    def crop(self, index: int, image_size: int, generator: np.random.Generator, *, preprocess: Preprocess = PLAIN) -> np.ndarray:
-        """A random crop of the whole image: uint8 [H, W, 3]; see `random_resized_crop`."""
-        return self._decoded(
-            index, functools.partial(random_resized_crop, image_size=image_size, generator=generator, preprocess=preprocess)
-        )
+    def crop(self, index: int, image_size: int, generator: np.random.Generator, **options: Any) -> np.ndarray:
+        """A random crop of the whole image: uint8 [H, W, 3]; see `random_resized_crop`, which takes the options."""
+        return self._decoded(index, functools.partial(random_resized_crop, image_size=image_size, generator=generator, **options))
 
     def check_image(self, index: int) -> None:
         """Decode the image, no further than it takes to know that all of it is there."""
