@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmlg_scale.errors import UserError
+from mmlg_scale.reading import shown
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -57,7 +58,13 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
     """Parse, turning what argparse says of a mistake into one line with the nearest valid option."""
     options = {option for action in parser._actions for option in action.option_strings}
     try:
-        return parser.parse_args([_underscored(word, options) for word in arguments])
+        args = parser.parse_args([_underscored(word, options) for word in arguments])
+        out = str(getattr(args, "out", None))
+        if "://" in out:
+            raise UserError(
+                f"--out {shown(out)} is a URL: results are written on this machine. Give a folder, and copy it when it is complete."
+            )
+        return args
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         message = in_words(" ".join(str(error).split()))
         unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]

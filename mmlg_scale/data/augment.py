@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmlg_scale.recipe import Augmentation
+from mmlg_scale.augmentation import Augmentation
 from mmlg_scale.streams import Stream, generator
 
 _MASK = 2**64 - 1

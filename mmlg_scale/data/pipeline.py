@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mmlg_scale.augmentation import Augmentation
 from mmlg_scale.data.augment import crop_batch, crop_boxes, draw_colours, recolour
 from mmlg_scale.data.captions import CaptionTokens
 from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, FaultLog, fault_list, known_faults, print_report
@@ -36,7 +37,6 @@ from mmlg_scale.data.store import RemoteFile, Store
 from mmlg_scale.data.workers import from_workers, require_shared_memory, worker_options
 from mmlg_scale.errors import UserError
 from mmlg_scale.ranks import on_first_rank, several_ranks
-from mmlg_scale.recipe import Augmentation
 from mmlg_scale.streams import Stream, generator
 from mmlg_scale.towers import ModelSpec
 

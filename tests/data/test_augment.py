@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmlg_scale import towers
+from mmlg_scale.augmentation import Augmentation
 from mmlg_scale.cli import main
 from mmlg_scale.data.augment import HUE_STEPS, STEPS, Colours, crop_batch, crop_boxes, draw_colours, recolour, uniforms
 from mmlg_scale.data.images import _crop_box, check_decodes, decode, random_resized_crop
 from mmlg_scale.data.pipeline import StreamSettings, TrainStream
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.errors import UserError
-from mmlg_scale.recipe import Augmentation, Data, Engine, Recipe
+from mmlg_scale.recipe import Data, Engine, Recipe
 from mmlg_scale.recipe_file import check_keys
 from tests.data.specs import spec_for
 
