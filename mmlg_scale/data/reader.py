@@ -321,8 +321,10 @@ class ShardReader:
             captions = [self._text(spot, spot.text, "txt").strip()]
         if captions is None:
             captions = [content.get("caption")]
+        if isinstance(captions, list):
+            captions = [text for text in captions if not (isinstance(text, str) and not text.strip())]
         if not isinstance(captions, list) or not captions or not all(isinstance(text, str) and text.strip() for text in captions):
-            raise self._damaged(spot, JSON, "no captions, or an empty one")
+            raise self._damaged(spot, JSON, "no captions, or only empty ones")
         longest = max(map(len, captions))
         if longest > MAX_CAPTION:
             raise self._damaged(spot, LONG, f"{longest} characters, at most {MAX_CAPTION} are supported")
