@@ -12,6 +12,12 @@ clock is beside it.
 The other loaders normalise images in the worker, in fp32. Ours hands bytes over, and the device normalises them: "ours" is the loader,
 as with a GPU, and "ours, normalised" has the batches normalised on this core, too. Images are noise over smooth structure (38 kB each), or
 with --images real JPEGs from a folder.
+
+    python -m benchmarks.loader --augment          # what aug_cfg costs: --out DIR writes augment_cpu.json
+
+In one process, without loaders: per image, the draw of a crop and its decoding and resizing at the default scale and at [0.4, 1.0], and
+what is added by colour jitter and grey (open_clip's color_jitter [0.32, 0.32, 0.32, 0.08] at 0.8, gray_scale_prob 0.2), ours beside PIL's
+by open_clip's own transforms, in turns, by CPU time.
 """
 
 from __future__ import annotations
@@ -37,9 +43,14 @@ from PIL import Image
 
 from benchmarks import measure
 from mmlg_scale import towers
+from mmlg_scale.augmentation import Augmentation
+from mmlg_scale.data.augment import draw_colours, recolour
 from mmlg_scale.data.corpus import Corpus, open_pairs
+from mmlg_scale.data.images import random_resized_crop
 from mmlg_scale.data.pack import PackSettings, pack_table
 from mmlg_scale.data.pipeline import StreamSettings
+from mmlg_scale.data.reader import ShardReader
+from mmlg_scale.streams import Stream, generator
 
 SIDE, SIZE, BATCH = 256, 224, 64
 OURS, NORMALISED, TRAIN, PLAIN = "ours", "ours, normalised", "open_clip_train", "webdataset"
@@ -166,6 +177,62 @@ def summary(rows: list[measure.Row]) -> dict[str, Any]:
     return {"samples_per_cpu_second": medians, "ratios": ratios}
 
 
+JITTER = Augmentation(color_jitter=[0.32, 0.32, 0.32, 0.08], color_jitter_prob=0.8, gray_scale_prob=0.2)
+WIDE = (0.4, 1.0)
+
+
+def augmentations(data: Path, turns: int, num_images: int) -> dict[str, dict[str, float]]:
+    """CPU microseconds an image of each part of an augmentation, over the turns: median, least and most."""
+    reader = ShardReader(data / "train")
+    payloads = [reader.image_bytes(index) for index in range(min(num_images, len(reader)))]
+    crops = [random_resized_crop(payload, SIZE, generator(0, Stream.CROP, 0, index)) for index, payload in enumerate(payloads)]
+    images = [Image.fromarray(crop) for crop in crops]
+    from open_clip import transform as open_clip_transforms
+
+    theirs = [open_clip_transforms.color_jitter(0.32, 0.32, 0.32, 0.08, p=0.8), open_clip_transforms.gray_scale(0.2)]
+
+    def crop(scale: tuple[float, float]) -> None:
+        for index, payload in enumerate(payloads):
+            random_resized_crop(payload, SIZE, generator(0, Stream.CROP, 1, index), scale=scale)
+
+    def recolour_all() -> None:
+        for index, pixels in enumerate(crops):
+            recolour(pixels, draw_colours(JITTER, 0, 1, index))
+
+    def recolour_by_pil() -> None:
+        for image in images:
+            np.asarray(theirs[1](theirs[0](image)))
+
+    parts: dict[str, Callable[[], None]] = {
+        "crop, scale [0.9, 1.0]": lambda: crop((0.9, 1.0)),
+        "crop, scale [0.4, 1.0]": lambda: crop(WIDE),
+        "colours, ours": recolour_all,
+        "colours, open_clip's by PIL": recolour_by_pil,
+    }
+    found: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(turns + 1):
+        for name, work in parts.items():
+            since = time.process_time()
+            work()
+            if turn:  # the first one warms up
+                found[name].append(1e6 * (time.process_time() - since) / len(payloads))
+    return {name: {"median": statistics.median(us), "least": min(us), "most": max(us)} for name, us in found.items()}
+
+
+def measure_augmentations(args: argparse.Namespace) -> int:
+    """The table of --augment."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = augmentations(write_shards(Path(folder), args.num_images, args.images), args.turns, args.num_images)
+    for name, us in found.items():
+        print(f"{name:30} {us['median']:7.0f} us an image, of the processor (turns: {us['least']:.0f} to {us['most']:.0f})")
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        facts = {"images": args.num_images, "turns": args.turns, "from_px": SIDE, "to_px": SIZE, "load_average": os.getloadavg()[0]}
+        content = {"environment": measure.environment("cpu"), **facts, "cpu_us_per_image": found}
+        (args.out / "augment_cpu.json").write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
 def main() -> int:
     """Run the benchmark; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -174,10 +241,13 @@ def main() -> int:
     parser.add_argument("--num-images", type=int, default=1024)
     parser.add_argument("--images", type=Path, default=None, help="folder of JPEGs in place of generated ones")
     parser.add_argument("--core", type=int, default=0, help="the core that all processes share")
-    parser.add_argument("--out", type=Path, default=None, help="folder for loader_cpu.json")
+    parser.add_argument("--augment", action="store_true", help="what aug_cfg costs an image, in place of the loaders")
+    parser.add_argument("--out", type=Path, default=None, help="folder for loader_cpu.json, or augment_cpu.json")
     args = parser.parse_args()
     os.sched_setaffinity(0, {args.core})
     torch.set_num_threads(1)
+    if args.augment:
+        return measure_augmentations(args)
     preprocess = towers.Preprocess()
     with tempfile.TemporaryDirectory() as folder:
         data = write_shards(Path(folder), args.num_images, args.images)

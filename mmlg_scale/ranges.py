@@ -94,6 +94,7 @@ IN_WORDS = {
     "bool": "true or false",
     "str": "a text",
     "dict": "a mapping of keys",
+    "list": "a list, [first, second, ...]",
 }
 """Each type as an error message names it."""
 

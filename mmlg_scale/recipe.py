@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mmlg_scale.augmentation import Augmentation
 from mmlg_scale.errors import UserError
 from mmlg_scale.errors import require_key as _require
 from mmlg_scale.metric_names import check_metric
@@ -97,6 +98,8 @@ class Data:
     """Augmentation of training images: crop takes 80 to 100 % of the side of the centre square; resized_crop takes 90 to 100 % of the whole
     image's area (open_clip's, for photographs). Never a horizontal flip, since captions say left and right. Training reads JPEGs the quick
     way, up to two grey levels from what evaluation sees."""
+    aug_cfg: Augmentation = field(default_factory=Augmentation, metadata=LATER)
+    """What resized_crop draws, by the names of open_clip's aug_cfg."""
     tokenizer: Literal["auto", "model"] = "auto"
     """auto: a model trained from scratch takes the data set's tokenizer (open_clip's byte pairs where it has none), and a model that has a
     tokenizer must have the same one as the data set; model: the model's own (byte pairs from scratch), whatever the data set has."""
@@ -395,6 +398,11 @@ class Recipe:
             "Name an open_clip configuration, or give one inline.",
         )
         self.data.require_fit()
+        data = self.data
+        data.aug_cfg.check("data.aug_cfg")
+        used = data.augment == "resized_crop" or data.aug_cfg == Augmentation()
+        problem = f"is given, and data.augment {data.augment} does not draw it"
+        _require(used, "data.aug_cfg", problem, "Set data.augment to resized_crop, or leave aug_cfg out.")
         self.ancestor.check("ancestor")
         self.extraction.check("extraction")
         if self.pretraining is not None:
@@ -450,7 +458,7 @@ class Recipe:
             names = [sorted(captions) if captions is not None else None for captions in self.data.rules()]
             return {"engine": {"precision": self.engine.precision}} | ({"data": {"captions": names}} if any(names) else {})
         found = {key: whole[key] for key in ("seed", "engine", "model")}
-        found["data"] = {key: whole["data"][key] for key in ("augment", "check")}
+        found["data"] = {key: given for key, given in whole["data"].items() if key in ("augment", "aug_cfg", "check")}
         found["data"] |= {"captions": self.data.captions} if self.data.captions is not None else {}
         if self.data.sources is not None:
             # Which sets they are goes by digest.
@@ -487,4 +495,8 @@ def _identity(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return value
     found = {item: getattr(value, item.name) for item in dataclasses.fields(value)}
-    return {item.name: _identity(given) for item, given in found.items() if not (item.metadata.get("later") and given == item.default)}
+    return {item.name: _identity(given) for item, given in found.items() if not (item.metadata.get("later") and given == _default(item))}
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()

@@ -229,8 +229,7 @@ def _check_keys(content: Any, types: Mapping[str, Any], path: Path, prefix: str)
         return
     for key, value in content.items():
         if key not in types:
-            near = _elsewhere(str(key)) or prefix + difflib.get_close_matches(str(key), list(types), n=1, cutoff=0.0)[0]
-            raise UserError(f"{path}: unknown recipe key {prefix}{shown(key)}. Nearest valid key: {near}.")
+            raise UserError(f"{path}: unknown recipe key {prefix}{shown(key)}. {_instead(str(key), list(types), prefix)}")
         inner = dataclass_in(types[key])
         if inner is not None:
             # The parser would take a text for the name of another file to read.
@@ -238,6 +237,13 @@ def _check_keys(content: Any, types: Mapping[str, Any], path: Path, prefix: str)
             if any(not isinstance(part, dict) and part is not None for part in parts):
                 raise UserError(f"{path}: recipe key {prefix}{key} is {shown(value)!r}. Give a mapping of keys.")
             _check_keys(value, typing.get_type_hints(inner), path, f"{prefix}{key}.")
+
+
+def _instead(key: str, valid: list[str], prefix: str) -> str:
+    """What to write in place of an unknown key: the nearest one, or of a small section without a similar one all."""
+    if prefix and len(valid) <= 8 and not difflib.get_close_matches(key, valid, cutoff=0.7) and _elsewhere(key) is None:
+        return f"Valid keys: {', '.join(prefix + name for name in valid)}."
+    return f"Nearest valid key: {_elsewhere(key) or prefix + difflib.get_close_matches(key, valid, n=1, cutoff=0.0)[0]}."
 
 
 def _elsewhere(key: str) -> str | None:

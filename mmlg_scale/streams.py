@@ -7,11 +7,12 @@ an epoch order's ends in a number that is not zero: its stream's.
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import numpy as np
 
 
+@unique
 class Stream(IntEnum):
     """What a stream is drawn for. The numbers are part of every recipe's results: never renumber, add at the end."""
 
@@ -27,6 +28,8 @@ class Stream(IntEnum):
     """(step, student): the sizes that extraction trains."""
     WINDOW_ORDER = 5
     """(epoch, window): the order of samples in a window of shards; see `data.order`."""
+    COLOUR = 6
+    """(epoch, sample): the change of an image's colours."""
     SOURCE = 7
     """(source): the seed of the order of a mixture's source; see `data.mixture`."""
 

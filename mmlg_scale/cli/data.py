@@ -11,6 +11,7 @@ from mmlg_scale.cli.parsing import make_parser, parse, progress
 from mmlg_scale.data import RESTVAL, SPLITS
 from mmlg_scale.errors import UserError
 from mmlg_scale.ranges import ImageSize, NonNegativeInt, PositiveInt, Threads, UnitInterval
+from mmlg_scale.reading import shown
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -74,7 +75,7 @@ def pack(arguments: list[str]) -> int:
     from mmlg_scale.data.pack_json import pack_json
     from mmlg_scale.data.summary import print_summary
 
-    source, out, bar = Path(args.source), Path(args.out), progress("pack")
+    source, out, bar = _local(args.source, "pack"), Path(args.out), progress("pack")
     keys = ("val", "test", "seed", "tokenizer", "resize", "skip_bad")
     settings = PackSettings(**{key: getattr(args, key) for key in keys}, as_shown=not args.as_stored)
     if source.is_dir():
@@ -142,12 +143,24 @@ def check(arguments: list[str]) -> int:
     args = parse(parser, arguments)
     from mmlg_scale.data.check import check_dataset, print_damage
 
-    if "://" in args.folder and not args.folder.startswith("file://"):
-        raise UserError(f"{args.folder} is remote: mmlg data check reads sets of this machine. Run it where the shards are.")
-    root, part = Path(args.folder.removeprefix("file://")), _part(args.part)
+    root, part = _local(args.folder, "check"), _part(args.part)
     found = check_dataset(root, splits=args.split, decode=args.decode, threads=args.threads, part=part, progress=progress("check"))
     print_damage(found, root)
     return 1 if found else 0
+
+
+def _local(path: str, command: str) -> Path:
+    """A path of this machine. Raises UserError for the URL of a store."""
+    from mmlg_scale.data.transfer import is_remote, local_path
+
+    if is_remote(path):
+        told = (
+            "Download it, or mount the bucket."
+            if command == "pack"
+            else "Run it on a local copy or a mounted bucket, and upload what it writes."
+        )
+        raise UserError(f"{shown(path)} is remote: mmlg data {command} works on folders of this machine. {told}")
+    return local_path(path)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -183,7 +196,7 @@ def index(arguments: list[str]) -> int:
     from mmlg_scale.data import indexing, reindexing
     from mmlg_scale.data.summary import print_summary
 
-    root, bar = Path(args.folder), progress("index")
+    root, bar = _local(args.folder, "index"), progress("index")
     splits = {"val_shards": args.val_shards, "test_shards": args.test_shards}
     if args.part is not None and args.join:
         raise UserError("--part and --join do not go together. Run all parts, then once --join.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmlg_scale.errors import UserError
+from mmlg_scale.reading import shown
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -23,6 +24,15 @@ def nearest(word: str, choices: Sequence[str]) -> str:
     """ " Did you mean ...?" with the nearest choice, or nothing."""
     found = difflib.get_close_matches(word, choices, n=1, cutoff=0.4)
     return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def _instead(word: str, options: Sequence[str]) -> str:
+    """A sentence for an unknown option: the nearest one, or in a small section of the recipe without a similar key all of that section."""
+    section, dot, key = word.rpartition(".")
+    siblings = [option.removeprefix(f"{section}.") for option in options if option.startswith(f"{section}.") and option[-1] != "+"]
+    if dot and 0 < len(siblings) <= 8 and not difflib.get_close_matches(key, siblings, cutoff=0.7):
+        return f" Valid: {', '.join(f'{section}.{name}' for name in siblings)}."
+    return nearest(word, options)
 
 
 def make_parser(name: str, usage: str, description: str, examples: Sequence[str]) -> ArgumentParser:
@@ -48,11 +58,17 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
     """Parse, turning what argparse says of a mistake into one line with the nearest valid option."""
     options = {option for action in parser._actions for option in action.option_strings}
     try:
-        return parser.parse_args([_underscored(word, options) for word in arguments])
+        args = parser.parse_args([_underscored(word, options) for word in arguments])
+        out = str(getattr(args, "out", None))
+        if "://" in out:
+            raise UserError(
+                f"--out {shown(out)} is a URL: results are written on this machine. Give a folder, and copy it when it is complete."
+            )
+        return args
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         message = in_words(" ".join(str(error).split()))
         unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
-        hint = nearest(unknown[0], sorted(options)) if message.startswith("unrecognized") and unknown else ""
+        hint = _instead(unknown[0], sorted(options)) if message.startswith("unrecognized") and unknown else ""
         raise UserError(f"{message}.{hint} See {parser.prog} --help.") from error
 
 

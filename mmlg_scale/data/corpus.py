@@ -179,7 +179,9 @@ def _require_one_tokenizer(parts: Sequence[Part]) -> None:
 
 
 def cache_of(folder: str | None, max_bytes: int) -> CacheSettings | None:
-    """Where copies of a remote set are kept, if anywhere."""
+    """Where copies of a remote set are kept, if anywhere. Raises UserError for a URL."""
+    if folder is not None and "://" in folder:
+        raise UserError(f"data.cache_dir {shown(folder)} is a URL. Give a folder on a disk of this node.")
     return None if folder is None else CacheSettings(Path(folder), max_bytes)
 
 

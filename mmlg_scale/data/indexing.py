@@ -34,6 +34,13 @@ from mmlg_scale.records import read_record, write_record
 
 KINDS = {"txt": "text", "json": "json", **dict.fromkeys(EXTENSIONS, "image")}
 
+COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+}
+"""First bytes of a compressed shard -> its kind, and the command that unpacks it."""
 DAMAGED_HEADER, CUT_SHARD, NO_IMAGE, NO_CAPTION, TWICE, DOTTED, OTHER = (
     "damaged places (tar header)",
     "cut shards",
@@ -312,9 +319,15 @@ def index_shard(path: Path, folder: Path) -> Indexed:
 
 def _open_shard(path: Path) -> BinaryIO:
     try:
-        return open_shard(path)
+        file = open_shard(path)
+        start = os.pread(file.fileno(), BLOCK, 0)
     except OSError as error:
         raise UserError(f"shard {path} cannot be read ({one_line(error)}). Copy it again, or remove it.") from error
+    for magic, (name, command) in COMPRESSED.items():
+        if start.startswith(magic) and not header_checksum(start):  # a member may be named so
+            file.close()
+            raise UserError(f"shard {path} is compressed by {name}: training reads samples at any place. Unpack it: {command}, as a .tar.")
+    return file
 
 
 def _json_counts(file: BinaryIO, entry: Mapping[str, tuple[int, int, int, str]]) -> bool:

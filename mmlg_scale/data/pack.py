@@ -26,7 +26,7 @@ from mmlg_scale.data.tokens import NONE, read_offer
 from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_json_atomic
-from mmlg_scale.reading import one_line, read_bytes, read_text
+from mmlg_scale.reading import one_line, read_bytes, read_text, shown
 from mmlg_scale.records import write_record
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -227,6 +227,7 @@ def pack_folders(
     names = sorted({path.name for root in roots.values() for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")})
     if len(names) < 2:
         raise UserError(f"{folder} has {len(names)} class folders. Give a folder with one folder of images per class.")
+    _require_distinct(folder, names)
     items, split_of, check = {}, {}, ImageCheck(settings.skip_bad)
     for split, root in roots.items():
         for label, name in enumerate(names):
@@ -239,12 +240,26 @@ def pack_folders(
                 if not check.is_good(path):
                     continue
                 key = str(path.relative_to(folder))
-                items[key] = Item(path, [template.replace("{}", name.replace("_", " ")) for template in templates], label)
+                items[key] = Item(path, [template.replace("{}", _class_name(name)) for template in templates], label)
                 split_of[key] = split
     groups = group(items, split_of) if own_splits else draw(items, settings)
-    classes = {"classnames": [name.replace("_", " ") for name in names], "templates": list(templates)}
+    classes = {"classnames": [_class_name(name) for name in names], "templates": list(templates)}
     args = {"source": digest({key: item.path for key, item in items.items()}), **classes}
     write_groups(out, groups, args, settings, progress, classes, skipped=check.skipped)
+
+
+def _class_name(folder: str) -> str:
+    return folder.replace("_", " ")
+
+
+def _require_distinct(folder: Path, names: Sequence[str]) -> None:
+    """Raise UserError where two folders give the same class to a text tower: byte pairs see neither case nor the number of spaces."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(" ".join(_class_name(name).casefold().split()), name)
+        if other != name:
+            told = f"the folders {shown(other)!r} and {shown(name)!r} are one class to a tokenizer"
+            raise UserError(f"{folder}: {told}. Put their images together, or rename one.")
 
 
 def _left_out(path: Path) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mmlg_scale.data.augment import crop_batch, crop_boxes
+from mmlg_scale.augmentation import Augmentation
+from mmlg_scale.data.augment import crop_batch, crop_boxes, draw_colours, recolour
 from mmlg_scale.data.captions import CaptionTokens, Texts
 from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, FaultLog, fault_list, known_faults, print_report
 from mmlg_scale.data.manifest import Shards
@@ -61,7 +62,8 @@ class StreamSettings:
         rank, world_size: the part of each batch that is read here.
         num_workers: processes that decode; 0 decodes here. The batches are the same.
         augment: `none`; `crop` (a random square of 80 to 100 % of the side of the image as the model sees it); `resized_crop` (open_clip's:
-            90 to 100 % of the whole image's area at a random aspect ratio).
+            90 to 100 % of the whole image's area at a random aspect ratio, or what `aug_cfg` says).
+        aug_cfg: what `resized_crop` draws.
         check: whether damaged images are found before the first step (`decode`) or when they are read (`structure`); `auto`: by the size of
             the split.
         max_bad_fraction: fraction of the samples of an epoch above which damage stops the run.
@@ -77,6 +79,7 @@ class StreamSettings:
     world_size: int = 1
     num_workers: int = 0
     augment: str = "none"
+    aug_cfg: Augmentation = field(default_factory=Augmentation)
     check: Check = "auto"
     max_bad_fraction: float = MAX_BAD_FRACTION
     cache_decoded: bool = True
@@ -127,6 +130,7 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
 
     def __init__(self, reader: JoinedReader, order: MixedOrder, spec: ModelSpec, settings: StreamSettings) -> None:
         self.reader, self.order, self.seed, self.augment = reader, order, settings.seed, settings.augment
+        self.aug_cfg = settings.aug_cfg
         self.preprocess, self.image_size = spec.preprocess, spec.image_size
         fits = len(reader) * self.image_size * self.image_size * 3 <= CACHE_BYTES
         self._keep = settings.cache_decoded and fits and self.augment != "resized_crop"
@@ -177,8 +181,9 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
     def _image(self, epoch: int, index: int) -> np.ndarray:
         """uint8 [H, W, 3], before `crop`, which takes a batch at once."""
         if self.augment == "resized_crop":
-            draws = generator(self.seed, Stream.CROP, epoch, index)
-            return self.reader.crop(index, self.image_size, draws, preprocess=self.preprocess)
+            draws, (scale, ratio) = generator(self.seed, Stream.CROP, epoch, index), (self.aug_cfg.scale, self.aug_cfg.ratio)
+            image = self.reader.crop(index, self.image_size, draws, preprocess=self.preprocess, scale=scale, ratio=ratio)
+            return recolour(image, draw_colours(self.aug_cfg, self.seed, epoch, index))
         if not self._keep:
             return self._drafted(index)
         if self._cached is None or self._known is None:

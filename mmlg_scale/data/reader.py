@@ -299,11 +299,9 @@ class ShardReader:
         """The image as a model with this preprocessing sees it: uint8 [H, W, 3]; `draft` as in `decode`."""
         return self._decoded(index, functools.partial(decode, image_size=image_size, preprocess=preprocess, draft=draft))
 
-    def crop(self, index: int, image_size: int, generator: np.random.Generator, *, preprocess: Preprocess = PLAIN) -> np.ndarray:
-        """A random crop of the whole image: uint8 [H, W, 3]; see `random_resized_crop`."""
-        return self._decoded(
-            index, functools.partial(random_resized_crop, image_size=image_size, generator=generator, preprocess=preprocess)
-        )
+    def crop(self, index: int, image_size: int, generator: np.random.Generator, **options: Any) -> np.ndarray:
+        """A random crop of the whole image: uint8 [H, W, 3]; see `random_resized_crop`, which takes the options."""
+        return self._decoded(index, functools.partial(random_resized_crop, image_size=image_size, generator=generator, **options))
 
     def check_image(self, index: int) -> None:
         """Decode the image, no further than it takes to know that all of it is there."""
@@ -337,8 +335,10 @@ class ShardReader:
             captions = [self._text(spot, spot.text, "txt").strip()]
         if captions is None:
             captions = [content.get("caption")]
+        if isinstance(captions, list):
+            captions = [text for text in captions if not (isinstance(text, str) and not text.strip())]
         if not isinstance(captions, list) or not captions or not all(isinstance(text, str) and text.strip() for text in captions):
-            raise self._damaged(spot, JSON, "no captions, or an empty one")
+            raise self._damaged(spot, JSON, "no captions, or only empty ones")
         named = list[list[str]]()
         for name in names:
             given = self._text(spot, spot.text, "txt").strip() if name == TEXT and spot.text is not None else content.get(name)

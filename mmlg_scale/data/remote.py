@@ -16,6 +16,7 @@ from mmlg_scale.bounds import MAX_JSON_BYTES, MAX_MANIFEST_BYTES, MAX_TOKENIZER_
 from mmlg_scale.data import SPLITS
 from mmlg_scale.data.manifest import has_old_format
 from mmlg_scale.data.store import CacheSettings, FileMissingError, Store
+from mmlg_scale.data.transfer import check_url
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import make_folder, remove_leftovers, temporary_name, writing
 
@@ -40,6 +41,7 @@ def copy_small_files(url: str, cache: CacheSettings | None, *, key: str = "data.
         UserError: the store cannot be had (no such bucket or set, no credentials, no network), `cache` is None, or the set has the format
             of earlier versions.
     """
+    check_url(url)
     if cache is None:
         raise UserError(f"recipe key {key}: {url} is remote. Give a folder on a disk of this node for copies of it: data.cache_dir.")
     store = Store(url, cache)

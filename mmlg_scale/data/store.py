@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import queue
 import re
@@ -20,43 +21,32 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import quote, unquote, urlsplit
+from typing import BinaryIO, NamedTuple
+from urllib.parse import quote
 
+from mmlg_scale.data.transfer import (
+    FileMissingError,
+    FinalError,
+    MissingError,
+    StoreError,
+    at_the_start,
+    check_url,
+    is_remote,
+    local_path,
+    stream,
+)
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import flush, make_folder, temporary_name
 from mmlg_scale.reading import one_line, open_regular, shown
 
-EXTRAS = {"s3": "s3", "gs": "gcs", "hf": None, "http": None, "https": None}
-"""Protocol -> the extra of mmlg-scale that brings its file system, where the base does not have it."""
-CHUNK = 2**20
 MAX_RECORD_BYTES = 2**26
 """Of a file that is read into memory: a manifest."""
-LEAST_BYTES = 2**16
-"""Of a transfer in each `timeout`: less is a stall."""
 _STRIPES = 64
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _WAIT_SECONDS = 0.05
-_MISSING = (404, 410)
 _PARTIAL = ".tmp"
 _OURS = re.compile(r"\.?[0-9a-f]{24}-.+")
 """Copies, complete or not. Nothing else in the folder is counted or removed: somebody may name one that has files of his own."""
-
-
-class StoreError(OSError):
-    """A remote file could not be had, after all attempts. It counts as damage of its shard."""
-
-
-class FileMissingError(UserError):
-    """The store can be had, but has no such file."""
-
-
-class _Final(StoreError):
-    """Trying again would not help."""
-
-
-class _Missing(_Final):
-    """There is no such file."""
 
 
 class RemoteFile(NamedTuple):
@@ -94,16 +84,6 @@ class CacheSettings:
     failed_for: float = 60.0
 
 
-def is_remote(path: str) -> bool:
-    """Whether a path is the URL of a store; file:// is this machine."""
-    return "://" in path and not path.startswith("file://")
-
-
-def local_path(path: str) -> Path:
-    """A path of this machine; file:// may begin it."""
-    return Path(unquote(urlsplit(path).path)) if path.startswith("file://") else Path(path)
-
-
 class Store:
     """The files of one data set.
 
@@ -117,7 +97,7 @@ class Store:
 
     def __init__(self, root: str, cache: CacheSettings | None = None) -> None:
         self.root, self.cache = root.rstrip("/") if "://" in root else root, cache
-        _check_url(self.root)
+        check_url(self.root)
         self._queue: queue.Queue[tuple[RemoteFile, frozenset[str]]] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._failed: dict[str, tuple[float, StoreError]] = {}
@@ -133,7 +113,7 @@ class Store:
             UserError: a name that leads out of the set, or a file of this machine in a remote set: a manifest may come from a stranger.
         """
         if "://" in name:
-            _check_url(name)
+            check_url(name)
             if is_remote(self.root) and not is_remote(name):
                 raise UserError(f"{self.root}: {shown(name)} is a file of this machine, which a remote set may not name.")
             return name
@@ -161,17 +141,17 @@ class Store:
 
             def attempt() -> None:
                 parts.clear()
-                for part in _stream(url, timeout):
+                for part in stream(url, timeout):
                     parts.append(part)
                     if sum(map(len, parts)) > max_bytes:
                         return
 
             try:
-                self._try(url, attempt)
-            except _Missing as error:
-                raise FileMissingError(_at_the_start(url, error)) from error
+                self._try(url, attempt, patience=2 * timeout)
+            except MissingError as error:
+                raise FileMissingError(at_the_start(url, error)) from error
             except StoreError as error:
-                raise UserError(_at_the_start(url, error)) from error
+                raise UserError(at_the_start(url, error)) from error
             payload = b"".join(parts)
         if len(payload) > max_bytes:
             raise UserError(f"{url} has more than {max_bytes:,} bytes, which are supported. Is it what it should be?")
@@ -268,7 +248,7 @@ class Store:
         partial = _reserve(settings, path, file.size, keep)
         try:
             found, at = hashlib.sha256(), 0
-            for part in _stream(url, settings.timeout):
+            for part in stream(url, settings.timeout):
                 at += len(part)
                 if at > file.size:
                     raise StoreError(f"{url}: more than the {file.size:,} bytes that the manifest says")
@@ -288,105 +268,22 @@ class Store:
                 os.unlink(partial.name)
             partial.close()
 
-    def _try(self, url: str, attempt: Callable[[], None]) -> None:
-        """Raises StoreError after the last attempt, or at once where another would not help."""
-        settings = self._settings(url)
+    def _try(self, url: str, attempt: Callable[[], None], patience: float = math.inf) -> None:
+        """Raises StoreError after the last attempt, or at once where another would not help; none begins after `patience` seconds."""
+        settings, since = self._settings(url), time.monotonic()
         for number in range(settings.attempts):
             try:
                 attempt()
                 return
-            except (UserError, _Final):
+            except (UserError, FinalError):
                 raise
             except Exception as error:  # each store's library has its own
                 if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
                     raise OSError(error.errno, os.strerror(error.errno), str(settings.folder)) from error
-                if number + 1 == settings.attempts:
+                if number + 1 == settings.attempts or time.monotonic() - since > patience:
                     told = str(error) if isinstance(error, StoreError) else f"{url}: {one_line(error)}"
-                    raise StoreError(f"{told} (tried {settings.attempts} times)") from error
+                    raise StoreError(f"{told} (tried {'once' if number == 0 else f'{number + 1} times'})") from error
             time.sleep(settings.first_pause * 2**number)
-
-
-def _check_url(url: str) -> None:
-    protocol = url.partition("://")[0] if "://" in url else "file"
-    if protocol not in (*EXTRAS, "file") or "::" in url:
-        known = ", ".join(f"{name}://" for name in (*EXTRAS, "file"))
-        raise UserError(f"{shown(url)} is a URL of a kind that is not supported. Supported: {known}.")
-
-
-def _at_the_start(url: str, error: StoreError) -> str:
-    """A store that cannot be had, in one line with what to do."""
-    said = str(error)
-    if re.search(r"[Cc]redential|token|Unauthorized|\b401\b", said):
-        remedy = "Sign in: s3:// AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; gs:// gcloud auth; hf:// HF_TOKEN."
-    elif re.search(r"Forbidden|denied|\b403\b|[Pp]ermission", said):
-        remedy = "These credentials may not read it: ask its owner, or sign in as somebody else."
-    elif re.search(r"\b404\b|[Nn]o such|[Nn]ot ?[Ff]ound|does not exist|NoSuchBucket", said):
-        remedy = "Check the bucket's and the folder's name."
-    else:
-        remedy = "Check the address and the network."
-    return f"{said if url in said else f'{url}: {said}'}. {remedy}"
-
-
-def _stream(url: str, timeout: float) -> Iterator[bytes]:
-    """The file's bytes in parts. Raises TimeoutError where fewer than LEAST_BYTES come in `timeout` seconds, or what a library does."""
-    parts = _http(url, timeout) if url.startswith("http") else _fsspec(url, timeout)
-    since, count = time.monotonic(), 0
-    for part in parts:
-        yield part
-        count += len(part)
-        if time.monotonic() - since > timeout:
-            if count < LEAST_BYTES:
-                raise TimeoutError(f"{url}: {count} bytes in {timeout:.0f} s")
-            since, count = time.monotonic(), 0
-
-
-def _http(url: str, timeout: float) -> Iterator[bytes]:
-    import urllib.error
-    import urllib.request
-
-    request = urllib.request.Request(url, headers={"User-Agent": "mmlg-scale", "Accept-Encoding": "identity"})  # noqa: S310 (_check_url)
-    try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:  # noqa: S310
-            promised, count = response.headers.get("Content-Length"), 0
-            while part := response.read1(CHUNK):
-                count += len(part)
-                yield part
-            if promised is not None and promised.isdigit() and count != int(promised):
-                raise StoreError(f"{url}: the connection was cut after {count:,} of {int(promised):,} bytes")
-    except urllib.error.HTTPError as error:
-        error.close()
-        told = f"{url}: HTTP {error.code} {error.reason}"
-        # Of the client's mistakes only "too slow" and "too many" pass by themselves.
-        if error.code in _MISSING:
-            raise _Missing(told) from error
-        raise (_Final if 400 <= error.code < 500 and error.code not in (408, 429) else StoreError)(told) from error
-
-
-def _fsspec(url: str, timeout: float) -> Iterator[bytes]:
-    import fsspec
-
-    protocol = url.partition("://")[0]
-    # Attempts are counted here: a library that tries again by itself would multiply them.
-    limits = {"read_timeout": timeout, "connect_timeout": timeout, "retries": {"max_attempts": 1}}
-    options: dict[str, Any] = {"config_kwargs": limits} if protocol == "s3" else {}
-    try:
-        system, path = fsspec.core.url_to_fs(url, **options)
-    except ImportError as error:
-        extra = EXTRAS[protocol]
-        package = f"mmlg-scale[{extra}]" if extra else "huggingface_hub"
-        raise UserError(f"{url}: {protocol}:// needs another package. Install it: pip install '{package}'.") from error
-    try:
-        with system.open(path, "rb", block_size=8 * CHUNK, cache_type="readahead") as file:
-            while part := file.read(CHUNK):
-                yield part
-    except FileNotFoundError as error:
-        raise _Missing(f"{url}: {one_line(error)}") from error
-    except PermissionError as error:
-        raise _Final(f"{url}: {one_line(error) or type(error).__name__}") from error
-    except Exception as error:
-        if "Credential" in type(error).__name__:
-            raise _Final(f"{url}: {one_line(error)}") from error
-        raise
 
 
 @contextlib.contextmanager

@@ -56,6 +56,7 @@ class Session:
             world_size=dist.get_world_size(),
             num_workers=self.runtime.num_workers,
             augment=data.augment,
+            aug_cfg=data.aug_cfg,
             cache_decoded=self.runtime.cache_decoded,
             check=data.check,
             max_bad_fraction=data.max_bad_fraction,

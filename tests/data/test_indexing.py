@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import shutil
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -255,3 +259,31 @@ def test_a_long_check_is_written_down_on_the_way(scenes: Path, tmp_path: Path, m
     kept = json.loads((root / "train" / "checked.json").read_text())["shards"]
     assert {"shard-000000.tar", "shard-000001.tar"} <= set(kept)
     assert all(state["decode"] for state in kept.values())
+
+
+def test_an_empty_caption_of_several_does_not_lose_the_sample(tmp_path: Path) -> None:
+    root = write_shards(tmp_path / "set", 3)
+    members = img2dataset(0, 3)
+    for number, listed in enumerate((["", "a dog", " \n"], [" ", ""], ["a cat"])):
+        del members[f"{number:09d}.txt"]
+        members[f"{number:09d}.json"] = json.dumps({"captions": listed}).encode()
+    write_tar(root / "00000.tar", members)
+    index_dataset(root, tokenizer=NONE)
+    reader = ShardReader(root / "train")
+    assert [reader.about(index)["captions"] for index in (0, 2)] == [["a dog"], ["a cat"]]
+    found = scan.scan(root / "train", reader, check="structure")
+    assert [(fault.index, fault.cause) for fault in found] == [(1, JSON)]
+
+
+@pytest.mark.parametrize(("name", "pack"), [("gzip", gzip.compress), ("bzip2", bz2.compress), ("xz", lzma.compress)])
+def test_a_compressed_shard_is_one_line(name: str, pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    root = write_shards(tmp_path / "set", 3)
+    (root / "00001.tar").write_bytes(pack((root / "00001.tar").read_bytes()))
+    with pytest.raises(UserError, match=rf"shard .*00001\.tar is compressed by {name}: training reads samples at any place\. Unpack it"):
+        index_dataset(root, tokenizer=NONE, processes=1)
+
+
+def test_a_member_may_be_named_as_a_compressed_file_begins(tmp_path: Path) -> None:
+    root = write_shards(tmp_path / "set", 3)
+    write_tar(root / "00000.tar", {name.replace("0000", "BZh0"): content for name, content in img2dataset(0, 4).items()})
+    assert index_dataset(root, tokenizer=NONE, processes=1)[0]["train"] == 4

@@ -62,7 +62,8 @@ def require_equal(found: list[Batch], wanted: list[Batch]) -> None:
 
 
 def tars(server: Server, split: str) -> dict[str, int]:
-    return {name: count for name, count in server.requests.items() if name.startswith(f"{split}/") and name.endswith(".tar")}
+    requests = dict(server.requests)  # handlers may still count
+    return {name: count for name, count in requests.items() if name.startswith(f"{split}/") and name.endswith(".tar")}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -217,6 +217,18 @@ def test_a_missing_image_is_named_with_its_row_and_nothing_is_written(tmp_path: 
         pack_table(table, tmp_path / "out")
 
 
+@pytest.mark.parametrize("other", ["tabby cat", "Tabby_cat", "tabby__cat"])
+def test_folders_that_a_tokenizer_takes_for_one_class_are_refused(other: str, tmp_path: Path) -> None:
+    for name in ("dog", "tabby_cat", other):
+        write_images(tmp_path / "in" / name, 3)
+    with pytest.raises(UserError, match=r"tabby_cat'.* one class to a tokenizer\. Put their images together, or rename one"):
+        pack_folders(tmp_path / "in", tmp_path / "out", templates=["a {}"])
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "in" / other).rename(tmp_path / "in" / "siamese_cat")
+    pack_folders(tmp_path / "in", tmp_path / "out", templates=["a {}"])
+    assert json.loads((tmp_path / "out" / "classes.json").read_text())["classnames"] == ["dog", "siamese cat", "tabby cat"]
+
+
 def test_folders_become_classes(tmp_path: Path) -> None:
     for name in ("cat", "hot_dog"):
         write_images(tmp_path / "in" / name, 10)

@@ -269,7 +269,7 @@ def test_names_that_lead_elsewhere_are_refused() -> None:
     [
         (["404"], "HTTP 404 Not Found. Check the bucket's and the folder's name."),
         (["403"], "HTTP 403 Forbidden. These credentials may not read it"),
-        (["401"], "HTTP 401 Unauthorized. Sign in"),
+        (["401"], "HTTP 401 Unauthorized. Sets behind https:// are read without signing in"),
         (["500"] * 2, "HTTP 500 Internal Server Error (tried 2 times). Check the address and the network."),
         (["cut"] * 2, "the connection was cut after 50,000 of 100,000 bytes (tried 2 times)."),
     ],
@@ -373,5 +373,5 @@ def test_a_wrong_bucket_and_missing_credentials_are_one_line(s3: None, tmp_path:
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     sys.modules["s3fs"].S3FileSystem.clear_instance_cache()
-    with pytest.raises(UserError, match=r"^s3://pairs/set/train/manifest.json: .*[Cc]redentials.* Sign in: s3:// AWS_PROFILE"):
+    with pytest.raises(UserError, match=r"^s3://pairs/set/train/manifest.json: .*[Cc]redentials.* Sign in: AWS_PROFILE"):
         Store("s3://pairs/set", cache).read_bytes("train/manifest.json")
