@@ -137,6 +137,8 @@ def _plain(value: Any) -> Any:
     """Numbers of the parser's restricted types as Python's own, which YAML can write."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     for kind in (int, float):
         if isinstance(value, kind) and not isinstance(value, bool):
             return kind(value)

@@ -31,6 +31,7 @@ MAX_PERIOD = 2**18
 PROBED = 256
 """Samples in which each name of a caption rule is looked for before the first step."""
 _FEW = 64
+_GRID = 4096
 OPEN_FILES = 512
 """Shards that the readers of all sources keep open together: many systems give a process 1,024 files."""
 
@@ -109,17 +110,20 @@ class Pattern:
         return {name: value for name, value in vars(self).items() if name != "_table"}  # made again where it is needed
 
     @functools.cached_property
-    def _table(self) -> tuple[np.ndarray, np.ndarray]:
-        """Source of each position of a period, and how many of the source come before it in the period: [period] each."""
-        sources = _schedule(self.shares)
+    def _table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Source of each position of a period, how many of the source come before it in the period, [period] each, and how many of each
+        source come before every _GRID-th position."""
+        sources, num_sources = _schedule(self.shares), len(self.shares)
         order = np.argsort(sources, kind="stable")
         before = np.empty(self.period, np.int32)
         before[order] = np.arange(self.period) - np.repeat(np.cumsum(self.shares) - self.shares, self.shares)
-        return sources, before
+        cells = np.arange(self.period) // _GRID * num_sources + sources
+        counts = np.bincount(cells, minlength=(self.period // _GRID + 1) * num_sources).reshape(-1, num_sources)
+        return sources, before, np.cumsum(counts, axis=0) - counts
 
     def places(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Source of each position first ... first + count - 1, and the number of the source's own position: int64 [count] each."""
-        sources, before = self._table
+        sources, before, _ = self._table
         periods, inside = np.divmod(np.arange(first, first + count), self.period)
         found = sources[inside].astype(np.int64)
         return found, periods * self.shares[found] + before[inside]
@@ -127,7 +131,9 @@ class Pattern:
     def counts(self, position: int) -> np.ndarray:
         """Samples of each source before a position: int64 [n]."""
         periods, inside = divmod(position, self.period)
-        return periods * self.shares + np.bincount(self._table[0][:inside], minlength=len(self.shares))
+        sources, _, counts = self._table
+        cell = inside // _GRID
+        return periods * self.shares + counts[cell] + np.bincount(sources[cell * _GRID : inside], minlength=len(self.shares))
 
     def fractions(self, batch_size: int, first: int, count: int) -> list[float]:
         """The part of each source's samples that lies in the rows first ... first + count - 1 of batches: of whole batches from the start.

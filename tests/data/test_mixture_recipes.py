@@ -180,6 +180,10 @@ def test_steps_of_a_family_read_the_mixture_of_its_recipe(root: Path, tmp_path: 
     assert "data" not in [member.step.id for member in members]  # nothing is generated
     assert all("--data.path" not in member.step.argv for member in members)
     assert all(member.role.settings.data.sources == settings.data.sources for member in members if member.role is not None)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(to_content(settings, runtime)))
-    again, _ = load_recipe(str(tmp_path / "recipe.yaml"))
-    assert again.data == settings.data
+    assert settings.data.sources is not None
+    settings.data.sources[1].captions = {"alt": 1.0, "txt": 0.5}
+    for _ in range(2):  # what was read can be written again
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(to_content(settings, runtime)))
+        again, runtime = load_recipe(str(tmp_path / "recipe.yaml"))
+        assert again.data == settings.data
+        settings = again
