@@ -127,7 +127,9 @@ def measure_evaluation(root: Path) -> dict[str, Any]:
 
     with Measured() as measured:
         split = Corpus(open_pairs(root), spec).eval_split("test")
-        metrics = evaluate_pairs(encode_image, lambda ids: ids.float() @ projection, split, spec.preprocess, torch.device("cpu"))
+        metrics = evaluate_pairs(
+            encode_image, lambda ids: ids.float() @ projection[: ids.shape[1]], split, spec.preprocess, torch.device("cpu")
+        )
     return {"images": len(split.images.samples_N), **measured.row(), "mean_recall@1": metrics["mean_recall@1"]}
 
 

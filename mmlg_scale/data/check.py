@@ -1,4 +1,4 @@
-"""`mmlg data check`: every byte of a data set against its manifest, every sample read."""
+"""`mmlg data check`: every byte of a data set against its manifest, every sample and every other file read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmlg_scale.data import SPLITS
 from mmlg_scale.data.manifest import Progress
-from mmlg_scale.data.reader import CHANGED_BYTES, CUT, HASH, MISSING, REMEDIES, ShardReader
+from mmlg_scale.data.reader import CHANGED_BYTES, CUT, FILE, HASH, MISSING, REMEDIES, ShardReader
 from mmlg_scale.data.scan import Check, Span, scan
 from mmlg_scale.errors import UserError
 from mmlg_scale.reading import shown
@@ -27,6 +27,8 @@ class Damage:
     num_samples: int
 
     def __str__(self) -> str:
+        if self.cause == FILE:
+            return self.detail
         lost = f"{self.num_samples} samples" if self.num_samples else "the shard as a whole"
         which = f"sample {shown(self.key)}" if self.key is not None else lost
         return f"{self.shard}: {which}: {self.cause} ({self.detail}); {REMEDIES[self.cause]}"
@@ -41,7 +43,8 @@ def check_dataset(
     part: tuple[int, int] = (1, 1),
     progress: Progress = lambda items: items,
 ) -> list[Damage]:
-    """Compare each shard's bytes with the manifest's SHA-256, and read each sample: headers, caption, JSON, image where `decode`.
+    """Compare each shard's bytes with the manifest's SHA-256, and read each sample: headers, caption, JSON, image where `decode`; and,
+    as the first part, the set's other files.
 
     What it finds is kept beside each manifest, so that a training run need not look again. Of several parts, (i, n), each looks at its own
     shards, and what they find is kept together.
@@ -59,9 +62,27 @@ def check_dataset(
         raise UserError(
             f"{root} contains no data set (no split with a manifest.json). mmlg data pack writes one, mmlg data index describes shards."
         )
-    found: list[Damage] = []
+    found = _check_small_files(root) if part[0] == 1 else []
     for split in splits or present:
         found += _check_split(root / split, split, decode, threads, part, progress)
+    return found
+
+
+def _check_small_files(root: Path) -> list[Damage]:
+    """What every run reads of a set besides its splits: dataset.json, the tokenizer, the classes."""
+    # Imported here: the command's help needs none of it.
+    from mmlg_scale.data.corpus import CLASSES_FILE, load_classes
+    from mmlg_scale.data.tokens import described, offered_tokenizer
+
+    found = list[Damage]()
+    readers = {"dataset.json": lambda: described(root), "tokenizer": lambda: offered_tokenizer(root)}
+    for name, read in {**readers, CLASSES_FILE: lambda: load_classes(root / CLASSES_FILE)}.items():
+        try:
+            read()
+        except (UserError, OSError) as error:
+            told = str(error)
+            if all(told != damage.detail for damage in found):  # the tokenizer is compared with dataset.json
+                found.append(Damage("-", name, None, FILE, told, 0))
     return found
 
 

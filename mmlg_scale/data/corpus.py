@@ -198,14 +198,15 @@ def open_pairs(path: Path | str | None, cache: CacheSettings | None = None, *, k
         )
     if is_remote(str(path)):
         root, store = copy_small_files(str(path), cache, key=key)
-        return PairSet(root, offered_tokenizer(root), _load_classes(root / CLASSES_FILE), store)
+        return PairSet(root, offered_tokenizer(root), load_classes(root / CLASSES_FILE), store)
     root = local_path(str(path))
     if not (root / "dataset.json").is_file():
         raise UserError(f"recipe key {key}: {root} contains no data set. mmlg data scenes or mmlg data pack writes one.")
-    return PairSet(root, offered_tokenizer(root), _load_classes(root / CLASSES_FILE))
+    return PairSet(root, offered_tokenizer(root), load_classes(root / CLASSES_FILE))
 
 
-def _load_classes(file: Path) -> Classes | None:
+def load_classes(file: Path) -> Classes | None:
+    """The classes of a set, None where it has none. Raises UserError where the file is damaged."""
     if not file.is_file():
         return None
     content = read_record(file, "list of classes", "Correct it, or remove it to leave classification out.")

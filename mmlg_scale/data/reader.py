@@ -42,11 +42,14 @@ KEY = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")
 """webdataset's rule for a member's name: the key is all up to the first dot of the base name."""
 
 MISSING, CUT, HEADER, LONG = "missing shard", "cut shard", "tar header", "caption too long"
+FILE = "damaged file"
+"""Of a set, besides its shards."""
 ENCODING, JSON, IMAGE, READ, HASH = "caption not UTF-8", "unreadable JSON", "undecodable image", "read error", "SHA-256"
 REMEDIES = {
     MISSING: "copy the shard again",
     CUT: "copy the shard again",
     HEADER: "copy the shard again",
+    FILE: "copy it again, or pack the set again",
     ENCODING: "write the caption as UTF-8 and pack again",
     LONG: "shorten the caption and pack again",
     JSON: "fix the JSON and pack again",

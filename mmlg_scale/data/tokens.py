@@ -145,7 +145,7 @@ def offered_tokenizer(root: Path) -> Tokenizer | None:
     if not folder.is_dir():
         return BytePairTokenizer() if recorded_offer(root) == BPE else None
     files = _read_files(folder, "Pack the data set again.")
-    recorded = _described(root).get("tokenizer")
+    recorded = described(root).get("tokenizer")
     for name, wanted in recorded.items() if isinstance(recorded, dict) else ():
         if name not in files or hashlib.sha256(files[name].encode()).hexdigest() != wanted:
             raise UserError(
@@ -166,12 +166,12 @@ def load_tokenizer(root: Path) -> Tokenizer:
 def recorded_offer(root: Path) -> str | None:
     """The name of the offer that ROOT/dataset.json records, where it records one."""
     try:
-        return str(_described(root)["args"]["tokenizer"])
+        return str(described(root)["args"]["tokenizer"])
     except (KeyError, TypeError):
         return None
 
 
-def _described(root: Path) -> dict[str, Any]:
+def described(root: Path) -> dict[str, Any]:
     """What ROOT/dataset.json says; {} where there is none."""
     file = root / "dataset.json"
     return read_record(file, "description of a data set", "Pack or index the data set again.") if file.is_file() else {}

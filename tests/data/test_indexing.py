@@ -287,3 +287,15 @@ def test_a_member_may_be_named_as_a_compressed_file_begins(tmp_path: Path) -> No
     root = write_shards(tmp_path / "set", 3)
     write_tar(root / "00000.tar", {name.replace("0000", "BZh0"): content for name, content in img2dataset(0, 4).items()})
     assert index_dataset(root, tokenizer=NONE, processes=1)[0]["train"] == 4
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "classes.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"])
+def test_a_check_covers_the_files_beside_the_splits(name: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(scenes, tmp_path / "set")
+    words = ["data", "check", str(tmp_path / "set"), "--no-decode"]
+    assert main(words) == 0
+    with open(tmp_path / "set" / name, "ab") as file:
+        file.write(b"x")
+    capsys.readouterr()
+    assert main(words) == 1
+    assert f"{tmp_path / 'set' / name} is " in capsys.readouterr().out.splitlines()[0]
