@@ -13,7 +13,7 @@ kept apart, because a pre-trained model is often at hand: every ratio is given w
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -28,6 +28,8 @@ BYTES_PER_PARAMETER = 4
 """fp32: sizes are compared at equal precision."""
 BASELINES = ("even", "distil", "tleg", "sws", "direct")
 """What the learngene is compared with besides training from scratch."""
+TextLength = int | Sequence[int] | None
+"""Tokens of a caption that are computed: all captions' (cut), each one's (packed), or None: the context length."""
 WITHOUT_ANCESTOR = ("scratch", "direct")
 """Ways that need no ancestor."""
 
@@ -76,6 +78,13 @@ def training_flops(config: Mapping[str, Any], *, text_length: int | None = None,
     `forward_flops`; a tower whose last hidden state nothing is compared with is `pooled`.
     """
     return 3 * forward_flops(config, text_length=text_length, drops_patches=True, pooled=pooled)["total"]
+
+
+def over_lengths(flops: Callable[[int | None], int], text_length: TextLength) -> int:
+    """The mean over captions of what one costs, `flops` of its length, rounded."""
+    if text_length is None or isinstance(text_length, int):
+        return flops(text_length)
+    return round(sum(count * flops(length) for length, count in Counter(text_length).items()) / len(text_length))
 
 
 def state_bytes(params: int, *, zero_stage: int, ranks: int) -> dict[str, float]:
