@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ STEPS = 2
 
 def peak_bytes(config: dict[str, Any], runtime: Runtime, batch_size: int) -> int:
     """The most bytes of tensors that this rank holds at once in the last step."""
+    gc.collect()  # what another case has left would be freed, but not allocated, before the profiler's eyes
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = towers.Bundle(towers.ModelSpec(config), towers.build_clip(config, seed=0).state_dict())
         training = recipe.Training(steps=10, batch_size=batch_size)
