@@ -125,18 +125,20 @@ def test_the_demo_costs_what_its_stages_charge(tmp_path: Path) -> None:
     ancestor = AncestorRole(settings).build(context)
     cost = found["ancestor"].cost
     assert cost.params == sum(parameter.numel() for parameter in ancestor.model.parameters())
-    assert (cost.flops, cost.teacher_flops) == (650 * 128 * ancestor.flops(0)[0], 0)
+    samples = settings.ancestor.steps * settings.ancestor.batch_size
+    assert (cost.flops, cost.teacher_flops) == (samples * ancestor.flops(0)[0], 0)
     assert cost.memory is not None
     assert cost.memory["optimizer"] == 8 * cost.params
     assert cost.checkpoint_bytes == 3 * 12 * cost.params
 
     towers.export(towers.Bundle(ancestor.spec, ancestor.model.clip.state_dict()), tmp_path / "model")  # type: ignore[union-attr, operator]
     extraction = ExtractionRole(settings, tmp_path / "model").build(context)
-    per_step = [extraction.flops(step) for step in range(600)]
+    training = settings.extraction.training
+    per_step = [extraction.flops(step) for step in range(training.steps)]
     cost = found["learngene"].cost
     assert len({student for student, _ in per_step}) > 5  # sizes differ
-    assert cost.flops == 16 * sum(student for student, _ in per_step)
-    assert cost.teacher_flops == 16 * sum(teacher for _, teacher in per_step)
+    assert cost.flops == training.batch_size * sum(student for student, _ in per_step)
+    assert cost.teacher_flops == training.batch_size * sum(teacher for _, teacher in per_step)
     trained = sum(parameter.numel() for parameter in extraction.model.parameters())
     assert cost.memory is not None
     assert cost.memory["weights"] == 4 * trained
@@ -157,7 +159,10 @@ def test_a_smaller_learngene_file_is_planned_as_such() -> None:
 
 def test_runtime_changes_memory_and_time_alone() -> None:
     one, four = (
-        planned("demo", **{"runtime.num_processes": ranks, "runtime.zero_stage": stage, "runtime.parallel": 1})
+        planned(
+            "demo",
+            **{"runtime.num_processes": ranks, "runtime.zero_stage": stage, "runtime.parallel": 1, "runtime.bucket_size": 10_000},
+        )
         for ranks, stage in ((1, 0), (4, 2))
     )
     for single, several in zip(one.steps, four.steps, strict=True):
@@ -178,7 +183,8 @@ def test_kept_features_replace_the_teacher() -> None:
     found = steps_of("demo", **{"engine.keep_features": "true", "baselines.tleg": "null", **off})
     assert found["learngene"].cost.teacher_flops == found["i4-t4-distil"].cost.teacher_flops == 0
     flops = found["features"].cost.flops
-    per_sample = steps_of("demo")["learngene"].cost.teacher_flops / (600 * 16)  # an image and a caption
+    plain = steps_of("demo")["learngene"].cost
+    per_sample = plain.teacher_flops / (plain.steps * plain.batch_size)  # an image and a caption
     assert 20000 * per_sample < flops < 3 * 20000 * per_sample  # each image with its three captions
     assert found["learngene"].needs == ("data", "features")
 
@@ -303,7 +309,7 @@ def test_what_does_not_fit_a_gpu_is_named(tmp_path: Path, capsys: pytest.Capture
 def test_the_table_and_its_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "demo", "--flops-per-second", "1e12"]) == 0
     said = capsys.readouterr().out
-    assert "37 steps, 42.1 TFLOP in all" in said
+    assert "37 steps, 34.1 TFLOP in all" in said
     assert "650 × 128" in said
     assert main(["plan", "demo", "--family.sizes", "[{image_width: 17}]"]) == 2
     assert "recipe key family.sizes[0]" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str | None, default=None, metavar="DIR", help=f"{RESULTS_FILE}, {PLOT_FILE} and generated data.")
     help_text = "Whose steps: extraction's are the auxiliary model's, descendant's those of adaptation."
     parser.add_argument("--roles", nargs="+", type=str, choices=ROLES, default=list(ROLES), metavar="ROLE", help=help_text)
-    help_text = "open_clip configurations instead of the recipe's model."
+    help_text = "open_clip configurations, not the recipe's model."
     parser.add_argument("--architectures", nargs="+", type=str, default=None, metavar="NAME", help=help_text)
     help_text = "Pairs per rank. Left out: those of the recipe."
     parser.add_argument("--batch-sizes", nargs="+", type=PositiveInt, default=None, metavar="N", help=help_text)
@@ -67,7 +67,7 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--precisions", nargs="+", type=str, choices=PRECISIONS, default=None, metavar="P", help=help_text)
     help_text = "DeepSpeed ZeRO stages, 0 to 3. Left out: runtime.zero_stage."
     parser.add_argument("--zero-stages", nargs="+", type=int, choices=STAGES, default=None, metavar="S", help=help_text)
-    help_text = "In what gradients are exchanged: fp32, bf16. Left out: engine.communication."
+    help_text = "Of exchanged gradients: fp32, bf16."
     parser.add_argument("--communications", nargs="+", type=str, choices=PRECISIONS, default=None, metavar="P", help=help_text)
     help_text = "Ranks to start on this machine, fresh ones for each combination. Left out: the present ones."
     parser.add_argument("--num-processes", nargs="+", type=Processes, default=None, metavar="N", help=help_text)

@@ -219,7 +219,6 @@ def plan(arguments: list[str]) -> int:
         "already contains a family, its complete steps are shown as kept. Nothing is written.",
         (
             "plan demo",
-            "plan vit-l-14 --data.path data --flops-per-second 989e12 --runtime.num_processes 8",
             "plan vit-l-14 --data.path data --cluster my-site.yaml --nodes 4 --benchmark runs/benchmark/benchmark.json",
         ),
     )
