@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,17 +60,18 @@ class Packing:
     @classmethod
     def of(cls, lengths_B: Tensor, width: int, device: torch.device | str = "cpu") -> Packing:
         """The packing of captions of these lengths (int64 [B], on the CPU; at most `width`); copies to `device` do not wait."""
-        lengths, order = torch.sort(lengths_B, stable=True)
-        starts_S = F.pad(lengths.cumsum(0), (1, 0))
-        rows = torch.repeat_interleave(lengths)
-        positions = torch.arange(len(rows)) - starts_S[rows]
+        order = lengths_B.numpy().argsort(kind="stable")
+        lengths = lengths_B.numpy()[order]
+        starts = np.concatenate([[0], lengths.cumsum()])
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        positions = np.arange(len(rows)) - starts[rows]
 
-        def there(tensor: Tensor) -> Tensor:
+        def there(array: np.ndarray) -> Tensor:
+            tensor = torch.from_numpy(array)
             return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
 
-        places = order[rows] * width + positions
-        ends, ranks = starts_S[1:] - 1, order.argsort()
-        return cls(tuple(lengths.tolist()), width, there(places), there(positions), there(starts_S.int()), there(ends), there(ranks))
+        where = (order[rows] * width + positions, positions, starts.astype(np.int32), starts[1:] - 1, order.argsort())
+        return cls(tuple(lengths.tolist()), width, *map(there, where))
 
     def __len__(self) -> int:
         """Captions."""

@@ -157,7 +157,7 @@ def cut_length(text_BT: Tensor) -> int:
     Exact, since the towers that are supported are causal and pooled at the end token, the highest id: what follows it changes nothing.
     The tokens are on the CPU: to read them from a device would be to wait for it.
     """
-    longest = int(lengths_of(text_BT).max())
+    longest = int(lengths_of(text_BT).numpy().max())
     return min(text_BT.shape[1], -(-longest // CUT_MULTIPLE) * CUT_MULTIPLE)
 
 
