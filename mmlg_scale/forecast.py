@@ -10,7 +10,7 @@ import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,18 @@ from mmlg_scale.accounting import (
     BYTES_PER_PARAMETER,
     activation_bytes,
     checkpoint_bytes,
+    compared_bytes,
     forward_flops,
+    loss_bytes,
     parameter_counts,
-    state_bytes,
+    peak_bytes,
     training_flops,
 )
 from mmlg_scale.data.corpus import pairs_of
 from mmlg_scale.data.scenes import TRAIN_CAPTIONS, scenes_tokenizer
 from mmlg_scale.data.summary import num_pairs
 from mmlg_scale.family import Member, Plan, check, check_folder, num_parallel, standing
+from mmlg_scale.hardware import Hardware
 from mmlg_scale.learngene.file import tensor_bytes
 from mmlg_scale.learngene.structure import TOWERS, Structure
 from mmlg_scale.report import NAMES, seconds, si
@@ -53,7 +56,8 @@ class StepCost:
         params: parameters of what the step exports.
         steps, batch_size: of the whole schedule.
         flops, teacher_flops: of the whole schedule.
-        memory: bytes on each rank: weights, gradients, optimizer, ancestor (frozen), activations.
+        memory: bytes on each rank at the fullest moment of a step: weights, optimizer, gradients, buffers, activations, loss, ancestor
+            (frozen), composed layers.
         export_bytes: what stays on disk.
         checkpoint_bytes: what its checkpoints take besides, while it runs.
     """
@@ -82,6 +86,7 @@ class StepForecast:
         state: new, kept (complete), resumes (from a checkpoint), or again (the recipe has changed).
         done: steps in the checkpoint that it resumes from; all of them where it is kept.
         seconds: an estimate of what is left.
+        ranks: on which it runs.
     """
 
     id: str
@@ -90,6 +95,12 @@ class StepForecast:
     done: int
     cost: StepCost
     seconds: float
+    ranks: int = 1
+
+    @property
+    def device_hours(self) -> float:
+        """Hours of all its ranks together."""
+        return self.seconds * self.ranks / 3600
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,7 @@ class Forecast:
     ranks: int
     parallel: int
     seconds: float
+    hardware: Hardware | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain nested dictionaries, with totals."""
@@ -118,25 +130,44 @@ class Forecast:
             "checkpoint_bytes": max(cost.checkpoint_bytes for cost in costs) * self.parallel,
             "memory_bytes_per_rank": max(cost.memory_bytes for cost in costs),
             "seconds": self.seconds,
+            "device_hours": sum(step.device_hours for step in self.steps),
         }
-        steps = [{**asdict(step), **asdict(step.cost), "memory_bytes": step.cost.memory_bytes} for step in self.steps]
+        steps = [
+            {**asdict(step), **asdict(step.cost), "memory_bytes": step.cost.memory_bytes, "device_hours": step.device_hours}
+            for step in self.steps
+        ]
         for step in steps:
             del step["cost"]
         assumed = {key: getattr(self, key) for key in ("peak_flops", "mfu", "ranks", "parallel")}
+        if self.hardware is not None:
+            assumed["hardware"] = asdict(self.hardware)
         return {"steps": steps, "totals": totals, "assumed": assumed}
 
 
-def forecast(settings: recipe.Recipe, runtime: Runtime, out: Path | None, *, peak_flops: float | None = None, mfu: float) -> Forecast:
+def forecast(
+    settings: recipe.Recipe,
+    runtime: Runtime,
+    out: Path | None,
+    *,
+    peak_flops: float | None = None,
+    mfu: float,
+    hardware: Hardware | None = None,
+) -> Forecast:
     """The steps of `mmlg family` with their costs.
 
     Args:
         out: the family's folder, in which finished steps are found; None: a new one.
         peak_flops: FLOP/s of one device; None: that of this machine.
         mfu: the fraction of it that training is taken to reach.
+        hardware: GPUs of a cluster instead: of their peak and MFU, on as many ranks as there are; one step at a time unless the runtime
+            says otherwise.
 
     Raises:
         UserError: whatever `mmlg family` would refuse before its first step.
     """
+    if hardware is not None:
+        runtime = replace(runtime, num_processes=hardware.ranks, parallel=runtime.parallel or 1)
+        peak_flops = hardware.peak_flops
     folder = (out if out is not None else Path("runs/plan")).absolute()
     config = check(settings, runtime, folder)
     if out is not None and folder.exists():
@@ -155,10 +186,18 @@ def forecast(settings: recipe.Recipe, runtime: Runtime, out: Path | None, *, pea
             done = cost.steps
         left = 0.0 if state == "kept" else 1 - done / max(1, cost.steps)
         ranks = member.step.resources.num_processes
-        spent = left * (cost.flops + cost.teacher_flops) / (peak_flops * mfu * ranks)
-        steps.append(StepForecast(member.step.id, member.step.needs, state, done, cost, spent))
+        reached = mfu if hardware is None else hardware.mfu[_kind(member)]
+        spent = left * (cost.flops + cost.teacher_flops) / (peak_flops * reached * ranks)
+        steps.append(StepForecast(member.step.id, member.step.needs, state, done, cost, spent, ranks))
     parallel = num_parallel(runtime)
-    return Forecast(tuple(steps), peak_flops, mfu, runtime.num_processes, parallel, _until_the_end(steps, parallel))
+    return Forecast(tuple(steps), peak_flops, mfu, runtime.num_processes, parallel, _until_the_end(steps, parallel), hardware)
+
+
+def _kind(member: Member) -> str:
+    """Whose MFU a step is taken to have, of `hardware.KINDS`."""
+    if isinstance(member.role, ExtractionRole | PretrainingRole):
+        return "extraction"
+    return "descendant" if isinstance(member.role, DescendantRole) else "ancestor"
 
 
 def _with_vocabulary(settings: recipe.Recipe, config: dict[str, Any]) -> dict[str, Any]:
@@ -268,7 +307,7 @@ class _Costs:
             batch_size=training.batch_size,
             flops=samples * training_flops(config, pooled=pooled_towers(config, compared_depths(weights))),
             teacher_flops=samples * self._teacher_flops(weights),
-            memory=self._memory(params + maps, config, training, weights is not None, params) if training.steps else None,
+            memory=self._memory(params + maps, config, training, weights, params) if training.steps else None,
             checkpoint_bytes=self._checkpoints(params + maps, training.steps) if training.steps else 0,
             **self._export(params),
         )
@@ -281,7 +320,7 @@ class _Costs:
         trained = params + (_map_params(self.config, self.config) if loss is not None and loss.hidden else 0)
         draw = SizeDraw(settings, self.config, self.settings.seed)
         deepest = towers.with_sizes(self.config, **{f"{tower}_layers": most for tower, most in draw.max_layers.items()})
-        memory = self._memory(trained, deepest, training, loss is not None, 0)
+        memory = self._memory(trained, deepest, training, loss, 0, accumulates=settings.students_per_step > 1)
         matrices = {tower: structure.layout(tower).matrix_size for tower in TOWERS}
         one_layer = self.runtime.compose_per_layer and self.runtime.activation_checkpointing and settings.basis == "knots"
         layers = dict.fromkeys(TOWERS, 1) if one_layer else draw.max_layers
@@ -330,16 +369,37 @@ class _Costs:
         return (self.runtime.keep_last + 1 + kept) * checkpoint_bytes(params)
 
     def _memory(
-        self, params: int, config: Mapping[str, Any], training: recipe.Training, with_ancestor: bool, num_cast: int
+        self,
+        params: int,
+        config: Mapping[str, Any],
+        training: recipe.Training,
+        compared: recipe.DistillationLoss | None,
+        num_cast: int,
+        *,
+        accumulates: bool = False,
     ) -> dict[str, float]:
-        """Bytes by kind; `num_cast` of the parameters are copied to bf16 where autocast runs."""
-        ranks = self.runtime.num_processes
-        found = state_bytes(params, zero_stage=self.runtime.zero_stage, ranks=ranks)
-        rows = training.batch_size / ranks / training.accumulation
-        per_sample = activation_bytes(config, bf16=self.bf16, checkpointing=self.runtime.activation_checkpointing)
-        if with_ancestor and not self.settings.engine.keep_features:
-            found["ancestor"] = BYTES_PER_PARAMETER * self.params({}) / (ranks if self.runtime.shard_ancestor else 1)
-        found["activations"] = rows * per_sample + (2 * num_cast if self.bf16 else 0)
+        """Bytes by kind at a step's fullest moment; `num_cast` of the parameters are copied to bf16 where autocast runs."""
+        runtime, ranks = self.runtime, self.runtime.num_processes
+        with_ancestor = compared is not None and not self.settings.engine.keep_features
+        batch = training.batch_size / ranks
+        rows = batch / training.accumulation
+        per_sample = activation_bytes(config, bf16=self.bf16, checkpointing=runtime.activation_checkpointing)
+        if compared is not None and compared.hidden:
+            per_sample += compared_bytes(self.config, len(compared.hidden_depths))
+        found = peak_bytes(
+            params,
+            zero_stage=runtime.zero_stage,
+            ranks=ranks,
+            activations=rows * per_sample + (2 * num_cast if self.bf16 else 0),
+            bucket_size=runtime.bucket_size,
+            overlap=runtime.overlap,
+            bf16_communication=self.settings.engine.communication == "bf16",
+            accumulates=accumulates or training.accumulation > 1,
+        )
+        if with_ancestor:
+            found["ancestor"] = BYTES_PER_PARAMETER * self.params({}) / (ranks if runtime.shard_ancestor else 1)
+        if found["activations"]:
+            found["loss"] = loss_bytes(training.batch_size, int(self.config["embed_dim"]), teacher=compared is not None)
         return found
 
 
@@ -357,6 +417,12 @@ def print_forecast(found: Forecast, *, as_json: bool) -> None:
     if not console.is_terminal:
         console = Console(width=150)
     console.print(_table(found))
+    for line in _told(found):
+        console.print(line, highlight=False)
+
+
+def _told(found: Forecast) -> list[str]:
+    """What is said below the table."""
     totals = found.to_json()["totals"]
     flops = totals["flops"] + totals["teacher_flops"]
     kept = sum(step.state == "kept" for step in found.steps)
@@ -364,18 +430,34 @@ def print_forecast(found: Forecast, *, as_json: bool) -> None:
         f"{len(found.steps)} steps, {f'{kept} of them complete, ' if kept else ''}{si(flops)}FLOP in all; "
         f"at most {_bytes(totals['memory_bytes_per_rank'])} of memory a rank (estimate, tensors only).",
         f"Disk: {_bytes(totals['export_bytes'])} of results, and up to {_bytes(totals['checkpoint_bytes'])} of checkpoints while it runs.",
-        f"Time: about {seconds(found.seconds)} (estimate): {_count(found.parallel, 'step')} at a time, {_count(found.ranks, 'rank')} each, "
-        f"{found.mfu:.0%} of {si(found.peak_flops)}FLOP/s a rank (--mfu, --flops-per-second). "
-        "Not counted: reading data, evaluation, start-up.",
-        "FLOPs are of whole schedules. A run that reaches its target earlier stops there; captions are cut to the longest of a batch.",
     ]
-    for line in lines:
-        console.print(line, highlight=False)
+    side = f"{_count(found.parallel, 'step')} at a time, {_count(found.ranks, 'rank')} each"
+    left_out = "Not counted: reading data, evaluation, start-up."
+    if found.hardware is None:
+        peak = f"{found.mfu:.0%} of {si(found.peak_flops)}FLOP/s a rank (--mfu, --flops-per-second)"
+        lines.append(f"Time: about {seconds(found.seconds)} (estimate): {side}, {peak}. {left_out}")
+    else:
+        hours = f"{totals['device_hours']:,.1f} GPU-hours (estimate)"
+        lines.append(f"Time: about {seconds(found.seconds)}, {hours}: {side}, on {found.hardware.device}. {left_out}")
+        lines += [note[:1].upper() + note[1:] for note in found.hardware.notes]
+        room, most = found.hardware.memory_bytes, totals["memory_bytes_per_rank"]
+        if room is not None and most > 0.9 * room:
+            wants = ", ".join(step.id for step in found.steps if step.cost.memory_bytes > 0.9 * room)
+            lines.append(
+                f"Memory: {wants} would take more than nine tenths of a GPU's {_bytes(room)}. Use more accumulation, "
+                "runtime.activation_checkpointing or a higher runtime.zero_stage."
+            )
+        lines.append("Units: kB, MB, GB, TB are powers of 1000. Memory estimates are of tensors; a CUDA context takes about 0.5 GB more.")
+    lines.append(
+        "FLOPs are of whole schedules. A run that reaches its target earlier stops there; captions are cut to the longest of a batch."
+    )
+    return lines
 
 
 def _table(found: Forecast) -> Table:
     table = Table()
-    for column in ("step", "needs", "what", "parameters", "steps × batch", "FLOPs", "teacher FLOPs", "memory", "disk", "time"):
+    hours = ("GPU-hours",) if found.hardware is not None else ()
+    for column in ("step", "needs", "what", "parameters", "steps × batch", "FLOPs", "teacher FLOPs", "memory", "disk", "time", *hours):
         table.add_column(column, justify="left" if column in ("step", "needs", "what") else "right", overflow="fold")
     for step in found.steps:
         cost = step.cost
@@ -392,6 +474,7 @@ def _table(found: Forecast) -> Table:
             _bytes(cost.memory_bytes) if cost.memory else "",
             _bytes(cost.export_bytes) if cost.export_bytes else "",
             left,
+            *([f"{step.device_hours:,.2f}" if step.seconds else ""] if hours else []),
         )
     return table
 

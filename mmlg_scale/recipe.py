@@ -346,6 +346,9 @@ class Engine:
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 keeps fp32 parameters and computes by autocast."""
+    communication: Literal["fp32", "bf16"] = field(default="fp32", metadata=LATER)
+    """In what ranks exchange gradients. bf16 halves what is sent and rounds it, so that results depend on the number of ranks; at ZeRO
+    stage 3 with precision bf16 it is also what matrices are gathered in."""
     keep_features: bool = False
     """Compute the ancestor's features of every training image and caption once (`mmlg features`), and read them in every run instead of
     running the ancestor: for data.augment none and losses without hidden states."""
@@ -466,12 +469,12 @@ class Recipe:
         if role == "ancestor":
             # Weights that are read are compared by digest; they are not trained.
             found |= {"ancestor": whole["ancestor"]} if self.model.weights is None else {}
-            found["engine"] = {"precision": self.engine.precision}
+            del found["engine"]["keep_features"]
             del found["model"]["weights"]
             return found
         found["model"] = {key: whole["model"][key] for key in ("architecture", "config", "loss")}
         if role == "pretraining":
-            found["engine"] = {"precision": self.engine.precision}
+            del found["engine"]["keep_features"]
             return found | {"pretraining": whole["pretraining"]}
         if init == "direct":
             return found

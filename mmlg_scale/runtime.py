@@ -11,6 +11,7 @@ from typing import Literal
 
 from mmlg_scale.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Processes, Threads, Workers
 
+TextMode = Literal["full", "cut", "packed"]
 TrackerName = Literal["jsonl", "tensorboard", "wandb"]
 
 
@@ -32,10 +33,16 @@ class Runtime:
     """DeepSpeed ZeRO stage: what is divided among the ranks (1: optimiser state, 2: and gradients, 3: and parameters)."""
     persistence_threshold: NonNegativeInt = 100_000
     """ZeRO-3 keeps parameters with fewer numbers than this whole on every rank."""
+    bucket_size: PositiveInt = 25_000_000
+    """Numbers of gradients that ranks exchange at once. ZeRO 1 and 2 keep buffers of that size (two where overlap is on), never larger than
+    the model."""
+    overlap: bool = True
+    """Exchange gradients of some layers while those of others are computed (ZeRO 1 to 3)."""
     activation_checkpointing: bool = False
     """Keep only the inputs of each transformer block and recompute it in the backward pass: less memory, a third more compute."""
-    text: Literal["full", "cut"] = "cut"
-    """Captions of a training step: cut after the longest of the rank's batch (rounded up to 8 tokens), or as long as the context."""
+    text: TextMode = "cut"
+    """Captions of a training step: as long as the context; cut after the longest of the rank's batch (rounded up to 8 tokens); or packed
+    one after the other, without padding."""
     compose_per_layer: bool = False
     """Extraction sums a layer's matrices when it runs, not all before the first; with activation_checkpointing one layer's are in
     memory."""

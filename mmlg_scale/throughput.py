@@ -1,4 +1,4 @@
-"""How fast training steps are: samples/s, MFU, loader stall and memory of ancestor, extraction and descendant steps. `mmlg benchmark`.
+"""How fast steps of ancestor, extraction and descendant are: samples/s, MFU, loader stall, exposed communication, memory; `mmlg benchmark`.
 
 A cell is one combination of model, role, precision, ZeRO stage, batch and number of ranks. Its stage is built as `mmlg train` and
 `mmlg extract` build it (`build_session`), on random weights: a step's cost does not depend on what the weights are. Windows of steps with
@@ -16,7 +16,7 @@ import resource
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,9 @@ from mmlg_scale.learngene.file import Learngene
 from mmlg_scale.learngene.structure import Structure
 from mmlg_scale.ranks import on_first_rank
 from mmlg_scale.runtime import Runtime
+from mmlg_scale.training.communication import exposed_communication
 from mmlg_scale.training.engine import deepspeed_version
+from mmlg_scale.training.inputs import text_length
 from mmlg_scale.training.meters import measure_peak_flops
 from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole, Role, fresh_spec
 from mmlg_scale.training.session import Session, build_session
@@ -56,6 +58,7 @@ class Cell:
         architecture: an open_clip configuration's name; None: the recipe's model.
         batch_size: pairs of a step, all ranks together.
         layers: (image, text) depth of a descendant.
+        communication: in what ranks exchange gradients.
     """
 
     role: RoleName
@@ -64,6 +67,7 @@ class Cell:
     zero_stage: Literal[0, 1, 2, 3]
     batch_size: int
     layers: tuple[int, int] | None = None
+    communication: Literal["fp32", "bf16"] = "fp32"
 
     def in_words(self) -> str:
         """For the console."""
@@ -93,7 +97,7 @@ def settings_of(settings: recipe.Recipe, cell: Cell) -> recipe.Recipe:
     return replace(
         settings,
         model=model,
-        engine=replace(settings.engine, precision=cell.precision, keep_features=False),
+        engine=replace(settings.engine, precision=cell.precision, communication=cell.communication, keep_features=False),
         ancestor=_endless(settings.ancestor, cell),
         extraction=replace(extraction, start="random", training=_endless(extraction.training, cell)),
         adaptation=replace(adaptation, training=_endless(adaptation.training, cell)),
@@ -180,28 +184,32 @@ def measure(session: Session, windows: Windows) -> Row:
     for _ in range(windows.repeats):
         with_loader.append(_window(session, itertools.islice(stream, windows.steps), steps))
         without.append(_window(session, itertools.islice(itertools.cycle(kept), windows.steps), steps))
-    return _figures(session, with_loader, without, _peak_bytes(session.engine.device))
+    peak_bytes, watched = _peak_bytes(session.engine.device), without
+    if session.engine.device.type == "cuda":  # by the profiler, in a window of its own
+        watched = [_window(session, itertools.islice(itertools.cycle(kept), windows.steps), steps, profile=True)]
+    return _figures(session, with_loader, without, watched, peak_bytes)
 
 
-def _window(session: Session, batches: Iterable[Batch], steps: Iterator[int]) -> Row:
-    """Steps over these batches, and how long they took: all of it, and waiting for the loader."""
-    waited, flops, count = 0.0, 0, 0
+def _window(session: Session, batches: Iterable[Batch], steps: Iterator[int], *, profile: bool = False) -> Row:
+    """Steps over these batches, and how long they took: in all, waiting for the loader, and for other ranks (on a GPU with `profile`)."""
+    waited, flops, count, device = 0.0, 0, 0, session.engine.device
     _wait(session)
     start, cpu = time.perf_counter(), time.process_time()
     source = iter(batches)
-    while True:
-        asked = time.perf_counter()
-        batch = next(source, None)
-        waited += time.perf_counter() - asked
-        if batch is None:
-            break
-        step = next(steps)
-        session.train_step(batch, step)
-        flops += sum(session.stage.flops(step)) * session.stage.training.batch_size
-        count += 1
+    with exposed_communication(device) if profile or device.type != "cuda" else nullcontext() as exposed:
+        while True:
+            asked = time.perf_counter()
+            batch = next(source, None)
+            waited += time.perf_counter() - asked
+            if batch is None:
+                break
+            step = next(steps)
+            session.train_step(batch, step)
+            flops += sum(session.stage.flops(step, text_length(batch, session.engine.text))) * len(batch.text_BT)
+            count += 1
     _wait(session)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-    return {"steps": count, "wall": wall, "cpu": cpu, "waited": waited, "flops": flops}
+    return {"steps": count, "wall": wall, "cpu": cpu, "waited": waited, "flops": flops, "exposed": exposed.seconds if exposed else 0.0}
 
 
 def _wait(session: Session) -> None:
@@ -211,9 +219,10 @@ def _wait(session: Session) -> None:
         dist.barrier()
 
 
-def _figures(session: Session, with_loader: Sequence[Row], without: Sequence[Row], peak_bytes: int) -> Row:
+def _figures(session: Session, with_loader: Sequence[Row], without: Sequence[Row], watched: Sequence[Row], peak_bytes: int) -> Row:
     """Medians over windows of the ranks' figures together."""
     mine = {
+        "watched": watched,
         "with_loader": with_loader,
         "without": without,
         "peak_bytes": peak_bytes,
@@ -228,7 +237,7 @@ def _figures(session: Session, with_loader: Sequence[Row], without: Sequence[Row
         seconds = [max(rank["wall"] for rank in window) / window[0]["steps"] for window in all_windows]
         cpu = [statistics.mean(rank["cpu"] for rank in window) / window[0]["steps"] for window in all_windows]
         low, middle, high = _quantiles(seconds)
-        flops = [window[0]["flops"] / window[0]["steps"] for window in all_windows]
+        flops = [sum(rank["flops"] for rank in window) / window[0]["steps"] for window in all_windows]
         figures |= {
             f"{name}seconds_p20": low,
             f"{name}seconds": middle,
@@ -241,6 +250,10 @@ def _figures(session: Session, with_loader: Sequence[Row], without: Sequence[Row
             figures["flops_per_sample"] = statistics.mean(flops) / batch
             stall = [max(rank["waited"] for rank in window) / max(rank["wall"] for rank in window) for window in all_windows]
             figures["loader_stall"] = statistics.median(stall)
+    exposed = [[(row["exposed"] / row["steps"], row["exposed"] / row["wall"]) for row in found["watched"]] for found in ranks]
+    for key, per_rank in zip(("seconds", "share"), zip(*(zip(*rows, strict=True) for rows in exposed), strict=True), strict=True):
+        means = [statistics.mean(window) for window in zip(*per_rank, strict=True)]
+        figures[f"exposed_communication_{key}"] = statistics.median(means)
     return figures | {"peak_memory_bytes": max(found["peak_bytes"] for found in ranks), "peak_flops": peak}
 
 
@@ -285,7 +298,7 @@ def environment(device: torch.device) -> Row:
     }
 
 
-IDENTITY = ("model", "role", "precision", "zero_stage", "batch_size", "layers", "ranks")
+IDENTITY = ("model", "role", "precision", "zero_stage", "batch_size", "layers", "communication", "ranks")
 """Keys of a row that say what was measured."""
 
 
@@ -320,18 +333,28 @@ def efficiency(row: Row, rows: Sequence[Row]) -> tuple[str, float] | None:
 def table(rows: Sequence[Row]) -> str:
     """Markdown, one line for each combination."""
     heads = ["model", "role", "precision", "ZeRO", "ranks", "pairs/rank", "samples/s", "without loader", "of it per CPU s and rank"]
-    heads += ["MFU", "stall", "peak GiB", "scaling"]
+    heads += ["MFU", "stall", "exposed communication", "peak GiB", "scaling"]
     lines = [heads, ["---"] * len(heads)]
     for row in rows:
         depth = " {}+{}".format(*row["layers"]) if row.get("layers") else ""
-        known = [row["model"], row["role"] + depth, row["precision"], str(row["zero_stage"]), str(row["ranks"]), str(row["local_batch"])]
+        sent = ", gradients in bf16" if row.get("communication") == "bf16" else ""
+        known = [
+            row["model"],
+            row["role"] + depth,
+            row["precision"] + sent,
+            str(row["zero_stage"]),
+            str(row["ranks"]),
+            str(row["local_batch"]),
+        ]
         if "note" in row:
             lines.append([*known, row["note"], *[""] * (len(heads) - len(known) - 1)])
             continue
         scaling = efficiency(row, rows)
         figures = [f"{row['samples_per_second']:,.1f}", f"{row['step_samples_per_second']:,.1f}"]
         figures.append(f"{row['local_batch'] / row['step_cpu_seconds']:,.1f}")
-        figures += [f"{row['step_mfu']:.0%}", f"{row['loader_stall']:.0%}", f"{row['peak_memory_bytes'] / 2**30:.2f}"]
+        figures += [f"{row['step_mfu']:.0%}", f"{row['loader_stall']:.0%}"]
+        figures.append(f"{row['exposed_communication_share']:.0%}" if "exposed_communication_share" in row else "")
+        figures.append(f"{row['peak_memory_bytes'] / 2**30:.2f}")
         lines.append([*known, *figures, "" if scaling is None else f"{scaling[0]} {scaling[1]:.0%}"])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 

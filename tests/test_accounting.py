@@ -19,6 +19,7 @@ from mmlg_scale.accounting import (
     charge,
     first_reached,
     forward_flops,
+    over_lengths,
     parameter_counts,
     size_of,
     standard_error,
@@ -499,3 +500,20 @@ def test_a_step_is_charged_what_it_computes(length: int, dropout: float) -> None
         charged = forward_flops(config, text_length=length, drops_patches=True, pooled=pooled)["total"]
         assert counter.get_total_flops() == 4 * charged, (tap, pooled)
         assert charged <= forward_flops(config)["total"]
+
+
+def test_packed_captions_are_charged_one_by_one() -> None:
+    """As torch counts products; the image's part is added, which is not computed here."""
+    text = {"context_length": 24, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2}
+    config = towers.model_config(
+        {"embed_dim": 16, "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 1}, "text_cfg": text}
+    )
+    clip, lengths = towers.build_clip(config, seed=0), [24, 3, 9, 9, 1]
+    packing = towers.Packing.of(torch.tensor(lengths), 24)
+    for tap, pooled in (((), ("text",)), ((2,), ())):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            towers.encode_text_with_hidden(clip, torch.ones(5, 24, dtype=torch.int64), tap, packing=packing)
+        charged = sum(forward_flops(config, text_length=length, pooled=pooled)["text"] for length in lengths)
+        assert counter.get_total_flops() == charged
+        flops = over_lengths(lambda length, pooled=pooled: forward_flops(config, text_length=length, pooled=pooled)["text"], lengths)
+        assert flops == round(charged / 5)

@@ -68,6 +68,8 @@ class Cluster:
     """Nodes that are not to be used."""
     gpus_per_node: int = 0
     gpu_type: str | None = None
+    gpu_memory_gib: int | None = None
+    """Of one GPU, for mmlg plan; null: that of the type's smallest model."""
     cpus_per_process: int | None = None
     memory_gib: int | None = None
     """Per node."""

@@ -30,9 +30,9 @@ def benchmark(arguments: list[str]) -> int:
     parser = make_parser(
         "benchmark",
         "RECIPE --out DIR [options]",
-        "Measure training steps: samples/s with and without the loader, MFU, loader stall, peak memory. Options with several values are "
-        "swept in all combinations. DIR collects the rows of all calls; where ranks differ, scaling is told. For several nodes, put it "
-        "behind mmlg launch.",
+        "Measure training steps: samples/s with and without the loader, MFU, loader stall, exposed communication, peak memory. Options "
+        "with several values are swept in all combinations. DIR collects the rows of all calls; where ranks differ, scaling is told. For "
+        "several nodes, put it behind mmlg launch.",
         (
             "benchmark demo --out runs/benchmark --roles ancestor extraction --num-processes 1 2 --zero-stages 0 1 2 3",
             "launch slurm --cluster my-site.yaml --nodes 4 -- benchmark my-recipe.yaml --out runs/benchmark \\\n"
@@ -57,7 +57,7 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str | None, default=None, metavar="DIR", help=f"{RESULTS_FILE}, {PLOT_FILE} and generated data.")
     help_text = "Whose steps: extraction's are the auxiliary model's, descendant's those of adaptation."
     parser.add_argument("--roles", nargs="+", type=str, choices=ROLES, default=list(ROLES), metavar="ROLE", help=help_text)
-    help_text = "open_clip configurations instead of the recipe's model."
+    help_text = "open_clip configurations, not the recipe's model."
     parser.add_argument("--architectures", nargs="+", type=str, default=None, metavar="NAME", help=help_text)
     help_text = "Pairs per rank. Left out: those of the recipe."
     parser.add_argument("--batch-sizes", nargs="+", type=PositiveInt, default=None, metavar="N", help=help_text)
@@ -67,6 +67,8 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--precisions", nargs="+", type=str, choices=PRECISIONS, default=None, metavar="P", help=help_text)
     help_text = "DeepSpeed ZeRO stages, 0 to 3. Left out: runtime.zero_stage."
     parser.add_argument("--zero-stages", nargs="+", type=int, choices=STAGES, default=None, metavar="S", help=help_text)
+    help_text = "Of exchanged gradients: fp32, bf16."
+    parser.add_argument("--communications", nargs="+", type=str, choices=PRECISIONS, default=None, metavar="P", help=help_text)
     help_text = "Ranks to start on this machine, fresh ones for each combination. Left out: the present ones."
     parser.add_argument("--num-processes", nargs="+", type=Processes, default=None, metavar="N", help=help_text)
     for tower in ("image", "text"):
@@ -159,17 +161,21 @@ def _cells(args: Any, recipe: Recipe, runtime: Runtime, ranks: int) -> Iterator[
         raise UserError("--image-layers and --text-layers go together. Give both, or neither.")
     given = [ranks * size for size in args.batch_sizes or ()] or args.global_batch_sizes
     layers = None if args.image_layers is None else (args.image_layers, args.text_layers)
-    for role, architecture, precision, stage in itertools.product(
-        args.roles, args.architectures or [None], args.precisions or [recipe.engine.precision], args.zero_stages or [runtime.zero_stage]
+    for role, architecture, precision, stage, communication in itertools.product(
+        args.roles,
+        args.architectures or [None],
+        args.precisions or [recipe.engine.precision],
+        args.zero_stages or [runtime.zero_stage],
+        args.communications or [recipe.engine.communication],
     ):
         for batch_size in given or [recipe_batch(recipe, role)]:
-            yield Cell(role, architecture, precision, stage, int(batch_size), layers if role == "descendant" else None)
+            yield Cell(role, architecture, precision, stage, int(batch_size), layers if role == "descendant" else None, communication)
 
 
 def _options(args: Any, cell: Cell) -> list[str]:
     """The options that measure one combination alone."""
     found = ["--roles", cell.role, "--precisions", cell.precision, "--zero-stages", str(cell.zero_stage)]
-    found += ["--global-batch-sizes", str(cell.batch_size)]
+    found += ["--communications", cell.communication, "--global-batch-sizes", str(cell.batch_size)]
     found += ["--architectures", cell.architecture] if cell.architecture else []
     if cell.layers is not None:
         found += ["--image-layers", str(cell.layers[0]), "--text-layers", str(cell.layers[1])]

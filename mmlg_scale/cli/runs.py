@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmlg_scale.cli.parsing import make_parser, parse_recipe, path_or_none, required
-from mmlg_scale.ranges import Fraction, Layers, PositiveFloat, Width
+from mmlg_scale.errors import UserError
+from mmlg_scale.ranges import Fraction, Layers, PositiveFloat, PositiveInt, Width
 from mmlg_scale.recipe import INITS, METHODS, MODALITIES
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def plan(arguments: list[str]) -> int:
         "already contains a family, its complete steps are shown as kept. Nothing is written.",
         (
             "plan demo",
-            "plan vit-l-14 --data.path data --flops-per-second 989e12 --runtime.num_processes 8",
+            "plan vit-l-14 --data.path data --cluster my-site.yaml --nodes 4 --benchmark runs/benchmark/benchmark.json",
         ),
     )
     parser.add_argument("--out", type=str | None, default=None, metavar="DIR", help="The family's folder, to see what is complete in it.")
@@ -228,14 +229,37 @@ def plan(arguments: list[str]) -> int:
     help_text = "Peak of one device. Left out: a GPU's data-sheet bf16 peak, or the matrix products of this CPU, measured for 0.2 s."
     group.add_argument("--flops-per-second", type=PositiveFloat | None, default=None, metavar="X", help=help_text)
     help_text = "Fraction of the peak that training reaches (model FLOPs utilisation). Your own runs print theirs."
-    group.add_argument("--mfu", type=Fraction, default=DEFAULT_MFU, metavar="X", help=help_text)
+    group.add_argument("--mfu", type=Fraction | None, default=None, metavar="X", help=f"{help_text} Left out: {DEFAULT_MFU}.")
+    help_text = "A cluster file (or the name of a shipped one): memory a GPU, time and GPU-hours on its GPUs."
+    group.add_argument("--cluster", type=str | None, default=None, metavar="FILE", help=help_text)
+    help_text = "Nodes of the cluster on which a step runs."
+    group.add_argument("--nodes", type=PositiveInt, default=1, metavar="N", help=help_text)
+    help_text = "benchmark.json of mmlg benchmark on such GPUs: its MFU instead of an assumed one."
+    group.add_argument("--benchmark", type=str | None, default=None, metavar="FILE", help=help_text)
     parsed = parse_family(parser, arguments)
     if parsed is None:
         return 0
     args, recipe, runtime = parsed
+    if args.cluster is None and args.benchmark is not None:
+        raise UserError("--benchmark needs --cluster, whose GPUs it was measured on. Give both, or --mfu.")
     from mmlg_scale.forecast import forecast, print_forecast
 
-    found = forecast(recipe, runtime, path_or_none(args.out), peak_flops=args.flops_per_second, mfu=args.mfu)
+    hardware = None
+    if args.cluster is not None:
+        from mmlg_scale.hardware import hardware_of
+
+        hardware = hardware_of(
+            args.cluster,
+            nodes=args.nodes,
+            precision=recipe.engine.precision,
+            model=str(recipe.model.architecture),
+            default_mfu=DEFAULT_MFU,
+            given_mfu=args.mfu,
+            peak_flops=args.flops_per_second,
+            benchmark=path_or_none(args.benchmark),
+        )
+    mfu = DEFAULT_MFU if args.mfu is None else args.mfu
+    found = forecast(recipe, runtime, path_or_none(args.out), peak_flops=args.flops_per_second, mfu=mfu, hardware=hardware)
     print_forecast(found, as_json=args.json)
     return 0
 

@@ -98,13 +98,14 @@ class AuxiliaryCLIP(nn.Module):
         tap_image: Sequence[int] = (),
         tap_text: Sequence[int] = (),
         patches: Tensor | None = None,
+        packing: towers.Packing | None = None,
         checkpoint: bool = False,
         compose_per_layer: bool = False,
     ) -> dict[str, Any]:
         """Features (not normalised), hidden states after the tapped layers, and the logit multiplier, at the given sizes.
 
-        `patches` and `checkpoint` as in `towers.run_image_tower`. With `compose_per_layer` a layer's matrices are summed when the layer
-        runs, and with `checkpoint` again in the backward pass, so that never more than one layer's are in memory.
+        `patches`, `packing` and `checkpoint` as in `towers.run_image_tower` and `towers.run_text_tower`. With `compose_per_layer` a layer's
+        matrices are summed when the layer runs, and with `checkpoint` again in the backward pass: only one layer's are in memory.
         """
         runner, shapes = self._runner(image_width, text_width)
         stem = {f"clip.{name}": tensor for name, tensor in narrow_state(shapes, lambda name: self._get(STEM + name)).items()}
@@ -115,7 +116,9 @@ class AuxiliaryCLIP(nn.Module):
                 sizes[tower] = (num_layers, width)
         blocks: dict[str, list[towers.Block]] = {"image": [], "text": []}
         blocks |= self._blocks(sizes, compose_per_layer)
-        return functional_call(runner, stem, (image, text, blocks["image"], blocks["text"], tap_image, tap_text, patches, checkpoint))
+        return functional_call(
+            runner, stem, (image, text, blocks["image"], blocks["text"], tap_image, tap_text, patches, packing, checkpoint)
+        )
 
     def _runner(self, image_width: int | None, text_width: int | None) -> tuple[_StemRunner, dict[str, tuple[int, ...]]]:
         key = (image_width, text_width)
@@ -191,6 +194,7 @@ class _StemRunner(nn.Module):
         tap_image: Sequence[int],
         tap_text: Sequence[int],
         patches: Tensor | None,
+        packing: towers.Packing | None,
         checkpoint: bool,
     ) -> dict[str, Any]:
         outputs = towers.logits_outputs(self.clip)
@@ -200,19 +204,19 @@ class _StemRunner(nn.Module):
             )
         if text is not None:
             outputs["text_features"], outputs["text_hidden"] = towers.run_text_tower(
-                self.clip, text_blocks, text, tap_text, checkpoint=checkpoint
+                self.clip, text_blocks, text, tap_text, packing=packing, checkpoint=checkpoint
             )
         return outputs
 
 
-def _run(form: towers.BlockForm, tensors: dict[str, Tensor], hidden: Tensor, rows: Tensor | None = None) -> Tensor:
-    return towers.run_block(hidden, tensors, form, rows)
+def _run(form: towers.BlockForm, tensors: dict[str, Tensor], hidden: Tensor, *rest: Any) -> Tensor:
+    return towers.run_block(hidden, tensors, form, *rest)
 
 
-def _make_and_run(form: towers.BlockForm, make: Callable[[], dict[str, Tensor]], hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+def _make_and_run(form: towers.BlockForm, make: Callable[[], dict[str, Tensor]], hidden: Tensor, *rest: Any) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         tensors = make()
-    return towers.run_block(hidden, tensors, form, rows)
+    return towers.run_block(hidden, tensors, form, *rest)
 
 
 def _fill_block(layout: BlockLayout, block_P: Tensor, depth: int, generator: torch.Generator) -> None:

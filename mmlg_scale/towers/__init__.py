@@ -27,6 +27,7 @@ from mmlg_scale.towers.config import (
 )
 from mmlg_scale.towers.foreign import read_tensors, signed
 from mmlg_scale.towers.modules import CLIP, ResidualAttentionBlock
+from mmlg_scale.towers.packing import Packing, lengths_of
 from mmlg_scale.towers.preprocess import Preprocess
 from mmlg_scale.towers.run import (
     INITIAL_LOGIT_SCALE,
@@ -70,6 +71,7 @@ __all__ = [
     "BytePairTokenizer",
     "FileTokenizer",
     "ModelSpec",
+    "Packing",
     "Preprocess",
     "ResidualAttentionBlock",
     "Tokenizer",
@@ -89,6 +91,7 @@ __all__ = [
     "image_size",
     "join_state",
     "keep_patches",
+    "lengths_of",
     "load_ancestor",
     "load_clip",
     "load_tower",

@@ -18,9 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmlg_scale.towers.config import head_dim, width
+from mmlg_scale.towers.packing import Packing, attention, attention_of_ends
 
 Block = Callable[..., Tensor]
-"""hidden [B, T, d] -> hidden [B, T, d]; with `rows` [B, 1], only those rows' results: [B, 1, d]."""
+"""(hidden [B, T, d], rows=None, packing=None) -> hidden [B, T, d]; with `rows` [B, 1], only those rows' results: [B, 1, d].
+
+With a `packing` (text only) hidden states are [N, d], and the rows that may be asked for are its `ends_B`: [B, d]."""
 NAMES = (
     "ln_1.weight",
     "ln_1.bias",
@@ -68,21 +71,28 @@ class BlockForm:
         )
 
 
-def run_block(hidden_BTd: Tensor, tensors: Mapping[str, Tensor], form: BlockForm, rows_B1: Tensor | None = None) -> Tensor:
-    """One block on hidden states [B, T, d]; differentiable in all of them.
+def run_block(
+    hidden_BTd: Tensor,
+    tensors: Mapping[str, Tensor],
+    form: BlockForm,
+    rows_B1: Tensor | None = None,
+    packing: Packing | None = None,
+) -> Tensor:
+    """One block on hidden states [B, T, d], or packed ones [N, d]; differentiable in all of them. See `Block`.
 
     Args:
         tensors: by open_clip's names, see NAMES; in_proj has queries, keys and values one after the other.
         rows_B1: int64, a position of each sequence: only its result is computed, [B, 1, d]. A tower's last block needs no more where the
             tower is pooled at one position, since what the other positions give is used nowhere.
     """
-    return _compute(hidden_BTd, form, rows_B1, *(tensors[name] for name in NAMES))
+    return _compute(hidden_BTd, form, rows_B1, packing, *(tensors[name] for name in NAMES))
 
 
 def _compute(
     hidden: Tensor,
     form: BlockForm,
     rows_B1: Tensor | None,
+    packing: Packing | None,
     ln_1_weight: Tensor,
     ln_1_bias: Tensor,
     in_weight: Tensor,
@@ -98,9 +108,9 @@ def _compute(
 ) -> Tensor:
     normed = _layer_norm(hidden, ln_1_weight, ln_1_bias, form.eps)
     if rows_B1 is None:
-        attended = _attention(F.linear(normed, in_weight, in_bias), form)
+        attended = _attention(F.linear(normed, in_weight, in_bias), form, packing)
     else:
-        attended = _attention_of_rows(normed, in_weight, in_bias, rows_B1, form)
+        attended = _attention_of_rows(normed, in_weight, in_bias, rows_B1, form, packing)
         hidden = take_rows(hidden, rows_B1)
     hidden = hidden + F.linear(attended, out_weight, out_bias)
     inner = F.linear(_layer_norm(hidden, ln_2_weight, ln_2_bias, form.eps), fc_weight, fc_bias)
@@ -112,27 +122,39 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
-def _attention(packed_BT3d: Tensor, form: BlockForm) -> Tensor:
-    query, key, value = packed_BT3d.unflatten(-1, (3, form.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+def _attention(qkv_BT3d: Tensor, form: BlockForm, packing: Packing | None) -> Tensor:
+    parts = qkv_BT3d.unflatten(-1, (3, form.num_heads, -1))
+    if packing is not None:
+        assert form.causal, "packed sequences are captions"
+        query, key, value = parts.unbind(1)
+        return attention(query, key, value, packing)
+    query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
     return F.scaled_dot_product_attention(query, key, value, is_causal=form.causal).transpose(1, 2).flatten(2)
 
 
-def _attention_of_rows(normed_BTd: Tensor, weight: Tensor, bias: Tensor, rows_B1: Tensor, form: BlockForm) -> Tensor:
+def _attention_of_rows(
+    normed_BTd: Tensor, weight: Tensor, bias: Tensor, rows_B1: Tensor, form: BlockForm, packing: Packing | None
+) -> Tensor:
     """Attention of one query of each sequence, over all tokens or, in a causal block, over those up to it."""
     width = normed_BTd.shape[-1]
     split = [width, 2 * width]
     (query_weight, pair_weight), (query_bias, pair_bias) = weight.split(split), bias.split(split)
-    query = F.linear(take_rows(normed_BTd, rows_B1), query_weight, query_bias).unflatten(-1, (form.num_heads, -1)).transpose(1, 2)
-    pair_BT2d = F.linear(normed_BTd, pair_weight, pair_bias)
-    key, value = pair_BT2d.unflatten(-1, (2, form.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    query = F.linear(take_rows(normed_BTd, rows_B1), query_weight, query_bias).unflatten(-1, (form.num_heads, -1))
+    pair = F.linear(normed_BTd, pair_weight, pair_bias).unflatten(-1, (2, form.num_heads, -1))
+    if packing is not None:
+        key, value = pair.unbind(1)
+        return attention_of_ends(query, key, value, packing)
+    key, value = pair.permute(2, 0, 3, 1, 4).unbind(0)
     seen = None
     if form.causal:
         seen = (torch.arange(normed_BTd.shape[1], device=rows_B1.device) <= rows_B1)[:, None, None]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=seen).transpose(1, 2).flatten(2)
 
 
 def take_rows(x_BTd: Tensor, rows_BR: Tensor) -> Tensor:
-    """Of each sequence the rows at its positions: [B, R, d]."""
+    """Of each sequence the rows at its positions: [B, R, d]; of packed ones [N, d] the rows [B] themselves."""
+    if x_BTd.ndim == 2:
+        return x_BTd.index_select(0, rows_BR)
     return x_BTd.gather(1, rows_BR[..., None].expand(-1, -1, x_BTd.shape[-1]))
 
 

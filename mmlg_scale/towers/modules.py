@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from mmlg_scale.towers.block import BlockForm, run_block
 from mmlg_scale.towers.config import fields_of
 from mmlg_scale.towers.config import num_patches as count_patches
+from mmlg_scale.towers.packing import Packing
 
 Norm = Callable[[int], nn.LayerNorm]
 
@@ -55,9 +56,9 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = norm(width)
         self.mlp = Mlp(width, int(width * fields["mlp_ratio"]))
 
-    def forward(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
-        """With `rows` [B, 1], only those rows' results: [B, 1, d]."""
-        return run_block(hidden, dict(self.named_parameters()), self.form, rows)
+    def forward(self, hidden: Tensor, rows: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+        """See `block.Block`."""
+        return run_block(hidden, dict(self.named_parameters()), self.form, rows, packing)
 
 
 class Transformer(nn.Module):

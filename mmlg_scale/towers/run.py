@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from mmlg_scale.towers.block import Block, take_rows
 from mmlg_scale.towers.config import require_memory, with_sizes
 from mmlg_scale.towers.modules import CLIP, ResidualAttentionBlock, VisionTransformer
+from mmlg_scale.towers.packing import Packing, lengths_of
 
 MAX_LOGIT_SCALE = math.log(100.0)
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
@@ -97,14 +99,26 @@ def run_image_tower(
 
 
 def run_text_tower(
-    clip: CLIP, blocks: Sequence[Block], text: Tensor, tap: Sequence[int] = (), *, checkpoint: bool = False
+    clip: CLIP,
+    blocks: Sequence[Block],
+    text: Tensor,
+    tap: Sequence[int] = (),
+    *,
+    packing: Packing | None = None,
+    checkpoint: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """The text tower with `blocks` in place of its own; see `run_image_tower`.
 
     Args:
         text: token ids [B, T]; T is the context length, or less where captions are cut (`cut_length`).
+        packing: of these captions: nothing is then computed behind their end tokens, where hidden states are 0.
     """
     assert clip.text_pool_type == "argmax", clip.text_pool_type
+    if packing is not None:
+        embedded = clip.token_embedding(packing.pack(text)) + F.embedding(packing.positions_N, clip.positional_embedding)
+        hidden, kept = _run_blocks(blocks, embedded, packing.ends_B, tap, checkpoint, packing)
+        features = clip.ln_final(hidden) @ clip.text_projection
+        return features.index_select(0, packing.ranks_B), [packing.unpack(state) for state in kept]
     rows = text.argmax(dim=-1, keepdim=True)
     embedded = clip.token_embedding(text) + clip.positional_embedding[: text.shape[1]]
     hidden, kept = _run_blocks(blocks, embedded, rows, tap, checkpoint)
@@ -112,7 +126,12 @@ def run_text_tower(
 
 
 def _run_blocks(
-    blocks: Sequence[Block], hidden: Tensor, rows: Tensor | None, tap: Sequence[int], checkpoint: bool
+    blocks: Sequence[Block],
+    hidden: Tensor,
+    rows: Tensor | None,
+    tap: Sequence[int],
+    checkpoint: bool,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The hidden state after the last block, with `rows` [B, 1] only at these positions [B, 1, d]; and those after the tapped blocks.
 
@@ -123,11 +142,11 @@ def _run_blocks(
         asked = rows if number == len(blocks) and number not in tap else None
         if checkpoint:
             # A block has no randomness of its own, so there is no state to bring back.
-            hidden = torch_checkpoint(block, hidden, asked, use_reentrant=False, preserve_rng_state=False)
+            hidden = torch_checkpoint(block, hidden, asked, packing, use_reentrant=False, preserve_rng_state=False)
         else:
-            hidden = block(hidden, asked)
+            hidden = block(hidden, asked, packing)
         states[number] = hidden
-    if rows is not None and hidden.shape[1] != 1:
+    if rows is not None and (not blocks or len(blocks) in tap):
         hidden = take_rows(hidden, rows)
     return hidden, [states[number] for number in tap]
 
@@ -138,7 +157,7 @@ def cut_length(text_BT: Tensor) -> int:
     Exact, since the towers that are supported are causal and pooled at the end token, the highest id: what follows it changes nothing.
     The tokens are on the CPU: to read them from a device would be to wait for it.
     """
-    longest = int(text_BT.numpy().argmax(axis=-1).max()) + 1
+    longest = int(lengths_of(text_BT).numpy().max())
     return min(text_BT.shape[1], -(-longest // CUT_MULTIPLE) * CUT_MULTIPLE)
 
 
@@ -149,9 +168,11 @@ def encode_image_with_hidden(
     return run_image_tower(clip.visual, list(clip.visual.transformer.resblocks), image, tap, patches=patches, checkpoint=checkpoint)
 
 
-def encode_text_with_hidden(clip: CLIP, text: Tensor, tap: Sequence[int] = (), *, checkpoint: bool = False) -> tuple[Tensor, list[Tensor]]:
+def encode_text_with_hidden(
+    clip: CLIP, text: Tensor, tap: Sequence[int] = (), *, packing: Packing | None = None, checkpoint: bool = False
+) -> tuple[Tensor, list[Tensor]]:
     """`run_text_tower` with the model's own blocks."""
-    return run_text_tower(clip, list(clip.transformer.resblocks), text, tap, checkpoint=checkpoint)
+    return run_text_tower(clip, list(clip.transformer.resblocks), text, tap, packing=packing, checkpoint=checkpoint)
 
 
 def block_template(config: Mapping[str, Any], tower: str) -> ResidualAttentionBlock:

@@ -86,9 +86,10 @@ class Engine:
     Args:
         model: owns every trained parameter; its forward is the only place where they are used (ZeRO-3 gathers them there).
         parameter_groups: torch optimiser groups; each may carry `lr` (its peak rate) and `weight_decay`.
-        runtime: ZeRO stage, activation checkpointing, whether captions are cut.
+        runtime: ZeRO stage, activation checkpointing, whether captions are cut or packed.
         batch_size: global; must be a multiple of the world size.
         precision: fp32 or bf16.
+        communication: fp32 or bf16, in what gradients are exchanged.
         optimizer: the recipe's: name, rates, decays, clipping.
         sgd: use plain SGD instead: for exactness tests, because AdamW amplifies rounding noise in small gradients.
 
@@ -105,6 +106,7 @@ class Engine:
         batch_size: int,
         optimizer: recipe.Optimizer,
         precision: str = "fp32",
+        communication: str = "fp32",
         sgd: bool = False,
     ) -> None:
         import deepspeed
@@ -117,7 +119,7 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.precision = precision
         self.zero_stage, self._checkpoint_blocks = runtime.zero_stage, runtime.activation_checkpointing
-        self.cuts_text = runtime.text == "cut"
+        self.text = runtime.text
         self.device = next(model.parameters()).device
         torch_optimizer = (
             torch.optim.SGD(parameter_groups, lr=optimizer.learning_rate, fused=True)
@@ -129,10 +131,20 @@ class Engine:
         if self.zero_stage == 3 and any(isinstance(module, towers.ResidualAttentionBlock) for module in model.modules()):
             # A block's forward uses its submodules' parameters without calling them: they are gathered with the block, as one.
             deepspeed.utils.set_z3_leaf_modules(model, [towers.ResidualAttentionBlock])
+        if precision == "bf16" or self.zero_stage < 3:
+            _choose_communication(model, communication, self.zero_stage)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=torch_optimizer,
-            config=deepspeed_config(runtime, precision, batch_size=batch_size, world_size=world_size, clipping=optimizer.gradient_clipping),
+            config=deepspeed_config(
+                runtime,
+                precision,
+                communication,
+                batch_size=batch_size,
+                world_size=world_size,
+                clipping=optimizer.gradient_clipping,
+                largest_bucket=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+            ),
             dist_init_required=False,
         )
         # DeepSpeed would copy every gradient to one flat buffer and back, to share it with nobody.
@@ -306,8 +318,33 @@ def _optimizer(groups: list[dict[str, Any]], settings: recipe.Optimizer, runtime
     return MuonAdamW(groups, sharded=runtime.zero_stage in (1, 2), **adamw)
 
 
-def deepspeed_config(runtime: Runtime, precision: str, *, batch_size: int, world_size: int, clipping: float) -> dict[str, Any]:
+_GATHERED_WHOLE = ("embedding", "coefficients", "vectors", "logit_")
+"""Words in the names of parameters that autocast does not round, and that are therefore gathered as they are."""
+
+
+def _choose_communication(model: nn.Module, communication: str, zero_stage: int) -> None:
+    """Under its autocast DeepSpeed ignores `communication_data_type` at ZeRO stages 1 to 3, and looks for this attribute of a parameter.
+
+    At stage 3 it is also the type that the parameter is gathered in.
+    """
+    for name, parameter in model.named_parameters():
+        rounded = zero_stage < 3 or (parameter.ndim >= 2 and not any(word in name for word in _GATHERED_WHOLE))
+        parameter.comm_dtype = torch.bfloat16 if communication == "bf16" and rounded else torch.float32  # type: ignore[attr-defined]
+
+
+def deepspeed_config(
+    runtime: Runtime,
+    precision: str,
+    communication: str,
+    *,
+    batch_size: int,
+    world_size: int,
+    clipping: float,
+    largest_bucket: int,
+) -> dict[str, Any]:
     """The DeepSpeed configuration; everything that DeepSpeed would otherwise choose silently is stated."""
+    bucket = min(runtime.bucket_size, largest_bucket)
+    bucket += bucket % 2  # DeepSpeed aligns to two numbers
     config: dict[str, Any] = {
         "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": batch_size // world_size,
@@ -317,16 +354,20 @@ def deepspeed_config(runtime: Runtime, precision: str, *, batch_size: int, world
         "zero_optimization": {
             "stage": runtime.zero_stage,
             "stage3_param_persistence_threshold": runtime.persistence_threshold,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "overlap_comm": runtime.overlap,
             "memory_efficient_linear": False,  # it would replace torch.nn.functional.linear in the whole process
         },
+        "communication_data_type": communication,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False, "synchronized": False}},  # it waits for the device in every step
         "wall_clock_breakdown": False,
     }
     if precision == "bf16":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-        config["communication_data_type"] = "fp32"
+        # None of torch's modules by itself: DeepSpeed would exchange the gradients of nn.Linear in bf16.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return config
 
 

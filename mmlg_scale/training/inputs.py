@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from mmlg_scale import towers
 from mmlg_scale.data.pipeline import Batch
+from mmlg_scale.runtime import TextMode
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Inputs:
     Attributes:
         image: [B, 3, H, W], normalised.
         text: token ids [B, T]; T is the context length, or that of the longest caption.
+        lengths: int64 [B], each caption's tokens up to its end token, where captions are packed; on the CPU.
         patches: [B, P'] positions of the patches that stay (patch dropout); None: all stay.
         samples: [B, 2], each pair's place in the training split, (sample, caption), by which cached features are found; on the CPU.
     """
@@ -27,13 +30,20 @@ class Inputs:
     text: Tensor
     patches: Tensor | None = None
     samples: Tensor | None = None
+    lengths: Tensor | None = None
+
+    @functools.cached_property
+    def packing(self) -> towers.Packing | None:
+        """Where the captions' tokens lie when they are packed."""
+        return None if self.lengths is None else towers.Packing.of(self.lengths, self.text.shape[1], self.text.device)
 
     def __len__(self) -> int:
         return len(self.text)
 
     def to(self, device: torch.device) -> Inputs:
         """On `device`; copies from pinned memory do not wait."""
-        return replace(self._map(lambda tensor: tensor.to(device, non_blocking=True)), samples=self.samples)
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, samples=self.samples, lengths=self.lengths)
 
     def split(self, size: int) -> list[Inputs]:
         """Consecutive parts of `size` pairs, the last one smaller where it does not divide."""
@@ -43,18 +53,21 @@ class Inputs:
         return self._map(lambda tensor: tensor[rows])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        patches, samples = (None if tensor is None else change(tensor) for tensor in (self.patches, self.samples))
-        return Inputs(change(self.image), change(self.text), patches, samples)
+        rest = (self.patches, self.samples, self.lengths)
+        return Inputs(change(self.image), change(self.text), *(None if tensor is None else change(tensor) for tensor in rest))
 
 
-def text_length(batch: Batch, *, cut: bool) -> int:
-    """Tokens of each caption that are computed, see `towers.cut_length`: known on the host, so that the device is not waited for."""
-    return towers.cut_length(batch.text_BT) if cut else batch.text_BT.shape[1]
+def text_length(batch: Batch, text: TextMode) -> int | tuple[int, ...]:
+    """Tokens of every caption that are computed, or of each where they are packed: known on the host, so that no device is waited for."""
+    if text == "packed":
+        return tuple(towers.lengths_of(batch.text_BT).tolist())
+    return towers.cut_length(batch.text_BT) if text == "cut" else batch.text_BT.shape[1]
 
 
-def inputs_of(batch: Batch, preprocess: Callable[[Tensor], Tensor], device: torch.device, *, cut: bool) -> Inputs:
-    """A rank's batch on its device: images preprocessed, captions cut where `cut` says so, all of them to one length."""
-    length = text_length(batch, cut=cut)
-    inputs = Inputs(batch.image_uint8_BCHW, batch.text_BT, samples=batch.samples_B2).to(device)
+def inputs_of(batch: Batch, preprocess: Callable[[Tensor], Tensor], device: torch.device, *, text: TextMode) -> Inputs:
+    """A rank's batch on its device: images preprocessed, captions cut to one length, or packed, where `text` says so (`runtime.text`)."""
+    length = batch.text_BT.shape[1] if text == "full" else towers.cut_length(batch.text_BT)
+    lengths = towers.lengths_of(batch.text_BT) if text == "packed" else None
+    inputs = Inputs(batch.image_uint8_BCHW, batch.text_BT, samples=batch.samples_B2, lengths=lengths).to(device)
     # Cut on the device: a part of a pinned tensor would be copied before it is moved.
     return replace(inputs, image=preprocess(inputs.image), text=inputs.text[:, :length])

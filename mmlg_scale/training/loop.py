@@ -68,7 +68,7 @@ def rate_factor(step: int, training_steps: int, warmup_fraction: float) -> float
 
 def train_step(stage: Stage, engine: Engine, batch: Batch, step: int) -> tuple[Tensor, Terms]:
     """One optimiser step on this rank's batch; returns its loss and the loss's terms, detached. Collective."""
-    inputs = inputs_of(batch, stage.spec.preprocess, engine.device, cut=engine.cuts_text)
+    inputs = inputs_of(batch, stage.spec.preprocess, engine.device, text=engine.text)
     loss, terms = compute_gradients(stage, engine, inputs, step)
     training = stage.training
     engine.step(rate_factor(step, training.steps, training.optimizer.warmup_fraction), loss)
@@ -133,7 +133,7 @@ def train(
             batch = next(stream)
         loss, terms = train_step(stage, engine, batch, step)
         progress.step += 1
-        spent.add(stage.flops(step, text_length(batch, cut=engine.cuts_text)), len(batch.text_BT))
+        spent.add(stage.flops(step, text_length(batch, engine.text)), len(batch.text_BT))
         health.note(progress.step, batch.indices_B)
         keep.trained(batch)
         due = _is_due(progress.step, training)
@@ -253,7 +253,7 @@ class _Keep:
         self._health.look()
         self._health.require_weights(step)
         with self._meters.pause():
-            inputs = inputs_of(self._batch, self._stage.spec.preprocess, self._engine.device, cut=self._engine.cuts_text)
+            inputs = inputs_of(self._batch, self._stage.spec.preprocess, self._engine.device, text=self._engine.text)
             self._health.require_loss(compute_loss(self._stage, self._engine, inputs, step - 1), step)
         self._healthy_step = step
 

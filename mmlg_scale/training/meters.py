@@ -17,19 +17,9 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from mmlg_scale.hardware import GPU_PEAKS
 from mmlg_scale.terminal import Terminal
 from mmlg_scale.training.trackers import Tracker
-
-# Dense bf16 peak of data-centre GPUs in FLOP/s, from their data sheets; the first key that the device's name contains counts.
-GPU_PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-}
 
 
 def measure_peak_flops(device: torch.device) -> float:

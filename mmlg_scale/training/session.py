@@ -132,5 +132,6 @@ def build_session(
         batch_size=training.batch_size,
         optimizer=training.optimizer,
         precision=settings.engine.precision,
+        communication=settings.engine.communication,
     )
     return Session(settings, runtime, stage, engine, Corpus(pairs, stage.spec))

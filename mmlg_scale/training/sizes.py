@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmlg_scale import recipe, towers
-from mmlg_scale.accounting import training_flops
+from mmlg_scale.accounting import TextLength, over_lengths, training_flops
 from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.embedding import product_flops
 from mmlg_scale.streams import Stream, generator
@@ -72,10 +72,14 @@ class SizeDraw:
         heads = towers.width(self.config, tower) // head
         return head * max(1, int(share * heads + 0.5))
 
-    def flops(self, step: int, text_length: int | None = None) -> int:
+    def flops(self, step: int, text_length: TextLength = None) -> int:
         """FLOPs per sample of the students' forward and backward passes at `step`, on captions of that many tokens (None: all)."""
-        length = towers.context_length(self.config) if text_length is None else text_length
-        return sum(self._flops(length, *size.items()) for size in self.sizes(step))
+        whole = towers.context_length(self.config)
+
+        def flops(size: Mapping[str, int]) -> int:
+            return over_lengths(lambda length: self._flops(whole if length is None else length, *size.items()), text_length)
+
+        return sum(flops(size) for size in self.sizes(step))
 
     def total_flops(self, steps: int) -> int:
         """FLOPs per sample of `steps` steps on whole captions: exact up to COUNTED_STEPS, from as many steps evenly apart beyond."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmlg_scale import recipe, towers
-from mmlg_scale.accounting import training_flops
+from mmlg_scale.accounting import TextLength, over_lengths, training_flops
 from mmlg_scale.digests import file_digest
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
 from mmlg_scale.learngene.blocks import BlockLayout
@@ -66,11 +66,11 @@ class Stage(Protocol):
         """The loss, and its terms by name, of one student's outputs on the whole local batch."""
         ...
 
-    def flops(self, step: int, text_length: int | None = None) -> tuple[int, int]:
-        """FLOPs per sample that this step costs: (student forward and backward, teacher forward).
+    def flops(self, step: int, text_length: TextLength = None) -> tuple[int, int]:
+        """FLOPs per sample that this step costs: (student forward and backward, teacher forward), the mean over captions.
 
         Args:
-            text_length: tokens of each caption that are computed; None: the context length.
+            text_length: tokens of each caption that are computed, see `accounting.TextLength`.
         """
         ...
 
@@ -245,9 +245,10 @@ class ClipStage:
             return loss, {"contrastive": loss}
         return distillation(outputs, targets, text_BT, self.weights)
 
-    def flops(self, step: int, text_length: int | None = None) -> tuple[int, int]:
+    def flops(self, step: int, text_length: TextLength = None) -> tuple[int, int]:
         depths = self._hidden_depths
-        own = training_flops(self.config, text_length=text_length, pooled=pooled_towers(self.config, depths))
+        pooled = pooled_towers(self.config, depths)
+        own = over_lengths(lambda length: training_flops(self.config, text_length=length, pooled=pooled), text_length)
         return own, self.teacher.flops(depths, text_length) if self.teacher else 0
 
     def evaluated_sizes(self) -> dict[str, dict[str, int]]:
@@ -339,7 +340,7 @@ class ElasticStage:
         loss = contrastive(outputs)
         return loss, {"contrastive": loss}
 
-    def flops(self, step: int, text_length: int | None = None) -> tuple[int, int]:
+    def flops(self, step: int, text_length: TextLength = None) -> tuple[int, int]:
         return self.draw.flops(step, text_length), 0
 
     def evaluated_sizes(self) -> dict[str, dict[str, int]]:
@@ -408,7 +409,7 @@ class ExtractionStage(ElasticStage):
         assert targets is not None
         return distillation(outputs, targets, text_BT, self.settings.loss)
 
-    def flops(self, step: int, text_length: int | None = None) -> tuple[int, int]:
+    def flops(self, step: int, text_length: TextLength = None) -> tuple[int, int]:
         return self.draw.flops(step, text_length), self.teacher.flops(self._hidden_depths, text_length)
 
 

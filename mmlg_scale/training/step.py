@@ -67,14 +67,14 @@ def compute_loss(stage: Stage, engine: Engine, inputs: Inputs, step: int) -> Ten
     model.eval()
     with engine.autocast():
         for student in stage.students(step):
-            outputs = _join([model(part.image, part.text, patches=part.patches, **student) for part in micro_batches])
+            outputs = _join([model(part.image, part.text, patches=part.patches, packing=part.packing, **student) for part in micro_batches])
             losses.append(stage.objective(outputs, targets, inputs.text)[0])
     model.train(was_training)
     return torch.stack(losses).mean()
 
 
 def _forward(engine: Engine, inputs: Inputs, student: Mapping[str, Any]) -> Outputs:
-    return engine(inputs.image, inputs.text, patches=inputs.patches, **student)
+    return engine(inputs.image, inputs.text, patches=inputs.patches, packing=inputs.packing, **student)
 
 
 def _direct(

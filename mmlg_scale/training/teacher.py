@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mmlg_scale import towers
-from mmlg_scale.accounting import forward_flops
+from mmlg_scale.accounting import TextLength, forward_flops, over_lengths
 from mmlg_scale.errors import UserError
 from mmlg_scale.ranks import on_first_rank, several_ranks
 from mmlg_scale.reading import one_line
@@ -42,6 +42,7 @@ class PlainCLIP(nn.Module):
         tap_image: Sequence[int] = (),
         tap_text: Sequence[int] = (),
         patches: Tensor | None = None,
+        packing: towers.Packing | None = None,
         checkpoint: bool = False,
     ) -> dict[str, Any]:
         outputs = towers.logits_outputs(self.clip)
@@ -51,7 +52,7 @@ class PlainCLIP(nn.Module):
             )
         if text is not None:
             outputs["text_features"], outputs["text_hidden"] = towers.encode_text_with_hidden(
-                self.clip, text, tap_text, checkpoint=checkpoint
+                self.clip, text, tap_text, packing=packing, checkpoint=checkpoint
             )
         return outputs
 
@@ -61,7 +62,7 @@ class Teacher(Protocol):
 
     spec: towers.ModelSpec
 
-    def flops(self, depths: Sequence[float], text_length: int | None = None) -> int:
+    def flops(self, depths: Sequence[float], text_length: TextLength = None) -> int:
         """Of one sample's pass in every step; hidden states at `depths` are compared, captions have that many tokens (None: all)."""
         ...
 
@@ -88,9 +89,10 @@ class LiveTeacher:
         if shard and several_ranks():
             _shard(self.model, device)
 
-    def flops(self, depths: Sequence[float], text_length: int | None = None) -> int:
+    def flops(self, depths: Sequence[float], text_length: TextLength = None) -> int:
         config = self.spec.config
-        return forward_flops(config, text_length=text_length, pooled=pooled_towers(config, depths))["total"]
+        pooled = pooled_towers(config, depths)
+        return over_lengths(lambda length: forward_flops(config, text_length=length, pooled=pooled)["total"], text_length)
 
     @torch.no_grad()
     def __call__(self, inputs: Inputs, autocast: Autocast, depths: Sequence[float]) -> dict[str, Any]:
@@ -98,7 +100,7 @@ class LiveTeacher:
         layers = {tower: towers.num_layers(self.spec.config, tower) for tower in ("image", "text")}
         taps = {f"tap_{tower}": tap_layers(depths, count) for tower, count in layers.items()}
         with autocast():
-            outputs = self.model(inputs.image, inputs.text, **taps)
+            outputs = self.model(inputs.image, inputs.text, packing=inputs.packing, **taps)
         if inputs.patches is not None:
             outputs["image_hidden"] = [towers.keep_patches(hidden, inputs.patches) for hidden in outputs["image_hidden"]]
         return outputs
@@ -140,7 +142,7 @@ class CachedTeacher:
         on_first_rank(lambda: check_features(folder, result))
         self._image, self._text, self._starts = open_features(folder)
 
-    def flops(self, depths: Sequence[float], text_length: int | None = None) -> int:
+    def flops(self, depths: Sequence[float], text_length: TextLength = None) -> int:
         return 0
 
     def __call__(self, inputs: Inputs, autocast: Autocast, depths: Sequence[float]) -> dict[str, Any]:

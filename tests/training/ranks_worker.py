@@ -41,6 +41,7 @@ class Case:
     precision: str = "fp32"
     per_layer: bool = False
     shard: bool = False
+    packed: bool = False
     change: str | None = None
 
     @property
@@ -51,6 +52,7 @@ class Case:
         parts += ["checkpointing"] if self.checkpointing else []
         parts += ["per-layer"] if self.per_layer else []
         parts += ["sharded-teacher"] if self.shard else []
+        parts += ["packed"] if self.packed else []
         return "-".join([*parts, *([self.change] if self.change else [])])
 
 
@@ -67,6 +69,7 @@ EXACT = [
     Case("siglip_extraction", 3),
     *(Case(kind, zero, parts) for zero, parts in ((0, 1), (3, 2)) for kind in ("pretraining", "factorised")),
     *(Case("extraction", zero, parts, dropout, shard=True) for zero, parts, dropout in ((0, 1, 0.0), (3, 4, 0.5))),
+    *(Case("extraction", zero, parts, checkpointing=zero == 3, shard=zero == 3, packed=True) for zero, parts in ((1, 1), (3, 2))),
     Case("ancestor", 0, change="own_gather"),
 ]
 WRONG = [
@@ -164,7 +167,7 @@ def make(case: Case, device: torch.device, name: str = "sgd") -> tuple[Stage, En
     return changed(stage, case.change), engine
 
 
-def advance(stage: Stage, engine: Engine, steps: range) -> None:
+def advance(stage: Stage, engine: Engine, steps: range, *, packed: bool = False) -> None:
     share = BATCH // dist.get_world_size()
     rows = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
     for step in steps:
@@ -173,7 +176,7 @@ def advance(stage: Stage, engine: Engine, steps: range) -> None:
         # The first rank's captions are short, and cut; the second's are not: each rank decides for itself.
         text = text[:, : towers.cut_length(text)]
         assert text.shape[1] == (8 if dist.get_rank() == 0 else CONTEXT)
-        compute_gradients(stage, engine, Inputs(images[rows], text), step)
+        compute_gradients(stage, engine, Inputs(images[rows], text, lengths=towers.lengths_of(text) if packed else None), step)
         engine.step(rate_factor=1.0)
 
 
@@ -208,7 +211,7 @@ def main(out: Path, more: bool) -> None:
         if (case in MORE) != more:
             continue
         stage, engine = make(case, device)
-        advance(stage, engine, range(STEPS))
+        advance(stage, engine, range(STEPS), packed=case.packed)
         (out / f"{case.name}-rank{dist.get_rank()}.norm").write_text(str(float(engine.gradient_norm)))
         finish(engine, out / f"{case.name}.safetensors")
     for kind, zero_stage in () if more else MUON:

@@ -58,18 +58,23 @@ def test_the_count_finds_waits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "accumulation", "patch_dropout", "optimizer"),
-    [("ancestor", 1, 0.0, "muon"), ("students", 2, 0.5, "adamw"), ("siglip_extraction", 1, 0.0, "adamw"), ("affinity", 1, 0.0, "adamw")],
+    ("kind", "accumulation", "patch_dropout", "optimizer", "text"),
+    [
+        ("ancestor", 1, 0.0, "muon", "cut"),
+        ("students", 2, 0.5, "adamw", "packed"),
+        ("siglip_extraction", 1, 0.0, "adamw", "cut"),
+        ("affinity", 1, 0.0, "adamw", "cut"),
+    ],
 )
 def test_a_step_does_not_wait(
-    kind: str, accumulation: int, patch_dropout: float, optimizer: str, ranks: torch.device, monkeypatch: pytest.MonkeyPatch
+    kind: str, accumulation: int, patch_dropout: float, optimizer: str, text: Any, ranks: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From a batch of the loader to its figures, where no line is due."""
     # Only for tensors on the CPU does this check read the scale.
     monkeypatch.setattr(mmlg_kernels.pairs, "check", lambda *tensors: None)
     stage = build_stage(kind, ranks, accumulation=accumulation, patch_dropout=patch_dropout)
     stage.training.optimizer = recipe.Optimizer(name=optimizer)  # type: ignore[arg-type]
-    engine = Engine(stage.model, stage.parameter_groups(), runtime=Runtime(), batch_size=BATCH, optimizer=stage.training.optimizer)
+    engine = Engine(stage.model, stage.parameter_groups(), runtime=Runtime(text=text), batch_size=BATCH, optimizer=stage.training.optimizer)
     health, meters = Health(engine, 3), Meters([], 100, name="x", device=ranks, log_every=2, peak_flops=1e9)
     meters.resume_from(0)
     for step in (1, 2, 3):
