@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmlg_scale.towers.attention import is_short, short_attention
+from mmlg_scale.towers.compiled import compiled_block
 from mmlg_scale.towers.config import head_dim, width
 
 Block = Callable[..., Tensor]
@@ -68,15 +70,21 @@ class BlockForm:
         )
 
 
-def run_block(hidden_BTd: Tensor, tensors: Mapping[str, Tensor], form: BlockForm, rows_B1: Tensor | None = None) -> Tensor:
+def run_block(
+    hidden_BTd: Tensor, tensors: Mapping[str, Tensor], form: BlockForm, rows_B1: Tensor | None = None, *, compiled: bool = False
+) -> Tensor:
     """One block on hidden states [B, T, d]; differentiable in all of them.
 
     Args:
         tensors: by open_clip's names, see NAMES; in_proj has queries, keys and values one after the other.
         rows_B1: int64, a position of each sequence: only its result is computed, [B, 1, d]. A tower's last block needs no more where the
             tower is pooled at one position, since what the other positions give is used nowhere.
+        compiled: by torch.compile; the same to rounding.
     """
-    return _compute(hidden_BTd, form, rows_B1, *(tensors[name] for name in NAMES))
+    ordered = [tensors[name] for name in NAMES]
+    if compiled:
+        return compiled_block(_compute, hidden_BTd, form, rows_B1)(hidden_BTd, rows_B1, *ordered)
+    return _compute(hidden_BTd, form, rows_B1, *ordered)
 
 
 def _compute(
@@ -113,6 +121,8 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def _attention(packed_BT3d: Tensor, form: BlockForm) -> Tensor:
+    if is_short(packed_BT3d):
+        return short_attention(packed_BT3d, form.num_heads, form.causal)
     query, key, value = packed_BT3d.unflatten(-1, (3, form.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return F.scaled_dot_product_attention(query, key, value, is_causal=form.causal).transpose(1, 2).flatten(2)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmlg_scale.towers.block import BlockForm, run_block
+from mmlg_scale.towers.compiled import CompiledBlocks
 from mmlg_scale.towers.config import fields_of
 from mmlg_scale.towers.config import num_patches as count_patches
 
@@ -39,7 +40,7 @@ class Mlp(nn.Module):
         self.c_proj = nn.Linear(inner, width)
 
 
-class ResidualAttentionBlock(nn.Module):
+class ResidualAttentionBlock(CompiledBlocks):
     """A transformer block with its norms in front (pre-LN), computed by `block.run_block`: [B, T, d] -> [B, T, d].
 
     A module, because ZeRO-3 and torch's sharding gather parameters in the forward of the module that owns them. It owns those of its
@@ -57,7 +58,7 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """With `rows` [B, 1], only those rows' results: [B, 1, d]."""
-        return run_block(hidden, dict(self.named_parameters()), self.form, rows)
+        return run_block(hidden, dict(self.named_parameters()), self.form, rows, compiled=self.runs_compiled())
 
 
 class Transformer(nn.Module):
