@@ -106,13 +106,20 @@ def _compute(
 ) -> Tensor:
     normed = _layer_norm(hidden, ln_1_weight, ln_1_bias, form.eps)
     if rows_B1 is None:
-        attended = _attention(F.linear(normed, in_weight, in_bias), form)
+        attended = _attention(_linear(normed, in_weight, in_bias), form)
     else:
         attended = _attention_of_rows(normed, in_weight, in_bias, rows_B1, form)
         hidden = take_rows(hidden, rows_B1)
-    hidden = hidden + F.linear(attended, out_weight, out_bias)
-    inner = F.linear(_layer_norm(hidden, ln_2_weight, ln_2_bias, form.eps), fc_weight, fc_bias)
-    return hidden + F.linear(_activate(inner, form.activation), proj_weight, proj_bias)
+    hidden = hidden + _linear(attended, out_weight, out_bias)
+    inner = _linear(_layer_norm(hidden, ln_2_weight, ln_2_bias, form.eps), fc_weight, fc_bias)
+    return hidden + _linear(_activate(inner, form.activation), proj_weight, proj_bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """On a CPU a product with a bias writes it to every row first. A compiled block adds it where it next reads the product."""
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight) + bias
+    return F.linear(x, weight, bias)
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
