@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mmlg_scale.errors import UserError
+from mmlg_scale.reading import one_line
 
 BACKEND = "inductor"
 """torch.compile's backend; a test replaces it by one that compiles nothing."""
@@ -65,7 +66,10 @@ def require_compiler(device: str) -> None:
 
 
 def compiled_block(compute: Callable[..., Tensor], hidden_BTd: Tensor, form: Any, rows_B1: Tensor | None) -> Callable[..., Tensor]:
-    """`compute` with this form, compiled: called as ``block(hidden, rows, *tensors)``."""
+    """`compute` with this form, compiled: called as ``block(hidden, rows, *tensors)``; its first call compiles.
+
+    That raises UserError where torch cannot.
+    """
     if form.causal:
         torch._dynamo.mark_dynamic(hidden_BTd, 1)
     device = hidden_BTd.device.type
@@ -84,4 +88,22 @@ def _compiled(
     words = ["causal"] * form.causal + ["pooled"] * pooled + ["differentiable"] * differentiable
     name = "_".join(["block", *words, str(width), str(form.num_heads), form.activation, str(precision).removeprefix("torch.")])
     own = types.FunctionType(block.__code__.replace(co_name=name), block.__globals__, name, block.__defaults__, block.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=False, backend=BACKEND)
+    made = torch.compile(own, fullgraph=True, dynamic=False, backend=BACKEND)
+
+    def run(*args: Any) -> Tensor:
+        try:
+            return made(*args)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            # A run that is killed while the compiler writes leaves a part of a file, which torch does not replace.
+            raise UserError(
+                f"runtime.compile: torch cannot compile a block ({one_line(error.inner_exception)}). Remove its cache, {_cache()}, "
+                f"which a run that was killed may have damaged, {SWITCH_OFF}."
+            ) from error
+
+    return run
+
+
+def _cache() -> str:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()

@@ -19,6 +19,7 @@ from mmlg_scale.runtime import Runtime
 from mmlg_scale.towers import attention, compiled
 from mmlg_scale.training.engine import start_ranks
 from mmlg_scale.training.teacher import PlainCLIP
+from tests.towers.models import assert_one_line
 
 CONFIG = towers.model_config(
     {
@@ -183,3 +184,18 @@ def test_a_machine_without_a_compiler_says_so_at_the_start(monkeypatch: pytest.M
     monkeypatch.setenv("CXX", "c++-of-nowhere -O2")
     with pytest.raises(UserError, match=r"CXX names c\+\+-of-nowhere, which is not there"):
         start_ranks(Runtime(compile=True))
+
+
+def test_a_compiler_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a file in torch's cache of which a killed run has written a part."""
+
+    def fails(graph: Any, inputs: Any) -> Any:
+        raise ImportError("/tmp/x.so: file too short")
+
+    monkeypatch.setattr(compiled, "BACKEND", fails)
+    fresh()
+    model = plain()
+    switch(model, True)
+    told = assert_one_line(lambda: model(*batch(8)), compiled._cache(), "x.so: file too short", "set runtime.compile to false")
+    assert "Remove its cache" in told
+    fresh()
