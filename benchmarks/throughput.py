@@ -2,13 +2,16 @@
 
     python -m benchmarks.throughput                            # both models, one core, fp32
     python -m benchmarks.throughput --models mid --pairs 7 --out benchmarks/results
+    python -m benchmarks.throughput --compile --step-alone      # ours compiled, next to ours as it is and to open_clip_train
     python -m benchmarks.throughput sweep demo --out runs/benchmark --zero-stages 0 1 2 3     (the same as `mmlg benchmark demo ...`)
 
 Both sides train the same open_clip model from the same weights on the same shards: ours by `build_session` and `train_step`, theirs by
 `open_clip_train.train.train_one_epoch` with the data pipeline of `open_clip_train.data` (both from the open_clip_torch wheel). Same batch,
 precision, optimiser settings, clipping, crops, tokenizer, threads; loaders decode in the training process. Before anything is timed, the
 losses of both on one batch are compared. Then windows of steps alternate, ours and theirs, each with the loader inside and over batches
-that are decoded already, so that whatever else the machine does falls on both; a ratio is of two neighbouring windows.
+that are decoded already, so that whatever else the machine does falls on both; a ratio is of two neighbouring windows. With --compile ours
+is `runtime.compile`, windows of the same steps not compiled are in turn with them, and what the first steps take more than later ones is
+the cost of compiling, from an empty cache.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import inspect
 import itertools
 import json
 import logging
+import os
 import random
+import resource
 import statistics
 import sys
 import tempfile
@@ -59,6 +64,13 @@ PREDICTED = {
     "demo": {"loader inside": "1.3 to 1.7", "step alone": "1.1 to 1.3 (nothing can be cut)"},
 }
 """Ratios by CPU time, written down before the first run with captions cut; one core, fp32."""
+PREDICTED_COMPILED = {
+    "mid": "1.9 to 2.0 compiled, 1.85 to 1.95 without: three quarters of the time is in products, which stay as they are",
+    "demo": "1.6 to 1.75 compiled, 1.45 to 1.55 without",
+}
+"""Of the step alone, with attention over short sequences by plain products: of demo's block of 10 ms, 2.7 were attention and become 1.5;
+norms, activations, biases and copies take 2, of which compiling leaves 1."""
+COMPARED = {"ours": "theirs", "ours_step": "theirs_step", "ours_loader": "theirs_loader", "plain_step": "theirs_step"}
 LOSSES_AGREE = 1e-4
 """Relative difference of the two losses on one batch, above which nothing is timed (bf16: 2e-2)."""
 
@@ -107,6 +119,15 @@ class Ours:
     def run(self, batches: Iterator[Batch] | Sequence[Batch]) -> None:
         for batch in batches:
             self.session.train_step(batch, next(self._steps))
+
+    def run_plain(self, batches: Sequence[Batch]) -> None:
+        """The same steps, not compiled."""
+        blocks = [module for module in self.session.stage.model.modules() if isinstance(module, towers.CompiledBlocks)]
+        for block in blocks:
+            block.compiled = False
+        self.run(batches)
+        for block in blocks:
+            block.compiled = True
 
     def loss(self, batch: Batch) -> float:
         """Of the weights as they are; their gradients are dropped."""
@@ -222,8 +243,11 @@ def _their_optimizer(model: torch.nn.Module, settings: recipes.Optimizer) -> tor
     return torch.optim.AdamW(groups, lr=1e-9, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
 
 
-def compare(task: Task, runtime: Runtime, pairs: int) -> Row:
+def compare(task: Task, runtime: Runtime, pairs: int, *, step_alone: bool = False) -> Row:
     """Windows of both in turn; medians of what a step takes, and of the ratios of neighbouring windows.
+
+    Args:
+        step_alone: leave out the windows with loaders.
 
     Raises:
         RuntimeError: the two losses on one batch differ: not the same work.
@@ -236,25 +260,53 @@ def compare(task: Task, runtime: Runtime, pairs: int) -> Row:
     apart = abs(losses[0] - losses[1]) / abs(losses[1])
     if apart > (LOSSES_AGREE if task.settings.engine.precision == "fp32" else 2e-2):
         raise RuntimeError(f"{task.name}: the losses on one batch are {losses[0]} and {losses[1]}: not the same model or data")
-    windows: dict[str, Callable[[], None]] = {
-        "ours": lambda: ours.run(itertools.islice(ours.stream, task.steps)),
-        "theirs": lambda: theirs.run(theirs.stream),
-        "ours_step": lambda: ours.run(kept),
-        "theirs_step": lambda: theirs.run(prepared),
-        "ours_loader": lambda: _read(ours.stream, task.steps),
-        "theirs_loader": lambda: _read(theirs.stream, task.steps),
-    }
+    windows: dict[str, Callable[[], None]] = {"ours_step": lambda: ours.run(kept), "theirs_step": lambda: theirs.run(prepared)}
+    if not step_alone:
+        windows |= {
+            "ours": lambda: ours.run(itertools.islice(ours.stream, task.steps)),
+            "theirs": lambda: theirs.run(theirs.stream),
+            "ours_loader": lambda: _read(ours.stream, task.steps),
+            "theirs_loader": lambda: _read(theirs.stream, task.steps),
+        }
+    first = None
+    if runtime.compile:
+        first = _first_steps(ours, kept)
+        windows["plain_step"] = lambda: ours.run_plain(kept)
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in windows}
     for pair in range(pairs + 1):
-        names = list(windows) if pair % 2 else [name for two in zip(*[iter(windows)] * 2, strict=True) for name in reversed(two)]
-        for name in names:
+        for name in list(windows) if pair % 2 else list(reversed(windows)):
             found = _timed(windows[name], task.steps, ours.session.engine.device)
             if pair:  # the first of each warms up
                 spent[name].append(found)
     config, device = ours.session.stage.spec.config, ours.session.engine.device
     row = _row(task, spent, training_flops(config), measure_peak_flops(device)) | {"losses": losses}
+    if first is not None:
+        row |= _cost_of_compiling(row, first, task.steps)
     ours.session.close()
     return row
+
+
+def _first_steps(ours: Ours, batches: Sequence[Batch]) -> tuple[float, float]:
+    """Wall and CPU seconds of the first window, compilers' included."""
+
+    def cpu() -> float:
+        return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+    started = time.perf_counter(), cpu()
+    ours.run(batches)
+    return time.perf_counter() - started[0], cpu() - started[1]
+
+
+def _cost_of_compiling(row: Row, first: tuple[float, float], steps: int) -> Row:
+    """Seconds, and the steps after which they are gained (none where compiled steps are no faster)."""
+    found: Row = {}
+    for clock, seconds in zip(("wall", "cpu"), first, strict=True):
+        cost, gain = (
+            seconds - steps * row[f"ours_step_{clock}_seconds"],
+            row[f"plain_step_{clock}_seconds"] - row[f"ours_step_{clock}_seconds"],
+        )
+        found |= {f"compiling_{clock}_seconds": cost, f"steps_until_it_pays_{clock}": cost / gain if gain > 0 else None}
+    return found
 
 
 def _read(stream: Iterator[Any], count: int) -> None:
@@ -274,7 +326,7 @@ def _timed(work: Callable[[], None], steps: int, device: torch.device) -> tuple[
 
 def _row(task: Task, spent: dict[str, list[tuple[float, float]]], flops_per_sample: int, peak_flops: float) -> Row:
     """Medians; MFU is by the clock, and charges both sides what the whole model costs at full length, whatever they leave out."""
-    row: Row = {"model": task.name, "batch_size": task.batch_size, "steps": task.steps, "pairs": len(spent["ours"])}
+    row: Row = {"model": task.name, "batch_size": task.batch_size, "steps": task.steps, "pairs": len(spent["ours_step"])}
     row["mfu_of_step"] = {
         side: flops_per_sample * task.batch_size / statistics.median(wall for wall, _ in spent[f"{side}_step"]) / peak_flops
         for side in ("ours", "theirs")
@@ -283,12 +335,12 @@ def _row(task: Task, spent: dict[str, list[tuple[float, float]]], flops_per_samp
     for index, clock in ((0, "wall"), (1, "cpu")):
         for name, found in spent.items():
             row[f"{name}_{clock}_seconds"] = statistics.median(times[index] for times in found)
-        for kind in ("", "_step", "_loader"):
-            ratios = [
-                other[index] / own[index] for own, other in zip(spent[f"ours{kind}"], spent[f"theirs{kind}"], strict=True) if own[index] > 0
-            ]
-            row[f"ratio{kind}_{clock}"] = statistics.median(ratios)
-            row[f"ratios{kind}_{clock}"] = ratios
+        for own_name, other_name in COMPARED.items():
+            kind = own_name.removeprefix("ours")
+            if own_name in spent and other_name in spent:
+                pairs = zip(spent[own_name], spent[other_name], strict=True)
+                ratios = [other[index] / own[index] for own, other in pairs if own[index] > 0]
+                row[f"ratio{kind}_{clock}"], row[f"ratios{kind}_{clock}"] = statistics.median(ratios), ratios
     return row
 
 
@@ -297,8 +349,13 @@ def table(rows: Sequence[Row]) -> str:
     heads = ["model", "batch", "figure", "ours, samples per CPU s", "open_clip_train", "ratio, CPU time (range)", "ratio, clock (range)"]
     lines = [heads, ["---"] * len(heads)]
     for row in rows:
-        for kind, told in (("", "loader inside"), ("_step", "step alone"), ("_loader", "loader alone")):
-            cells = [f"{row['batch_size'] / row[f'{side}{kind}_cpu_seconds']:,.1f}" for side in ("ours", "theirs")]
+        told_of = {"": "loader inside", "_step": "step alone", "_loader": "loader alone", "plain_step": "step alone, not compiled"}
+        for own_name, other_name in COMPARED.items():
+            kind = own_name.removeprefix("ours")
+            if f"ratio{kind}_cpu" not in row:
+                continue
+            told = told_of[kind]
+            cells = [f"{row['batch_size'] / row[f'{name}_cpu_seconds']:,.1f}" for name in (own_name, other_name)]
             for clock in ("cpu", "wall"):
                 ratios = row[f"ratios{kind}_{clock}"]
                 cells.append(f"{row[f'ratio{kind}_{clock}']:.2f} ({min(ratios):.2f}–{max(ratios):.2f})")
@@ -340,29 +397,33 @@ def main() -> int:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--num-pairs", type=int, default=2000, help="training pairs to generate")
     parser.add_argument("--workers", type=int, default=0, help="loader processes of both sides")
+    parser.add_argument("--compile", action="store_true", help="ours with runtime.compile, next to ours without")
+    parser.add_argument("--step-alone", action="store_true", help="no windows with loaders")
     parser.add_argument("--profile", action="store_true", help="the operators that a step spends its time in, too")
     parser.add_argument("--data", type=Path, default=None, help="folder for the generated data; default: a temporary one")
-    parser.add_argument("--out", type=Path, default=None, help="folder for throughput_DEVICE.json")
+    parser.add_argument("--out", type=Path, default=None, help="folder for throughput_DEVICE.json (or …_compiled.json)")
     args = parser.parse_args()
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, predicted = (f"{device}_compiled", PREDICTED_COMPILED) if args.compile else (device, PREDICTED)
     report: Row = {"environment": measure.environment(device), "rows": [], "profiles": {}}
     with tempfile.TemporaryDirectory() as temporary:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(temporary) / "compiled")  # empty: what compiling costs is measured
         for name in args.models:
             task = make_task(
                 name, args.data or Path(temporary), batch_size=args.batch_size, steps=args.steps, precision=args.precision,
                 num_pairs=args.num_pairs,
             )  # fmt: skip
             # Keeping decoded images would compare a decoder with a cache.
-            runtime = Runtime(num_workers=args.workers, cache_decoded=False)
-            report["rows"].append(compare(task, runtime, args.pairs) | {"predicted": PREDICTED.get(name)})
+            runtime = Runtime(num_workers=args.workers, cache_decoded=False, compile=args.compile)
+            report["rows"].append(compare(task, runtime, args.pairs, step_alone=args.step_alone) | {"predicted": predicted.get(name)})
             print(table(report["rows"][-1:]), flush=True)
             if args.profile:
                 report["profiles"][name] = profile(task, runtime)
             if args.out is not None:
                 args.out.mkdir(parents=True, exist_ok=True)
-                (args.out / f"throughput_{device}.json").write_text(json.dumps(report, indent=1) + "\n")
+                (args.out / f"throughput_{kind}.json").write_text(json.dumps(report, indent=1) + "\n")
     print(table(report["rows"]))
     return 0
 

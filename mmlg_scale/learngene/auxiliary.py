@@ -22,7 +22,7 @@ RESIDUAL_OUTPUTS = ("attn.out_proj.weight", "mlp.c_proj.weight")
 COEFFICIENT_NOISE = 0.05
 
 
-class AuxiliaryCLIP(nn.Module):
+class AuxiliaryCLIP(towers.CompiledBlocks):
     """Owns every tensor of the learngene and composes stems and layers inside its own forward.
 
     One module owns all parameters because ZeRO-3 gathers them only in the forward of their owner; the modules that compute are kept out of
@@ -137,14 +137,15 @@ class AuxiliaryCLIP(nn.Module):
         # Under autocast the matrices would be rounded to its dtype at each use: they are so once, while they are written.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         found: dict[str, list[towers.Block]] = {}
+        compiled = self.runs_compiled()
         with torch.autocast(device, enabled=False):
             if per_layer and self.structure.basis == "knots":
                 lazy = compose_lazily(self.structure, self._get, sizes, dtype=dtype)
                 for tower, layers in lazy.items():
-                    found[tower] = [functools.partial(_make_and_run, self._form(tower, sizes[tower][1]), make) for make in layers]
+                    found[tower] = [functools.partial(_make_and_run, self._form(tower, sizes[tower][1]), compiled, make) for make in layers]
                 return found
             for tower, composed in compose_layers(self.structure, self._get, sizes, dtype=dtype).items():
-                found[tower] = [functools.partial(_run, self._form(tower, sizes[tower][1]), tensors) for tensors in composed]
+                found[tower] = [functools.partial(_run, self._form(tower, sizes[tower][1]), compiled, tensors) for tensors in composed]
         return found
 
     def _form(self, tower: str, width: int | None) -> towers.BlockForm:
@@ -209,14 +210,14 @@ class _StemRunner(nn.Module):
         return outputs
 
 
-def _run(form: towers.BlockForm, tensors: dict[str, Tensor], hidden: Tensor, *rest: Any) -> Tensor:
-    return towers.run_block(hidden, tensors, form, *rest)
+def _run(form: towers.BlockForm, compiled: bool, tensors: dict[str, Tensor], hidden: Tensor, *rest: Any) -> Tensor:
+    return towers.run_block(hidden, tensors, form, *rest, compiled=compiled)
 
 
-def _make_and_run(form: towers.BlockForm, make: Callable[[], dict[str, Tensor]], hidden: Tensor, *rest: Any) -> Tensor:
+def _make_and_run(form: towers.BlockForm, compiled: bool, make: Callable[[], dict[str, Tensor]], hidden: Tensor, *rest: Any) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         tensors = make()
-    return towers.run_block(hidden, tensors, form, *rest)
+    return towers.run_block(hidden, tensors, form, *rest, compiled=compiled)
 
 
 def _fill_block(layout: BlockLayout, block_P: Tensor, depth: int, generator: torch.Generator) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from mmlg_scale.towers.block import Block, BlockForm, run_block
 from mmlg_scale.towers.bundle import Bundle, ModelSpec, export, export_tower, load_ancestor, load_clip, load_tower
+from mmlg_scale.towers.compiled import CompiledBlocks, compile_blocks, require_compiler
 from mmlg_scale.towers.config import (
     architecture_names,
     context_length,
@@ -69,6 +70,7 @@ __all__ = [
     "BlockForm",
     "Bundle",
     "BytePairTokenizer",
+    "CompiledBlocks",
     "FileTokenizer",
     "ModelSpec",
     "Packing",
@@ -80,6 +82,7 @@ __all__ = [
     "build_clip",
     "build_meta",
     "clean",
+    "compile_blocks",
     "context_length",
     "cut_length",
     "empty_stem",
@@ -105,6 +108,7 @@ __all__ = [
     "open_clip_version",
     "patch_dropout",
     "read_tensors",
+    "require_compiler",
     "require_memory",
     "run_block",
     "run_image_tower",

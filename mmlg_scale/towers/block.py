@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmlg_scale.towers.attention import is_short, short_attention
+from mmlg_scale.towers.compiled import compiled_block
 from mmlg_scale.towers.config import head_dim, width
 from mmlg_scale.towers.packing import Packing, attention, attention_of_ends
 
@@ -77,6 +79,8 @@ def run_block(
     form: BlockForm,
     rows_B1: Tensor | None = None,
     packing: Packing | None = None,
+    *,
+    compiled: bool = False,
 ) -> Tensor:
     """One block on hidden states [B, T, d], or packed ones [N, d]; differentiable in all of them. See `Block`.
 
@@ -84,8 +88,12 @@ def run_block(
         tensors: by open_clip's names, see NAMES; in_proj has queries, keys and values one after the other.
         rows_B1: int64, a position of each sequence: only its result is computed, [B, 1, d]. A tower's last block needs no more where the
             tower is pooled at one position, since what the other positions give is used nowhere.
+        compiled: by torch.compile; the same to rounding.
     """
-    return _compute(hidden_BTd, form, rows_B1, packing, *(tensors[name] for name in NAMES))
+    ordered = [tensors[name] for name in NAMES]
+    if compiled and packing is None:  # a packing is a loop over its lengths on a CPU: another graph for each batch
+        return compiled_block(_compute, hidden_BTd, form, rows_B1)(hidden_BTd, rows_B1, *ordered)
+    return _compute(hidden_BTd, form, rows_B1, packing, *ordered)
 
 
 def _compute(
@@ -108,13 +116,20 @@ def _compute(
 ) -> Tensor:
     normed = _layer_norm(hidden, ln_1_weight, ln_1_bias, form.eps)
     if rows_B1 is None:
-        attended = _attention(F.linear(normed, in_weight, in_bias), form, packing)
+        attended = _attention(_linear(normed, in_weight, in_bias), form, packing)
     else:
         attended = _attention_of_rows(normed, in_weight, in_bias, rows_B1, form, packing)
         hidden = take_rows(hidden, rows_B1)
-    hidden = hidden + F.linear(attended, out_weight, out_bias)
-    inner = F.linear(_layer_norm(hidden, ln_2_weight, ln_2_bias, form.eps), fc_weight, fc_bias)
-    return hidden + F.linear(_activate(inner, form.activation), proj_weight, proj_bias)
+    hidden = hidden + _linear(attended, out_weight, out_bias)
+    inner = _linear(_layer_norm(hidden, ln_2_weight, ln_2_bias, form.eps), fc_weight, fc_bias)
+    return hidden + _linear(_activate(inner, form.activation), proj_weight, proj_bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """On a CPU a product with a bias writes it to every row first. A compiled block adds it where it next reads the product."""
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight) + bias
+    return F.linear(x, weight, bias)
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -123,6 +138,8 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def _attention(qkv_BT3d: Tensor, form: BlockForm, packing: Packing | None) -> Tensor:
+    if packing is None and is_short(qkv_BT3d):
+        return short_attention(qkv_BT3d, form.num_heads, form.causal)
     parts = qkv_BT3d.unflatten(-1, (3, form.num_heads, -1))
     if packing is not None:
         assert form.causal, "packed sequences are captions"

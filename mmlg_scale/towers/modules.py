@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmlg_scale.towers.block import BlockForm, run_block
+from mmlg_scale.towers.block import NAMES, BlockForm, run_block
+from mmlg_scale.towers.compiled import CompiledBlocks
 from mmlg_scale.towers.config import fields_of
 from mmlg_scale.towers.config import num_patches as count_patches
 from mmlg_scale.towers.packing import Packing
 
 Norm = Callable[[int], nn.LayerNorm]
+_PLACES = [tuple(name.rsplit(".", 1)) for name in NAMES]
 
 
 class LayerNorm(nn.LayerNorm):
@@ -40,7 +42,7 @@ class Mlp(nn.Module):
         self.c_proj = nn.Linear(inner, width)
 
 
-class ResidualAttentionBlock(nn.Module):
+class ResidualAttentionBlock(CompiledBlocks):
     """A transformer block with its norms in front (pre-LN), computed by `block.run_block`: [B, T, d] -> [B, T, d].
 
     A module, because ZeRO-3 and torch's sharding gather parameters in the forward of the module that owns them. It owns those of its
@@ -58,7 +60,11 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, hidden: Tensor, rows: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         """See `block.Block`."""
-        return run_block(hidden, dict(self.named_parameters()), self.form, rows, packing)
+        # Of its own modules: to look through all of them for parameters would take a twentieth of a small model's step.
+        modules = {"ln_1": self.ln_1, "attn": self.attn, "attn.out_proj": self.attn.out_proj, "ln_2": self.ln_2}
+        modules |= {"mlp.c_fc": self.mlp.c_fc, "mlp.c_proj": self.mlp.c_proj}
+        tensors = {f"{owner}.{name}": getattr(modules[owner], name) for owner, name in _PLACES}
+        return run_block(hidden, tensors, self.form, rows, packing, compiled=self.runs_compiled())
 
 
 class Transformer(nn.Module):

@@ -31,9 +31,11 @@ def start_ranks(runtime: Runtime) -> torch.device:
     """Join the process group (of one rank where no launcher started several), set the thread count, and return this rank's device.
 
     Raises:
-        UserError: the environment says that this is a rank, but not of what.
+        UserError: the environment says that this is a rank, but not of what; or blocks are to be compiled and there is no compiler.
     """
     use_cuda = torch.cuda.is_available()
+    if runtime.compile:
+        towers.require_compiler("cuda" if use_cuda else "cpu")
     if not use_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed probes for accelerators and warns
     if runtime.threads is not None:
@@ -86,7 +88,7 @@ class Engine:
     Args:
         model: owns every trained parameter; its forward is the only place where they are used (ZeRO-3 gathers them there).
         parameter_groups: torch optimiser groups; each may carry `lr` (its peak rate) and `weight_decay`.
-        runtime: ZeRO stage, activation checkpointing, whether captions are cut or packed.
+        runtime: ZeRO stage, activation checkpointing, whether captions are cut or packed and blocks compiled.
         batch_size: global; must be a multiple of the world size.
         precision: fp32 or bf16.
         communication: fp32 or bf16, in what gradients are exchanged.
@@ -127,6 +129,8 @@ class Engine:
             else _optimizer(parameter_groups, optimizer, runtime)
         )
         self._torch_optimizer = torch_optimizer
+        if runtime.compile:
+            towers.compile_blocks(model)
         self._clipping = optimizer.gradient_clipping
         if self.zero_stage == 3 and any(isinstance(module, towers.ResidualAttentionBlock) for module in model.modules()):
             # A block's forward uses its submodules' parameters without calling them: they are gathered with the block, as one.

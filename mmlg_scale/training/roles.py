@@ -163,7 +163,7 @@ def teacher_of(settings: recipe.Recipe, context: Context, model: towers.Bundle, 
         UserError: the recipe keeps features, and there are none.
     """
     if not settings.engine.keep_features:
-        return LiveTeacher(model, context.device, shard=context.runtime.shard_ancestor)
+        return LiveTeacher(model, context.device, shard=context.runtime.shard_ancestor, compiled=context.runtime.compile)
     if features is None:
         raise UserError("recipe key engine.keep_features needs --features. Give the folder that mmlg features wrote.")
     return CachedTeacher(features, model.spec, features_identity(settings, context.pairs, ancestor))

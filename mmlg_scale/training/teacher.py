@@ -81,11 +81,13 @@ class LiveTeacher:
 
     cost: None = None
 
-    def __init__(self, model: towers.Bundle, device: torch.device, *, shard: bool = False) -> None:
+    def __init__(self, model: towers.Bundle, device: torch.device, *, shard: bool = False, compiled: bool = False) -> None:
         self.spec = model.spec
         clip = towers.build_clip(model.spec.config, seed=0)
         clip.load_state_dict(dict(model.state))
         self.model = PlainCLIP(clip).to(device).eval().requires_grad_(False)
+        if compiled:
+            towers.compile_blocks(self.model)
         if shard and several_ranks():
             _shard(self.model, device)
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from mmlg_scale import recipe, towers
 from mmlg_scale.runtime import Runtime
+from mmlg_scale.towers import compiled
 from mmlg_scale.training.engine import Engine, start_ranks, stop_ranks
 from mmlg_scale.training.inputs import Inputs
 from mmlg_scale.training.stages import ClipStage, ExtractionStage, Stage
@@ -42,6 +43,7 @@ class Case:
     per_layer: bool = False
     shard: bool = False
     packed: bool = False
+    compiled: bool = False
     change: str | None = None
 
     @property
@@ -53,11 +55,19 @@ class Case:
         parts += ["per-layer"] if self.per_layer else []
         parts += ["sharded-teacher"] if self.shard else []
         parts += ["packed"] if self.packed else []
+        parts += ["compiled"] if self.compiled else []
         return "-".join([*parts, *([self.change] if self.change else [])])
 
 
 KINDS = ("ancestor", "extraction")
 CONTEXT = 16
+COMPILED = [
+    Case("ancestor", 3, compiled=True),  # by default
+    *(Case("ancestor", zero, compiled=True) for zero in (0, 1)),
+    Case("extraction", 2, 2, 0.5, compiled=True),
+    Case("extraction", 3, checkpointing=True, per_layer=True, compiled=True),
+    Case("extraction", 3, shard=True, compiled=True),
+]
 EXACT = [
     *(Case(kind, zero) for zero in (0, 1, 2, 3) for kind in KINDS),
     *(Case(kind, zero, 4, 0.5) for zero in (0, 2, 3) for kind in KINDS),
@@ -71,16 +81,20 @@ EXACT = [
     *(Case("extraction", zero, parts, dropout, shard=True) for zero, parts, dropout in ((0, 1, 0.0), (3, 4, 0.5))),
     *(Case("extraction", zero, parts, checkpointing=zero == 3, shard=zero == 3, packed=True) for zero, parts in ((1, 1), (3, 2))),
     Case("ancestor", 0, change="own_gather"),
+    *COMPILED,
 ]
 WRONG = [
     Case("ancestor", 0, change="world_factor"),
     Case("extraction", 2, change="world_factor"),
     Case("ancestor", 2, change="detached_gather"),
 ]
-BF16 = [Case(kind, zero, precision="bf16") for zero in (0, 1, 2, 3) for kind in KINDS]
+COMPILED_BF16 = [Case("extraction", 1, precision="bf16", compiled=True), Case("ancestor", 3, precision="bf16", compiled=True)]
+BF16 = [*(Case(kind, zero, precision="bf16") for zero in (0, 1, 2, 3) for kind in KINDS), *COMPILED_BF16]
 MUON = [("ancestor", 0), ("extraction", 1), ("ancestor", 2), ("factorised", 2)]
 RESUMED = [(kind, zero, "adamw") for zero in (0, 1, 2, 3) for kind in KINDS] + [("extraction", 2, "muon")]
 MORE = {
+    *COMPILED[1:],
+    *COMPILED_BF16,
     *(Case(kind, zero, 4, 0.5) for kind, zero in (("ancestor", 0), ("ancestor", 2), ("extraction", 2), ("extraction", 3))),
     *(Case(kind, zero, 1, 0.5, True) for kind, zero in (("ancestor", 1), ("extraction", 3))),
     Case("extraction", 2, checkpointing=True, per_layer=True),
@@ -139,6 +153,7 @@ def make(case: Case, device: torch.device, name: str = "sgd") -> tuple[Stage, En
         accumulation=case.accumulation,
         patch_dropout=case.patch_dropout,
         shard=case.shard,
+        compiled=case.compiled,
         context_length=CONTEXT,
     )
     if isinstance(stage, ExtractionStage):
@@ -150,6 +165,7 @@ def make(case: Case, device: torch.device, name: str = "sgd") -> tuple[Stage, En
         zero_stage=case.zero_stage,  # type: ignore[arg-type]
         persistence_threshold=0,  # else ZeRO-3 leaves models as small as these whole on every rank
         activation_checkpointing=case.checkpointing,
+        compile=case.compiled,
     )
     optimizer = OPTIMIZER if name == "sgd" else recipe.Optimizer(name=name, learning_rate=1e-3)  # type: ignore[arg-type]
     stage.training.optimizer = optimizer
@@ -207,6 +223,8 @@ def resume(kind: str, zero_stage: int, name: str, device: torch.device, out: Pat
 
 def main(out: Path, more: bool) -> None:
     device = start_ranks(Runtime())
+    if not more:
+        compiled.BACKEND = "aot_eager"  # the same graphs, run by torch's own operators
     for case in (*EXACT, *WRONG, *BF16):
         if (case in MORE) != more:
             continue

@@ -46,12 +46,13 @@ def build_stage(
     accumulation: int = 1,
     patch_dropout: float = 0.0,
     shard: bool = False,
+    compiled: bool = False,
     context_length: int = 8,
 ) -> Stage:
     """`ancestor` (only contrastive) or `extraction` (auxiliary model, hidden states, all terms), with `affinity`, or 3 `students`.
 
     `pretraining` is the auxiliary model without an ancestor; `factorised` is `extraction` with a token embedding of rank 5.
-    `siglip` and `siglip_extraction` are the same two with SigLIP's loss. `shard`: the teacher.
+    `siglip` and `siglip_extraction` are the same two with SigLIP's loss. `shard`, `compiled`: the teacher.
     """
     training = recipe.Training(steps=STEPS, batch_size=BATCH, optimizer=OPTIMIZER, accumulation=accumulation)
     vision = {**CONFIG["vision_cfg"], "patch_dropout": patch_dropout}  # type: ignore[dict-item]
@@ -70,7 +71,7 @@ def build_stage(
     loss = recipe.DistillationLoss(affinity=2.0 if kind == "affinity" else 0.0)
     more = {"students_per_step": 3 if kind == "students" else 1, "embedding_rank": rank}
     settings = recipe.Extraction(training=training, min_layers=2, loss=loss, **more)
-    return ExtractionStage(settings, auxiliary, LiveTeacher(model, device, shard=shard), device, seed=3)
+    return ExtractionStage(settings, auxiliary, LiveTeacher(model, device, shard=shard, compiled=compiled), device, seed=3)
 
 
 def plain_loss(stage: Stage, step: int) -> Tensor:
