@@ -20,19 +20,19 @@ from mmlg_scale.metric_names import KS
 def retrieval_ranks(image_ND: Tensor, text_MD: Tensor, text_to_image_M: Tensor, *, chunk_size: int = 1024) -> tuple[Tensor, Tensor]:
     """Ranks of the best right answer: of its image for each caption [M], and of its best caption for each image [N]."""
     image_ND, text_MD = F.normalize(image_ND.float(), dim=-1), F.normalize(text_MD.float(), dim=-1)
-    image_ranks = []
+    # Results have a place beforehand: small ones that stay, made among large ones that go, would leave the heap full of holes.
+    image_ranks, text_ranks = (torch.empty(len(rows), dtype=torch.long) for rows in (text_MD, image_ND))
     for start in range(0, len(text_MD), chunk_size):
         scores = text_MD[start : start + chunk_size] @ image_ND.T
         own = scores.gather(1, text_to_image_M[start : start + chunk_size, None])
         # The right image is one of those counted; written so that a NaN score counts as the worst rank, not the best.
-        image_ranks.append((~(scores < own)).sum(dim=1))
-    text_ranks = []
+        image_ranks[start : start + chunk_size] = (~(scores < own)).sum(dim=1)
     for start in range(0, len(image_ND), chunk_size):
         scores = image_ND[start : start + chunk_size] @ text_MD.T
         right = text_to_image_M[None, :] == torch.arange(start, start + scores.shape[0])[:, None]
         best = scores.masked_fill(~right, -torch.inf).max(dim=1, keepdim=True).values
-        text_ranks.append(1 + (~(scores < best) & ~right).sum(dim=1))
-    return torch.cat(image_ranks), torch.cat(text_ranks)
+        text_ranks[start : start + chunk_size] = 1 + (~(scores < best) & ~right).sum(dim=1)
+    return image_ranks, text_ranks
 
 
 def recall_at_k(
