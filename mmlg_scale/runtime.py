@@ -44,9 +44,9 @@ class Runtime:
     """Captions of a training step: as long as the context; cut after the longest of the rank's batch (rounded up to 8 tokens); or packed
     one after the other, without padding."""
     compile: bool = False
-    """Compile the transformer block for this machine (torch.compile): faster steps after a start that compiles for seconds to minutes,
-    and reads the cache of earlier runs. Needs a C++ compiler. Losses differ from those without it in the last digits. Packed captions are
-    not compiled."""
+    """Compile the transformer block for this machine (torch.compile). The first steps wait for it, minutes on a CPU, where it gains a
+    twentieth on a small model; later runs read torch's cache. Needs a C++ compiler. Losses differ in the last digits. Packed captions are not
+    compiled."""
     compose_per_layer: bool = False
     """Extraction sums a layer's matrices when it runs, not all before the first; with activation_checkpointing one layer's are in
     memory."""
