@@ -45,8 +45,8 @@ class Runtime:
     one after the other, without padding."""
     compile: bool = False
     """Compile the transformer block for this machine (torch.compile). The first steps wait for it, minutes on a CPU, where it gains a
-    twentieth on a small model; later runs read torch's cache. Needs a C++ compiler. Losses differ in the last digits. Packed captions are not
-    compiled."""
+    twentieth on a small model; later runs read torch's cache. Needs a C++ compiler. Losses differ in the last digits. Packed captions
+    are not compiled."""
     compose_per_layer: bool = False
     """Extraction sums a layer's matrices when it runs, not all before the first; with activation_checkpointing one layer's are in
     memory."""
