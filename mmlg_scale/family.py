@@ -23,7 +23,7 @@ from mmlg_launchers import Launcher, LocalLauncher, Resources, Step, StepFailed,
 from rich.console import Console
 
 from mmlg_scale import recipe, towers
-from mmlg_scale.accounting import BYTES_PER_PARAMETER, WITHOUT_ANCESTOR, checkpoint_bytes, summarise
+from mmlg_scale.accounting import BYTES_PER_PARAMETER, WITHOUT_ANCESTOR, summarise
 from mmlg_scale.data.corpus import PairSet, pairs_of
 from mmlg_scale.data.summary import num_pairs
 from mmlg_scale.digests import file_digest
@@ -32,6 +32,7 @@ from mmlg_scale.evaluation.evaluate import folder_features
 from mmlg_scale.files import require_space, write_text_atomic
 from mmlg_scale.learngene.baselines import FROM_LEARNGENE
 from mmlg_scale.learngene.structure import Structure
+from mmlg_scale.memory import checkpoint_bytes
 from mmlg_scale.metric_names import check_metric
 from mmlg_scale.recipe_file import to_content
 from mmlg_scale.records import write_record

@@ -19,17 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmlg_scale import recipe, towers
-from mmlg_scale.accounting import (
-    BYTES_PER_PARAMETER,
-    activation_bytes,
-    checkpoint_bytes,
-    compared_bytes,
-    forward_flops,
-    loss_bytes,
-    parameter_counts,
-    peak_bytes,
-    training_flops,
-)
+from mmlg_scale.accounting import BYTES_PER_PARAMETER, forward_flops, parameter_counts, training_flops
 from mmlg_scale.data.corpus import pairs_of
 from mmlg_scale.data.scenes import TRAIN_CAPTIONS, scenes_tokenizer
 from mmlg_scale.data.summary import num_pairs
@@ -37,6 +27,7 @@ from mmlg_scale.family import Member, Plan, check, check_folder, num_parallel, s
 from mmlg_scale.hardware import Hardware
 from mmlg_scale.learngene.file import tensor_bytes
 from mmlg_scale.learngene.structure import TOWERS, Structure
+from mmlg_scale.memory import activation_bytes, checkpoint_bytes, compared_bytes, loss_bytes, peak_bytes
 from mmlg_scale.report import NAMES, seconds, si
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.checkpoint import Checkpoints

@@ -13,11 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmlg_scale import recipe, towers
-from mmlg_scale.accounting import activation_bytes, peak_bytes, state_bytes, training_flops
+from mmlg_scale.accounting import training_flops
 from mmlg_scale.cli import main
 from mmlg_scale.data.corpus import open_pairs
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.forecast import StepCost, StepForecast, _until_the_end, forecast
+from mmlg_scale.memory import activation_bytes, peak_bytes, state_bytes
 from mmlg_scale.recipe_file import load_recipe
 from mmlg_scale.records import write_record
 from mmlg_scale.training.roles import AncestorRole, Context, ExtractionRole

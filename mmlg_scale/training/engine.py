@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmlg_scale import recipe, towers
-from mmlg_scale.accounting import checkpoint_bytes
 from mmlg_scale.errors import UserError
+from mmlg_scale.memory import checkpoint_bytes
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.muon import MuonAdamW
 from mmlg_scale.training.state import Part, SavedParts, copy_buffers, copy_parts, find_parts, load_buffers, load_parts, share_of

@@ -11,7 +11,8 @@ import pytest
 from mmlg_launchers import LocalLauncher, Resources
 
 from mmlg_scale import towers
-from mmlg_scale.accounting import activation_bytes, parameter_counts, peak_bytes
+from mmlg_scale.accounting import parameter_counts
+from mmlg_scale.memory import activation_bytes, peak_bytes
 from mmlg_scale.runtime import Runtime
 
 
