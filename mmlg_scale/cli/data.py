@@ -100,7 +100,11 @@ def _add_packing(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("images")
     help_text = "Resize to N pixels (shorter side) and crop the centre square."
     group.add_argument("--resize", type=PositiveInt | None, default=None, metavar="N", help=help_text)
-    group.add_argument("--skip-bad", action="store_true", help="Leave out images that are missing or do not decode, and list them.")
+    group.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="Leave out images that are missing or do not decode and captions that are empty or too long, and list them.",
+    )
     group.add_argument(
         "--as-stored",
         action="store_true",

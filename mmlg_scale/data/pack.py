@@ -45,7 +45,8 @@ class PackSettings:
         resize: pixels of the shorter side to which images are resized, with a centre crop; None: they are packed as they are.
         as_shown: pack an image that programs show otherwise than it is stored (on its side, transparent, 16 bits, a palette) as a PNG of
             what they show, and say how many these are; otherwise every image is packed as it is.
-        skip_bad: leave out images that are missing or do not decode, and list them in OUT/skipped.json; otherwise they are errors.
+        skip_bad: leave out images that are missing or do not decode, and captions that are empty or too long, and list them in
+            OUT/skipped.json; otherwise they are errors.
     """
 
     val: float = 0.05
@@ -69,11 +70,11 @@ class Item:
     label: int | None = None
 
 
-class ImageCheck:
-    """Decodes images before they are packed; what does not decode is an error, or with `skip_bad` left out and listed.
+class PairCheck:
+    """Checks images and captions before they are packed; what is bad is an error, or with `skip_bad` left out and listed.
 
     Attributes:
-        skipped: what was said of each image that is left out.
+        skipped: what was said of each image and caption that is left out.
     """
 
     def __init__(self, skip_bad: bool) -> None:
@@ -88,11 +89,25 @@ class ImageCheck:
         try:
             _check_image(path, where)
         except UserError as error:
-            if not self.skip_bad:
-                raise UserError(f"{error} Or leave such images out with --skip-bad.") from error
-            self.skipped.append(str(error))
+            self.leave_out(str(error), "images")
             return False
         return True
+
+    def is_caption(self, text: str, where: str) -> bool:
+        """Whether a caption has a text, and no more of it than is supported; as `is_good`."""
+        if not text:
+            self.leave_out(f"{where}empty caption. Give one, or remove it.", "captions")
+        elif len(text) > MAX_CAPTION:
+            self.leave_out(f"{where}a caption of {len(text)} characters; at most {MAX_CAPTION} are supported. Shorten it.", "captions")
+        else:
+            return True
+        return False
+
+    def leave_out(self, problem: str, what: str) -> None:
+        """List what is bad. Raises UserError where it is not to be skipped."""
+        if not self.skip_bad:
+            raise UserError(f"{problem} Or leave such {what} out with --skip-bad.")
+        self.skipped.append(problem)
 
 
 def pack_table(
@@ -117,16 +132,14 @@ def pack_table(
         raise UserError(f"no table {table}. Give a CSV or TSV file, or a folder with one folder of images per class.")
     captions: dict[str, list[str]] = defaultdict(list)
     split_of: dict[str, str] = {}
-    check, good = ImageCheck(settings.skip_bad), dict[str, bool]()
+    check, good = PairCheck(settings.skip_bad), dict[str, bool]()
     for number, row in _rows(table, (image_column, caption_column)):
         name, caption = row[image_column].strip(), row[caption_column].strip()
         if not name:
             raise UserError(f"{table} row {number}: empty {image_column}. Give the image's path, or remove the row.")
         name = os.path.normpath(name)  # a.png and ./a.png are one image, which must not land in two splits
-        if not caption:
-            raise UserError(f"{table} row {number}: empty caption. Give one, or remove the row.")
-        if len(caption) > MAX_CAPTION:
-            raise UserError(f"{table} row {number}: a caption of {len(caption)} characters; {MAX_CAPTION} are supported. Shorten it.")
+        if not check.is_caption(caption, f"{table} row {number}: "):
+            continue
         if name not in good:
             good[name] = check.is_good(table.parent / name, f"{table} row {number}: ")
         if not good[name]:
@@ -139,7 +152,10 @@ def pack_table(
                 raise UserError(f"{table} row {number}: {name} is in split {split_of[name]} and in {row['split']}. Keep it in one.")
     items = {name: Item(table.parent / name, texts) for name, texts in captions.items()}
     if not items:
-        raise UserError(f"{table} has no rows. Give one row per image and caption.")
+        told = (
+            f": all {len(check.skipped)} are bad. First: {check.skipped[0]}" if check.skipped else ". Give one row per image and caption."
+        )
+        raise UserError(f"{table} has no rows{told}")
     if split_of and len(split_of) < len(items):
         raise UserError(f"{table}: some images have a split and {len(items) - len(split_of)} have none. Fill the column, or leave it out.")
     groups = group(items, split_of) if split_of else draw(items, settings)
@@ -228,7 +244,7 @@ def pack_folders(
     if len(names) < 2:
         raise UserError(f"{folder} has {len(names)} class folders. Give a folder with one folder of images per class.")
     _require_distinct(folder, names)
-    items, split_of, check = {}, {}, ImageCheck(settings.skip_bad)
+    items, split_of, check = {}, {}, PairCheck(settings.skip_bad)
     for split, root in roots.items():
         for label, name in enumerate(names):
             inside = sorted(path for path in (root / name).glob("*") if not path.name.startswith("."))
@@ -351,7 +367,7 @@ def write_groups(
         if skipped:
             write_json_atomic(root / "skipped.json", list(skipped))
     if skipped:
-        print(f"left out {len(skipped)} files and folders, listed in {out / 'skipped.json'}. First: {skipped[0]}")
+        print(f"left out {len(skipped)} files, folders and captions, listed in {out / 'skipped.json'}. First: {skipped[0]}")
     if converted:
         told = ", ".join(f"{what} {count}" for what, count in sorted(converted.items()))
         print(f"images packed as viewers show them, not as they are stored: {told}")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmlg_scale.bounds import MAX_CAPTION, MAX_TABLE_BYTES
+from mmlg_scale.bounds import MAX_TABLE_BYTES
 from mmlg_scale.data import RESTVAL, SPLITS
 from mmlg_scale.data.manifest import Progress
-from mmlg_scale.data.pack import DEFAULTS, ImageCheck, Item, PackSettings, digest, draw, group, write_groups
+from mmlg_scale.data.pack import DEFAULTS, Item, PackSettings, PairCheck, digest, draw, group, write_groups
 from mmlg_scale.errors import UserError
 from mmlg_scale.reading import read_json, shown
 
@@ -56,15 +56,14 @@ def pack_json(
     """
     if restval not in RESTVAL:
         raise UserError(f"restval {restval!r} is unknown. Use one of: {', '.join(RESTVAL)}.")
-    content = _load(source)
+    content, check = _load(source), PairCheck(settings.skip_bad)
     if not images.is_dir():
         raise UserError(f"no folder of images {images}. Give the one that image names in {source} are relative to with --images.")
     if "annotations" in content:
-        entries = _coco_entries(source, content)
+        entries = _coco_entries(source, content, check)
     else:
-        entries = _karpathy_entries(source, content, restval)
+        entries = _karpathy_entries(source, content, restval, check)
         _check_counts(source, str(content.get("dataset", "")), entries, restval, allow_other_counts)
-    check = ImageCheck(settings.skip_bad)
     kept = [entry for entry in progress(entries) if check.is_good(images / entry.name, entry.where)]
     items = {entry.name: Item(images / entry.name, entry.captions) for entry in kept}
     split_of = {entry.name: entry.split for entry in kept if entry.split is not None}
@@ -80,15 +79,14 @@ def _load(source: Path) -> dict[str, Any]:
     return content
 
 
-def _coco_entries(source: Path, content: Mapping[str, Any]) -> list[_Entry]:
+def _coco_entries(source: Path, content: Mapping[str, Any], check: PairCheck) -> list[_Entry]:
     """Images in the order of their list, captions in the order of the annotations."""
     captions: dict[Any, list[str]] = defaultdict(list)
     try:
         for number, annotation in enumerate(content["annotations"]):
-            text = annotation["caption"].strip()
-            if not text:
-                raise UserError(f"{source} annotations[{number}]: empty caption. Give one, or remove it.")
-            captions[annotation["image_id"]].append(text)
+            text, own = annotation["caption"].strip(), captions[annotation["image_id"]]
+            if check.is_caption(text, f"{source} annotations[{number}]: "):
+                own.append(text)
         entries = [
             _Entry(image["file_name"], captions.pop(image["id"], []), None, f"{source} images[{number}]: ")
             for number, image in enumerate(content["images"])
@@ -99,10 +97,10 @@ def _coco_entries(source: Path, content: Mapping[str, Any]) -> list[_Entry]:
         ) from error
     if captions:
         raise UserError(f"{source}: {len(captions)} images have annotations but no entry, such as id {next(iter(captions))}. Add them.")
-    return _checked(source, entries)
+    return _checked(source, entries, check)
 
 
-def _karpathy_entries(source: Path, content: Mapping[str, Any], restval: str) -> list[_Entry]:
+def _karpathy_entries(source: Path, content: Mapping[str, Any], restval: str, check: PairCheck) -> list[_Entry]:
     entries = []
     for number, image in enumerate(content["images"]):
         try:
@@ -116,24 +114,25 @@ def _karpathy_entries(source: Path, content: Mapping[str, Any], restval: str) ->
             split = "train"
         if split not in SPLITS:
             raise UserError(f"{source} images[{number}]: split {split!r} is not one of {', '.join(SPLITS)}, restval. Correct it.")
-        entries.append(_Entry(name, [text for text in captions if text], split, f"{source} images[{number}]: "))
-    return _checked(source, entries)
+        where = f"{source} images[{number}]: "
+        entries.append(_Entry(name, [text for text in captions if check.is_caption(text, where)], split, where))
+    return _checked(source, entries, check)
 
 
-def _checked(source: Path, entries: list[_Entry]) -> list[_Entry]:
+def _checked(source: Path, entries: list[_Entry], check: PairCheck) -> list[_Entry]:
     """The entries, each with captions and none twice."""
+    kept = []
     for entry in entries:
         if not isinstance(entry.name, str):
             raise UserError(f"{entry.where}its file name is {shown(entry.name)}, not a text. Correct it.")
-        if not entry.captions:
-            raise UserError(f"{entry.where}{entry.name} has no captions. Add one, or remove the image.")
-        longest = max(map(len, entry.captions))
-        if longest > MAX_CAPTION:
-            raise UserError(f"{entry.where}a caption of {longest} characters; at most {MAX_CAPTION} are supported. Shorten it.")
+        if entry.captions:
+            kept.append(entry)
+        else:
+            check.leave_out(f"{entry.where}{entry.name} has no captions. Add one, or remove the image.", "images")
     twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
     if twice:
         raise UserError(f"{source}: {twice[0]} appears twice. Keep one entry per image.")
-    return entries
+    return kept
 
 
 def _check_counts(source: Path, dataset: str, entries: list[_Entry], restval: str, allow_other: bool) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmlg_scale.bounds import MAX_CAPTION
 from mmlg_scale.cli import main
 from mmlg_scale.data.pack import PackSettings, pack_folders, pack_table
 from mmlg_scale.data.pack_json import pack_json
@@ -71,7 +72,7 @@ def test_coco_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for change, said in (
         (lambda c: c["images"].pop(), "1 images have annotations but no entry, such as id 995"),
         (lambda c: c["annotations"].clear(), r"images\[0\]: 000.jpg has no captions"),
-        (lambda c: c["annotations"][3].update(caption=" "), r"annotations\[3\]: empty caption"),
+        (lambda c: c["annotations"][3].update(caption=" "), r"annotations\[3\]: empty caption.* --skip-bad"),
         (lambda c: [note.pop("caption") for note in c["annotations"]], "Give captions_"),
         (lambda c: c["images"][2].update(file_name="000.jpg"), "000.jpg appears twice"),
         (lambda c: c["images"][2].update(file_name="x.jpg"), r"images\[2\]: no image .*x.jpg"),
@@ -182,7 +183,7 @@ def test_a_cut_jpeg_is_found_before_anything_is_written_or_skipped(tmp_path: Pat
     assert not out.exists()
     skip = PackSettings(skip_bad=True)
     pack_table(table, out, skip)
-    assert "left out 2 files and folders" in capsys.readouterr().out
+    assert "left out 2 files, folders and captions" in capsys.readouterr().out
     listed = json.loads((out / "skipped.json").read_text())
     assert len(listed) == 2
     assert "row 10" in listed[0]
@@ -203,3 +204,38 @@ def test_a_cut_jpeg_is_found_before_anything_is_written_or_skipped(tmp_path: Pat
         pack_folders(tmp_path / "classes", tmp_path / "folders", templates=["a {}"])
     pack_folders(tmp_path / "classes", tmp_path / "folders", skip, templates=["a {}"])
     assert sum(len(ShardReader(tmp_path / "folders" / split)) for split in ("train", "val", "test")) == 18
+
+
+def test_bad_captions_are_left_out_and_listed(tmp_path: Path) -> None:
+    """Of tables, COCO and Karpathy files: the image keeps its other captions, or is left out with its last one."""
+    paths, long, skip = write_jpegs(tmp_path / "in", 12), "x" * (MAX_CAPTION + 1), PackSettings(skip_bad=True)
+    given = [[f"{number} a", f"{number} b"] for number in range(12)]
+    given[2][1], given[5], given[7][0] = " ", ["", long], long
+    wanted = {path.read_bytes(): [f"{number} a", f"{number} b"] for number, path in enumerate(paths) if number != 5}
+    wanted[paths[2].read_bytes()], wanted[paths[7].read_bytes()] = ["2 a"], ["7 b"]
+    table = tmp_path / "in" / "t.csv"
+    rows = [f"{path.name},{text}\n" for path, texts in zip(paths, given, strict=True) for text in texts]
+    table.write_text("filepath,caption\n" + "".join(rows))
+    notes = [{"image_id": number, "caption": text} for number, texts in enumerate(given) for text in texts]
+    images = [{"id": number, "file_name": path.name} for number, path in enumerate(paths)]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    entries = [
+        {"filename": path.name, "split": ("train", "val", "test")[number % 3], "sentences": [{"raw": text} for text in texts]}
+        for number, (path, texts) in enumerate(zip(paths, given, strict=True))
+    ]
+    (tmp_path / "karpathy.json").write_text(json.dumps({"images": entries}))
+    packs = {
+        "table": lambda out, settings: pack_table(table, out, settings),
+        "coco": lambda out, settings: pack_json(tmp_path / "coco.json", out, settings, images=tmp_path / "in"),
+        "karpathy": lambda out, settings: pack_json(tmp_path / "karpathy.json", out, settings, images=tmp_path / "in"),
+    }
+    for name, pack in packs.items():
+        with pytest.raises(UserError, match=r"empty caption\. Give one, or remove it\. Or leave such captions out with --skip-bad"):
+            pack(tmp_path / name, PackSettings())
+        assert not (tmp_path / name).exists()
+        pack(tmp_path / name, skip)
+        listed = json.loads((tmp_path / name / "skipped.json").read_text())
+        assert len([line for line in listed if "empty caption" in line]) == 2
+        assert len([line for line in listed if f"a caption of {MAX_CAPTION + 1} characters" in line]) == 2
+        found = [contents(tmp_path / name, split) for split in ("train", "val", "test")]
+        assert {image: texts for part in found for image, texts in part.items()} == wanted

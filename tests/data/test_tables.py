@@ -95,7 +95,7 @@ def test_files_of_classes_that_are_left_out_are_listed(tmp_path: Path, capsys: p
         )
     ]
     out = capsys.readouterr().out
-    assert f"left out 4 files and folders, listed in {tmp_path / 'out' / 'skipped.json'}. First: {listed[0]}" in out
+    assert f"left out 4 files, folders and captions, listed in {tmp_path / 'out' / 'skipped.json'}. First: {listed[0]}" in out
 
 
 def test_keys_with_dots_and_other_members_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
