@@ -220,7 +220,9 @@ def test_a_preempted_job_is_told_and_comes_back(slurm: Daemons, launcher: SlurmL
     other = urgent.submit(["sleep", "3"], Resources(2, 2, cpus_per_process=2), place / "urgent.launch")
     assert other.wait(120) is JobState.COMPLETED
     assert job.wait(120) is JobState.COMPLETED
-    assert [log.read_text().split() for log in job.log_paths()[:4]] == [["start", "0", "SIGUSR2", "start", "1"]] * 4
+    for log in job.log_paths()[:4]:
+        own = [line for line in log.read_text().splitlines() if not line.startswith("slurmstepd")]  # Slurm may say that it ended a step
+        assert " ".join(own).split() == ["start", "0", "SIGUSR2", "start", "1"]
 
 
 @pytest.mark.slow
