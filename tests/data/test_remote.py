@@ -23,6 +23,7 @@ from mmlg_scale.data.store import CacheSettings
 from mmlg_scale.errors import UserError
 from mmlg_scale.recipe import Recipe
 from tests.data.server import Server, used
+from tests.data.sets import assert_same
 from tests.data.specs import spec_for
 
 NUM_SHARDS = 20
@@ -53,14 +54,6 @@ def batches(pairs: PairSet, folder: Path, count: int, *, start_step: int = 0, **
     return list(islice(Corpus(pairs, spec_for(folder)).stream(settings, start_step), count))
 
 
-def require_equal(found: list[Batch], wanted: list[Batch]) -> None:
-    assert len(found) == len(wanted)
-    for one, other in zip(found, wanted, strict=True):
-        assert torch.equal(one.samples_B2, other.samples_B2)
-        assert torch.equal(one.image_uint8_BCHW, other.image_uint8_BCHW)
-        assert torch.equal(one.text_BT, other.text_BT)
-
-
 def tars(server: Server, split: str) -> dict[str, int]:
     requests = dict(server.requests)  # handlers may still count
     return {name: count for name, count in requests.items() if name.startswith(f"{split}/") and name.endswith(".tar")}
@@ -75,7 +68,7 @@ def test_a_troubled_server_gives_the_batches_of_the_disk(num_workers: int, folde
     disk, remote = open_pairs(folder), open_pairs(server.url, cache(tmp_path))
     assert remote.digest() == disk.digest()
     assert remote.classes == disk.classes
-    require_equal(batches(remote, folder, 7, num_workers=num_workers), batches(disk, folder, 7))  # more than an epoch
+    assert_same(batches(remote, folder, 7, num_workers=num_workers), batches(disk, folder, 7))  # more than an epoch
     wanted = dict.fromkeys((f"train/shard-{number:06d}.tar" for number in range(NUM_SHARDS)), 1)
     troubled = {f"train/shard-{number:06d}.tar": count for number, count in enumerate((2, 2, 3, 2))}
     assert tars(server, "train") == wanted | troubled
@@ -103,7 +96,7 @@ def test_a_small_cache_stays_bounded(folder: Path, server: Server, tmp_path: Pat
     pairs, settings = open_pairs(server.url, kept), StreamSettings(global_batch_size=16, seed=5, cache_decoded=False)
     stream, disk = (iter(Corpus(found, spec_for(folder)).stream(settings)) for found in (pairs, open_pairs(folder)))
     for _ in range(12):
-        require_equal([next(stream)], [next(disk)])
+        assert_same([next(stream)], [next(disk)])
         assert used(kept) <= bound
     small = open_pairs(server.url, cache(tmp_path, sum(sizes[-10:])))
     with pytest.raises(UserError, match=r"data\.cache_bytes is [\d,]+; 16 shards of http://.*/train, whose samples are mixed, take [\d,]+"):
