@@ -89,6 +89,15 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize(
+    "page",
+    sorted(page for page in ROOT.rglob("*.md") if not {".venv", "runs"} & set(page.parts)),
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_no_page_has_what_a_merge_left(page: Path) -> None:
+    assert not re.search(r"^(<<<<<<<|=======|>>>>>>>)", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def test_the_readme_stays_short() -> None:
     assert README.count("\n") < 150
     assert {page.stem for page in DOCS} >= {"quickstart", "recipes", "data", "models", "operations", "cost", "threat-model"}
