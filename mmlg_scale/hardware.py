@@ -1,4 +1,4 @@
-"""GPUs of a cluster, and what share of their peak training reaches: what `mmlg plan --cluster` takes for granted, and says."""
+"""GPUs of a cluster, and the fraction of their peak that training reaches: what `mmlg plan --cluster` assumes, and says."""
 
 from __future__ import annotations
 
@@ -115,21 +115,21 @@ def hardware_of(
 
 
 def _measured(file: Path, gpu: str | None, model: str, precision: str, ranks: int, notes: list[str]) -> dict[str, float]:
-    """The MFU of each kind of step, loader inside, of the row that is most alike: the model, then the number of ranks."""
+    """The MFU of each kind of step, loader inside, of the most similar row: the model first, then the number of ranks."""
     rows = read_record(file, "the results of mmlg benchmark", "Measure again.").get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{file} has no rows. Give benchmark.json of mmlg benchmark.")
-    alike = [row for row in rows if row.get("precision") == precision and _is_share(row.get("mfu")) and isinstance(row.get("ranks"), int)]
-    if not alike:
+    candidates = [row for row in rows if row.get("precision") == precision and _is_share(row.get("mfu")) and isinstance(row.get("ranks"), int)]
+    if not candidates:
         raise UserError(f"{file} has no figures in {precision}, the recipe's precision. Measure with --precisions {precision}.")
 
-    def unlike(row: dict[str, Any]) -> tuple[bool, float]:
+    def difference(row: dict[str, Any]) -> tuple[bool, float]:
         return row.get("model") != model, abs(math.log(max(1, row["ranks"]) / ranks))
 
     found = {}
     for kind in KINDS:
-        own = [row for row in alike if row.get("role") == kind]
-        row = min(own or alike, key=unlike)
+        own = [row for row in candidates if row.get("role") == kind]
+        row = min(own or candidates, key=difference)
         found[kind] = float(row["mfu"])
         device = str((row.get("environment") or {}).get("device", "an unnamed device"))
         told = f"MFU of {kind} steps: {row['mfu']:.1%}, measured on {row['ranks']} × {device}, {row.get('model')}"

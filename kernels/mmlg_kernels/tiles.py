@@ -91,7 +91,7 @@ def read_table(path: Path) -> dict[str, Tile]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
-        _log.warning("%s is no table of tiles (%s): left unused; `python -m mmlg_kernels.tuning` writes it anew", path, fault)
+        _log.warning("%s is not a table of tiles (%s): ignored. `python -m mmlg_kernels.tuning` rewrites it", path, fault)
         return {}
     if version != triton.__version__:
         _log.warning("%s was measured with Triton %s: left unused; `python -m mmlg_kernels.tuning` measures again", path, version)

@@ -78,7 +78,7 @@ class SupervisedProcess:
 class ForkedProcess:
     """`python -m MODULE ...` in a fork of a server that has already imported the heavy modules (multiprocessing's forkserver).
 
-    A process that imports torch, DeepSpeed and open_clip anew needs ten seconds of a core before its first step.
+    A process that imports torch, DeepSpeed and open_clip itself needs ten seconds of a core before its first step.
     """
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str], log: Path, preload: Sequence[str]) -> None:

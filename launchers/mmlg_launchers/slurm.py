@@ -58,7 +58,7 @@ class SlurmJob:
 
     def state(self) -> JobState:
         shown = _show(self.id)
-        # Ids start again at 1 where a cluster is set up anew: another job may have this one.
+        # Ids start again at 1 where a cluster is set up again: another job may have this one.
         if shown is not None and str(self._record["batch_folder"]).replace("%", "%%") in shown.replace("%%", "%").replace("%", "%%"):
             word = _value(shown, "JobState")
             self.reason = _value(shown, "Reason") if word in _PENDING else word

@@ -90,7 +90,7 @@ def report(arguments: list[str]) -> int:
     parser = make_parser(
         "report",
         "DIR",
-        "Draw DIR/report.html again from DIR/family.json, with every ratio computed anew. Nothing is trained or evaluated.",
+        "Draw DIR/report.html again from DIR/family.json, with every ratio recomputed. Nothing is trained or evaluated.",
         ("report runs/demo", "report runs/mine"),
     )
     parser.add_argument("run", type=str, metavar="DIR", help="The folder of a finished mmlg family run.")

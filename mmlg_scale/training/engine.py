@@ -248,7 +248,7 @@ class Engine:
         """Read what engines of the same model have saved, at any world size and stage. Collective.
 
         Raises:
-            UserError: on any rank, the folder lacks something.
+            UserError: on any rank, something is missing from the folder.
         """
         with SavedParts(folder) as saved:
             load_parts(self._parts(), self._torch_optimizer.state, saved)

@@ -167,7 +167,7 @@ def requeue() -> str:
     if job is None:
         return "start the same command again"
     if shutil.which("scontrol") is None:
-        return f"scontrol is not at hand to requeue Slurm job {job}: submit it again"
+        return f"scontrol was not found, so Slurm job {job} was not requeued: submit it again"
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)  # noqa: S607
     except (OSError, subprocess.SubprocessError) as error:

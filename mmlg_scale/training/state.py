@@ -155,7 +155,7 @@ class SavedParts:
         """Copy a part's numbers of a kind to `target` [count].
 
         Raises:
-            UserError: the folder lacks some of them.
+            UserError: the folder is missing some of them.
         """
         left = part.count
         for start, count, values in self._ranges[kind, part.name]:
@@ -164,7 +164,7 @@ class SavedParts:
                 target[first - part.start : last - part.start].copy_(values[first - start : last - start])
                 left -= last - first
         if left:
-            raise UserError(f"{self._folder} lacks {left} numbers ({kind}) of {part.name}: it is a checkpoint of another model.")
+            raise UserError(f"{self._folder} is missing {left} numbers ({kind}) of {part.name}: it is a checkpoint of another model.")
 
     def step(self, name: str) -> float:
         """How many steps the optimizer has taken with a parameter."""

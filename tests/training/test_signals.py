@@ -144,7 +144,7 @@ def test_the_job_is_requeued(code: int, tmp_path: Path, monkeypatch: pytest.Monk
     assert requeue() == "start the same command again"
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert requeue() == "scontrol is not at hand to requeue Slurm job 77: submit it again"
+    assert requeue() == "scontrol was not found, so Slurm job 77 was not requeued: submit it again"
     program = tmp_path / "scontrol"
     program.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/said\necho Access denied >&2\nexit {code}\n")
     program.chmod(0o755)
@@ -185,7 +185,7 @@ def test_a_run_that_is_stopped_in_every_way_has_the_numbers_of_one_that_is_not(
         (
             lambda: send(signal.SIGUSR2),
             EXIT_REQUEUE,
-            "SIGUSR2 after step 4, which is saved; scontrol is not at hand to requeue Slurm job 77: submit it again",
+            "SIGUSR2 after step 4, which is saved; scontrol was not found, so Slurm job 77 was not requeued: submit it again",
         ),
     ]
     try:
