@@ -119,8 +119,8 @@ def _measured(file: Path, gpu: str | None, model: str, precision: str, ranks: in
     rows = read_record(file, "the results of mmlg benchmark", "Measure again.").get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{file} has no rows. Give benchmark.json of mmlg benchmark.")
-    candidates = [row for row in rows if row.get("precision") == precision and _is_share(row.get("mfu")) and isinstance(row.get("ranks"), int)]
-    if not candidates:
+    usable = [row for row in rows if row.get("precision") == precision and _is_share(row.get("mfu")) and isinstance(row.get("ranks"), int)]
+    if not usable:
         raise UserError(f"{file} has no figures in {precision}, the recipe's precision. Measure with --precisions {precision}.")
 
     def difference(row: dict[str, Any]) -> tuple[bool, float]:
@@ -128,8 +128,8 @@ def _measured(file: Path, gpu: str | None, model: str, precision: str, ranks: in
 
     found = {}
     for kind in KINDS:
-        own = [row for row in candidates if row.get("role") == kind]
-        row = min(own or candidates, key=difference)
+        own = [row for row in usable if row.get("role") == kind]
+        row = min(own or usable, key=difference)
         found[kind] = float(row["mfu"])
         device = str((row.get("environment") or {}).get("device", "an unnamed device"))
         told = f"MFU of {kind} steps: {row['mfu']:.1%}, measured on {row['ranks']} × {device}, {row.get('model')}"
