@@ -8,6 +8,8 @@ PLAN is a file of benchmarks/plans, or a path. Each piece is one `mmlg` command 
 RESULTS/family_cost_PLAN_seedN.json whenever a method and schedule is complete; what is there with the same settings is not run again, so
 that a benchmark of days can be spread over many sittings and machines. Nothing is stopped at a target: costs are read off whole curves.
 
+Every piece is a run of one process on this machine, or with --cluster a job of Slurm: OUT and the data are then on a shared file system.
+
 Separate and joint distillation are one set of runs. A joint run computes the teacher once per batch for all sizes, which share nothing
 else, and sees the same batches in the same order: its curves are those of the separate runs, only its teacher is charged once.
 """
@@ -20,14 +22,14 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from mmlg_launchers import LocalLauncher, Resources, Step, run_graph
+from mmlg_launchers import Launcher, LaunchError, LocalLauncher, Resources, SlurmLauncher, Step, StepFailed, load_cluster, run_graph
 
+from benchmarks.family_plan import LEARNGENES, RESULTS, SECTIONS, Piece, Pieces, Plan, Settings, load_plan
 from mmlg_scale import recipe
 from mmlg_scale.data.corpus import open_pairs
 from mmlg_scale.errors import UserError
@@ -37,190 +39,57 @@ from mmlg_scale.recipe_file import load_recipe
 from mmlg_scale.terminal import Terminal
 from mmlg_scale.training.folder import RESULT_FILE, result_of
 
-PLANS = Path(__file__).with_name("plans")
-RESULTS = Path(__file__).with_name("results")
-SECTIONS = {
-    "scratch": "baselines.scratch",
-    "distil": "baselines.distil",
-    "even": "baselines.even",
-    "even_plain": "baselines.even",
-    "mmlg": "extraction",
-    "tleg": "baselines.tleg",
-    "sws": "baselines.sws",
-    "direct": "pretraining",
-}
-"""Where the recipe has the settings of a method."""
-LEARNGENES = ("mmlg", "tleg", "sws", "direct")
-NEEDS_ANCESTOR = ("distil", "even", "even_plain", "mmlg", "tleg", "sws")
-SAMPLES_BETWEEN_EVALUATIONS = 3_200
 ACCOUNTING = 2
 """What FLOPs are counted of. 1 (files that name none): whole captions and whole last blocks; 2: what is computed. Never mixed in a file."""
-Size = tuple[int, ...]
-"""Layers of the image and the text tower, then their width where it is not the ancestor's."""
-Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One run: a model of one size, or a learngene."""
+class Place:
+    """Where pieces run."""
 
-    id: str
-    method: str
-    schedule: str
-    command: tuple[str, ...]
-    options: tuple[tuple[str, str], ...]
-    """Of the recipe, by dotted key."""
-    needs: tuple[str, ...] = ()
-    family: str | None = None
-    """Of a learngene and what is written from it."""
-    size: Size | None = None
-    modality: str = "both"
+    launcher: Launcher
+    resources: Resources
+    """Of each piece."""
+    parallel: int
+    """Pieces that run side by side."""
+    environment: dict[str, Any]
+    poll_seconds: float
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A benchmark: the file in benchmarks/plans."""
-
-    name: str
-    recipe: str
-    metric: str
-    families: dict[str, list[list[int]]]
-    methods: dict[str, dict[str, Settings]]
-    marks: list[str]
-    tuning: Settings
-    settings: Settings = field(default_factory=dict)
-    family_settings: dict[str, Settings] = field(default_factory=dict)
-    single_towers: Settings | None = None
-
-    @property
-    def sizes(self) -> list[Size]:
-        """Every size of any family, once."""
-        return list(dict.fromkeys(tuple(size) for sizes in self.families.values() for size in sizes))
+def this_machine(plan: Plan, parallel: int | None = None) -> Place:
+    """One process a piece; as many pieces side by side as there are GPUs, or cores for the recipe's threads."""
+    _, runtime = load_recipe(plan.recipe)
+    launcher = LocalLauncher(preload=("mmlg_scale.training.run", "deepspeed"))
+    return Place(launcher, Resources(), parallel or num_parallel(runtime), environment(runtime), 0.2)
 
 
-def load_plan(name: str) -> Plan:
-    """The plan by path or shipped name. Raises UserError where there is none."""
-    path = Path(name) if name.endswith(".yaml") else PLANS / f"{name}.yaml"
-    if not path.is_file():
-        raise UserError(f"{path}: no such plan. Shipped are {', '.join(sorted(file.stem for file in PLANS.glob('*.yaml')))}.")
-    return Plan(name=path.stem, **yaml.safe_load(path.read_text()))
+def slurm(plan: Plan, cluster: str, *, nodes: int, gpus_per_node: int | None, time: str | None, parallel: int | None) -> Place:
+    """Jobs of Slurm, one rank for each GPU (one for each node where it has none); eight side by side unless said otherwise.
 
-
-def size_name(size: Size, modality: str = "both") -> str:
-    """As in the names of a family's folders."""
-    return recipe_size(size, modality).name
-
-
-def recipe_size(size: Size, modality: str = "both") -> recipe.Size:
-    """A size as the recipe has it."""
-    width = size[2] if len(size) > 2 else None
-    return recipe.Size(size[0], size[1], width, width, modality)  # type: ignore[arg-type]
-
-
-def options_of(method: str, settings: Mapping[str, Any]) -> Settings:
-    """A method's settings by the recipe's dotted keys."""
-    section = SECTIONS[method]
-    training = f"{section}.training" if method in LEARNGENES else section
-    places = {"learning_rate": f"{training}.optimizer.learning_rate", "width_shares": f"{section}.width_shares"}
-    found = {places.get(key, f"{training}.{key}"): value for key, value in settings.items()}
-    if method == "even_plain":
-        found["baselines.even_loss"] = None
-    return found
-
-
-class Pieces:
-    """The pieces of a plan for one seed.
-
-    Args:
-        tuned: by method, or by method@schedule where the two were tuned together, settings that replace those of its schedules where these
-            do not name them. The ancestor takes the rate of scratch@converged.
+    Raises:
+        LaunchError: the cluster file is damaged or missing.
     """
-
-    def __init__(self, plan: Plan, seed: int, tuned: Mapping[str, Settings]) -> None:
-        self.plan, self.seed, self.tuned = plan, seed, tuned
-        ancestor = {key: value for key, value in self.tuned_for("scratch", "converged").items() if key != "batch_size"}
-        options = {f"ancestor.{'optimizer.' if key == 'learning_rate' else ''}{key}": value for key, value in ancestor.items()}
-        self.ancestor = self._piece("ancestor", "ancestor", "whole", ("train",), options)
-
-    def tuned_for(self, method: str, schedule: str) -> Settings:
-        """What tuning found for a schedule: for itself, or for the method at pilot length."""
-        return dict(self.tuned.get(f"{method}@{schedule}", self.tuned.get(method, {})))
-
-    def _piece(
-        self, identifier: str, method: str, schedule: str, command: tuple[str, ...], options: Mapping[str, Any], **more: Any
-    ) -> Piece:
-        chosen = {"seed": self.seed} | self.plan.settings | dict(options)
-        words = tuple((key, "null" if value is None else str(value)) for key, value in sorted(chosen.items()))
-        return Piece(identifier, method, schedule, command, words, **more)
-
-    def of_method(self, method: str, schedule: str, settings: Settings, sizes: Iterable[Size] | None = None) -> Iterator[Piece]:
-        """The pieces of a method's schedule: all that must run, the ancestor apart."""
-        tuned = self.tuned_for(method, schedule)
-        if {"steps", "batch_size"} <= tuned.keys() | settings.keys() and "batch_size" not in settings and method in self.plan.tuning:
-            # A schedule's steps are of the batch size that tuning started with: another one sees as many samples.
-            settings = settings | {"steps": settings["steps"] * self.plan.tuning[method]["batch_size"] // tuned["batch_size"]}
-        chosen = {"eval_every": _eval_every(method, tuned | settings)} | tuned | settings
-        if method not in LEARNGENES:
-            for size in self.plan.sizes if sizes is None else sizes:
-                init = "even" if method == "even_plain" else method
-                words = ("train", "--init", init, *_size_words(size))
-                needs = () if method == "scratch" else ("ancestor",)
-                identifier = f"{method}/{schedule}/{size_name(size)}"
-                yield self._piece(identifier, method, schedule, words, options_of(method, chosen), needs=needs, size=size)
-            return
-        for family, members in self.plan.families.items():
-            learngene = self.learngene(method, schedule, chosen | self.plan.family_settings.get(family, {}), family)
-            yield learngene
-            for size in members:
-                yield self._written(learngene, tuple(size))
-            towers = self.plan.single_towers
-            if method == "mmlg" and towers is not None and towers["family"] == family:
-                for modality in ("image", "text"):
-                    yield self._written(learngene, (towers["image_layers"], towers["text_layers"]), modality)
-
-    def learngene(self, method: str, schedule: str, settings: Settings, family: str | None) -> Piece:
-        """Extraction or pre-training."""
-        command = ("pretrain",) if method == "direct" else ("extract", "--method", method)
-        needs = ("ancestor",) if method in NEEDS_ANCESTOR else ()
-        identifier = f"{method}/{schedule}/{family}/learngene" if family else f"{method}/{schedule}"
-        return self._piece(identifier, method, schedule, command, options_of(method, settings), needs=needs, family=family)
-
-    def _written(self, learngene: Piece, size: Size, modality: str = "both") -> Piece:
-        words = ("train", "--init", learngene.method, "--modality", modality, *_size_words(size, modality))
-        identifier = learngene.id.replace("learngene", size_name(size, modality))
-        needs = ("ancestor", learngene.id) if modality != "both" else (learngene.id,)
-        options = {"adaptation.training.steps": 0}
-        more: Settings = {"family": learngene.family, "size": size, "modality": modality}
-        return self._piece(identifier, learngene.method, learngene.schedule, words, options, needs=needs, **more)
-
-    def all(self) -> list[Piece]:
-        """Every piece, in the order in which they run: short schedules of all methods before long ones."""
-        schedules = list(dict.fromkeys(name for found in self.plan.methods.values() for name in found))
-        found = [self.ancestor]
-        for schedule in sorted(schedules, key=lambda name: name == "converged"):
-            for method, settings in self.plan.methods.items():
-                if schedule in settings:
-                    found += self.of_method(method, schedule, settings[schedule])
-        return found
-
-
-def _size_words(size: Size, modality: str = "both") -> tuple[str, ...]:
-    sizes = recipe_size(size, modality).sizes()
-    return tuple(word for key, value in sizes.items() if value for word in (f"--{key.replace('_', '-')}", str(value)))
-
-
-def _eval_every(method: str, settings: Settings) -> int:
-    """Learngenes are judged at the end of a schedule; all else equally often in samples."""
-    if method in LEARNGENES:
-        return int(settings["steps"])
-    return max(1, SAMPLES_BETWEEN_EVALUATIONS // int(settings.get("batch_size", 128)))
+    site = load_cluster(cluster)
+    gpus = site.gpus_per_node if gpus_per_node is None else gpus_per_node
+    resources = Resources(
+        num_processes=max(1, gpus),
+        num_nodes=nodes,
+        cpus_per_process=site.cpus_per_process,
+        gpus_per_node=gpus,
+        memory_gib=site.memory_gib,
+        time=time or site.time,
+    )
+    _, runtime = load_recipe(plan.recipe)
+    there = {"device": site.gpu_type or ("GPU" if gpus else "CPU"), "cores": site.cpus_per_process, "nodes": nodes, "gpus_per_node": gpus}
+    launcher = SlurmLauncher(site, Path.cwd(), name=f"family-cost-{plan.name}")
+    return Place(launcher, resources, parallel or 8, environment(runtime) | there, 5.0)
 
 
 class Runner:
     """Runs pieces in folders below `out`, and knows which of them `kept` already has."""
 
-    def __init__(self, plan: Plan, seed: int, out: Path, pieces: Sequence[Piece]) -> None:
-        self.plan, self.out = plan, out / plan.name
+    def __init__(self, plan: Plan, seed: int, out: Path, pieces: Sequence[Piece], place: Place) -> None:
+        self.plan, self.place, self.out = plan, place, out / plan.name
         self.pieces = {piece.id: piece for piece in pieces}
         self.folder = self.out / f"seed{seed}"
 
@@ -265,8 +134,8 @@ class Runner:
         for identifier in wanted:
             add(identifier)
         steps = [dataclasses.replace(step, needs=tuple(need for need in step.needs if need in order)) for step in order.values()]
-        _, runtime = load_recipe(self.plan.recipe)
-        run_graph(steps, _launcher(), parallel=num_parallel(runtime), console=console)
+        place = self.place
+        run_graph(steps, place.launcher, parallel=place.parallel, console=console, poll_seconds=place.poll_seconds)
 
     def make_data(self, console: Terminal) -> None:
         """Write the scenes where the recipe names no data set."""
@@ -278,7 +147,8 @@ class Runner:
             raise UserError(f"{self.data} has no data set. Pack it first: see examples/.")
         options = [f"--{key}={value}" for key, value in vars(settings.data.scenes).items()]
         words = ("data", "scenes", "--out", str(self.data), *options)
-        run_graph([Step("data", _argv(*words), Resources(), (), marker)], _launcher(), parallel=1, console=console)
+        step = Step("data", _argv(*words), dataclasses.replace(self.place.resources, num_nodes=1, num_processes=1), (), marker)
+        run_graph([step], self.place.launcher, parallel=1, console=console, poll_seconds=self.place.poll_seconds)
 
     def _step(self, piece: Piece) -> Step:
         folder = self.path(piece.id)
@@ -289,7 +159,7 @@ class Runner:
                 words += ["--ancestor-model", str(self.path(needed) / "model")]
             else:
                 words += ["--learngene", str(self.path(needed) / "learngene.safetensors")]
-        return Step(piece.id, _argv(*words), Resources(), piece.needs, folder / RESULT_FILE)
+        return Step(piece.id, _argv(*words), self.place.resources, piece.needs, folder / RESULT_FILE, checkpoints=folder / "checkpoints")
 
     def figures(self, piece: Piece) -> dict[str, Any] | None:
         """What is kept of a complete piece."""
@@ -322,12 +192,7 @@ def _argv(*words: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "mmlg_scale", *words)
 
 
-@functools.cache
-def _launcher() -> LocalLauncher:
-    return LocalLauncher(preload=("mmlg_scale.training.run", "deepspeed"))
-
-
-def run_seed(plan: Plan, seed: int, out: Path, results: Path, only: Sequence[str] = ()) -> Path:
+def run_seed(plan: Plan, seed: int, out: Path, results: Path, place: Place, only: Sequence[str] = ()) -> Path:
     """Run what is missing of a seed; returns its JSON file. Pieces of another way of counting FLOPs are missing.
 
     Args:
@@ -337,7 +202,7 @@ def run_seed(plan: Plan, seed: int, out: Path, results: Path, only: Sequence[str
     before = json.loads(target.read_text()) if target.is_file() else {}
     kept = before["pieces"] if before.get("accounting") == ACCOUNTING else {}
     pieces = Pieces(plan, seed, tuned_settings(plan, results)).all()
-    runner, console = Runner(plan, seed, out, pieces), Terminal(stderr=True)
+    runner, console = Runner(plan, seed, out, pieces, place), Terminal(stderr=True)
     runner.make_data(console)
     missing = [piece for piece in pieces if kept.get(piece.id, {}).get("digest") != runner.digest(piece.id)]
     console.print(f"seed {seed}: {len(pieces)} pieces, {len(pieces) - len(missing)} in {target.name}", highlight=False)
@@ -353,7 +218,7 @@ def run_seed(plan: Plan, seed: int, out: Path, results: Path, only: Sequence[str
             "plan": plan.name,
             "seed": seed,
             "accounting": ACCOUNTING,
-            "environment": environment(_settings(plan.recipe, ())[1]),
+            "environment": place.environment,
             "pieces": kept,
         }
         write_text_atomic(target, json.dumps(content, indent=1) + "\n")
@@ -368,7 +233,7 @@ def tuned_settings(plan: Plan, results: Path) -> dict[str, Settings]:
     return {method: found["best"] for method, found in json.loads(source.read_text())["methods"].items()}
 
 
-def tune(plan: Plan, out: Path, results: Path) -> Path:
+def tune(plan: Plan, out: Path, results: Path, place: Place) -> Path:
     """Tune what the plan asks for on seed 0, scratch first (the ancestor takes its rate); returns the JSON file.
 
     Entries of the plan are methods, tuned at pilot length, or method@schedule, tuned at the length that is written there: the best rate
@@ -383,7 +248,7 @@ def tune(plan: Plan, out: Path, results: Path) -> Path:
             method: {_key(trial["settings"]): trial for trial in content["methods"].get(method, {}).get("trials", [])} for method in methods
         }
         while wanted := {name: found for name in methods if (found := next_trials(starts[name], trials[name], plan.tuning["trials"]))}:
-            _run_trials(plan, out, results, wanted, trials)
+            _run_trials(plan, out, results, place, wanted, trials)
             for method in methods:
                 best = max(trials[method].values(), key=lambda trial: trial["quality"])["settings"]
                 chosen = {key: best[key] for key in ("learning_rate", "batch_size")}
@@ -424,7 +289,9 @@ def next_trials(start: Settings, trials: Mapping[str, Settings], num_trials: int
     return [trial for trial in others if _key(trial) not in trials][: max(0, num_trials - len(trials))]
 
 
-def _run_trials(plan: Plan, out: Path, results: Path, wanted: Mapping[str, list[Settings]], trials: dict[str, dict[str, Settings]]) -> None:
+def _run_trials(
+    plan: Plan, out: Path, results: Path, place: Place, wanted: Mapping[str, list[Settings]], trials: dict[str, dict[str, Settings]]
+) -> None:
     pieces = Pieces(plan, 0, tuned_settings(plan, results))
     found: dict[str, tuple[str, Settings]] = {}
     every = [pieces.ancestor]
@@ -439,7 +306,7 @@ def _run_trials(plan: Plan, out: Path, results: Path, wanted: Mapping[str, list[
                 (piece,) = pieces.of_method(method, name, whole, [tuple(plan.tuning["size"])])
             every.append(piece)
             found[piece.id] = entry, each
-    runner, console = Runner(plan, 0, out, every), Terminal(stderr=True)
+    runner, console = Runner(plan, 0, out, every, place), Terminal(stderr=True)
     runner.make_data(console)
     runner.run(found, console)
     for identifier, (entry, each) in found.items():
@@ -460,16 +327,28 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the JSON and the plots. Default: benchmarks/results.")
     parser.add_argument("--tune", action="store_true", help="Tune the methods and stop.")
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD[/SCHEDULE]", help="Run only these.")
+    parser.add_argument("--parallel", type=int, default=None, help="Pieces side by side. Default: as many as fit here; on a cluster eight.")
+    parser.add_argument(
+        "--cluster", default=None, metavar="FILE", help="Run every piece as a job of Slurm: a file as for mmlg launch slurm."
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="Nodes of a job. Default: 1.")
+    parser.add_argument("--gpus-per-node", type=int, default=None, help="GPUs of each node, and ranks on it. Default: the cluster file's.")
+    parser.add_argument("--time", default=None, metavar="T", help="Time limit of a job. Default: the cluster file's.")
     arguments = parser.parse_args()
+    for name in ("seeds", "parallel", "nodes"):
+        if (number := getattr(arguments, name)) is not None and number < 1:
+            parser.error(f"--{name} is {number}; it must be 1 or more")
     try:
         plan = load_plan(arguments.plan)
+        asked = {key: getattr(arguments, key) for key in ("nodes", "gpus_per_node", "time", "parallel")}
+        place = slurm(plan, arguments.cluster, **asked) if arguments.cluster else this_machine(plan, arguments.parallel)
         arguments.results.mkdir(parents=True, exist_ok=True)
         if arguments.tune:
-            print(tune(plan, arguments.out.absolute(), arguments.results))
+            print(tune(plan, arguments.out.absolute(), arguments.results, place))
             return
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-            print(run_seed(plan, seed, arguments.out.absolute(), arguments.results, arguments.only))
-    except UserError as error:
+            print(run_seed(plan, seed, arguments.out.absolute(), arguments.results, place, arguments.only))
+    except (UserError, LaunchError, StepFailed) as error:
         sys.exit(f"family_cost: error: {error}")
 
 

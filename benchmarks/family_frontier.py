@@ -29,7 +29,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.family_cost import LEARNGENES, NEEDS_ANCESTOR, RESULTS, Plan, Size, load_plan, size_name
+from benchmarks.family_plan import LEARNGENES, NEEDS_ANCESTOR, RESULTS, Plan, Size, load_plan, size_name
 from mmlg_scale.accounting import first_reached
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_text_atomic

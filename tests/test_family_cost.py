@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from benchmarks import family_cost, family_frontier
-from benchmarks.family_cost import RESULTS, Pieces, Plan, next_trials, run_seed, tuned_settings
+from benchmarks.family_cost import next_trials, run_seed, this_machine, tuned_settings
 from benchmarks.family_frontier import Cost, Seed
+from benchmarks.family_plan import LEARNGENES, RESULTS, Pieces, Plan, load_plan, size_name
+from mmlg_scale.recipe_file import load_recipe
 
 PLAN = Plan(
     name="hand",
@@ -174,16 +176,35 @@ def test_another_batch_size_sees_as_many_samples() -> None:
     assert [found["long"][key] for key in keys] == ["900", "32", "100"]
 
 
+@pytest.mark.parametrize(("name", "methods"), [("gpu-small", ("scratch", "direct")), ("cluster", ("even", "sws"))])
+def test_plans_that_need_gpus_are_recipes(name: str, methods: tuple[str, ...]) -> None:
+    plan = load_plan(name)
+    pieces = Pieces(plan, 1, {}).all()
+    assert {piece.method for piece in pieces} == {"ancestor", *plan.methods}
+    for method in methods:
+        piece = next(piece for piece in pieces if piece.method == method)
+        settings, _ = load_recipe(plan.recipe, **dict(piece.options))
+        trained = {
+            "scratch": settings.baselines.scratch,
+            "direct": settings.pretraining and settings.pretraining.training,
+            "even": settings.baselines.even,
+            "sws": settings.baselines.sws and settings.baselines.sws.training,
+        }[method]
+        assert trained is not None
+        assert (trained.steps, trained.optimizer.name) == (plan.methods[method]["short"]["steps"], "muon")
+        assert trained.eval_every == (trained.steps if method in LEARNGENES else plan.eval_samples // trained.batch_size)
+
+
 SUMMARIES = sorted(RESULTS.glob("family_cost_*_summary.json"))
 
 
 @pytest.mark.parametrize("source", SUMMARIES, ids=lambda path: path.stem)
 def test_every_committed_ratio_follows_from_the_raw_curves(source: Path) -> None:
     content = json.loads(source.read_text())
-    plan = family_cost.load_plan(content["plan"])
+    plan = load_plan(content["plan"])
     num_checked = 0
     for family, derived in content["families"].items():
-        sizes = [family_cost.size_name(tuple(size)) for size in plan.families[family]]
+        sizes = [size_name(tuple(size)) for size in plan.families[family]]
         for number, figures in derived["seeds"].items():
             pieces = json.loads((RESULTS / f"family_cost_{plan.name}_seed{number}.json").read_text())["pieces"]
             for mark, found in figures["marks"].items():
@@ -239,8 +260,8 @@ RECIPE = {
 def test_a_plan_runs_once_and_its_result_is_enough_to_go_on_from(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"recipe": str(tmp_path / "recipe.yaml")}))
-    plan = family_cost.load_plan(str(tmp_path / "tiny.yaml"))
-    target = run_seed(plan, 0, tmp_path / "runs", tmp_path)
+    plan = load_plan(str(tmp_path / "tiny.yaml"))
+    target = run_seed(plan, 0, tmp_path / "runs", tmp_path, this_machine(plan))
     content = json.loads(target.read_text())
     assert list(content["pieces"]) == [piece.id for piece in Pieces(plan, 0, tuned_settings(plan, tmp_path)).all()]
     ours = content["pieces"]["mmlg/short/five/i1-t1"]
@@ -257,7 +278,7 @@ def test_a_plan_runs_once_and_its_result_is_enough_to_go_on_from(tmp_path: Path,
     # The folders are gone: what the JSON has is not run again.
     (tmp_path / "runs" / "tiny" / "seed0").rename(tmp_path / "elsewhere")
     capfd.readouterr()
-    run_seed(plan, 0, tmp_path / "runs", tmp_path)
+    run_seed(plan, 0, tmp_path / "runs", tmp_path, this_machine(plan))
     assert "6 pieces, 6 in family_cost_tiny_seed0.json" in capfd.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "runs" / "tiny" / "seed0").exists()
     assert json.loads(target.read_text()) == content
@@ -266,5 +287,5 @@ def test_a_plan_runs_once_and_its_result_is_enough_to_go_on_from(tmp_path: Path,
     target.write_text(json.dumps(content | {"accounting": 1}))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(family_cost.Runner, "run", lambda *_: None)
-        run_seed(plan, 0, tmp_path / "runs", tmp_path)
+        run_seed(plan, 0, tmp_path / "runs", tmp_path, this_machine(plan))
     assert "6 pieces, 0 in family_cost_tiny_seed0.json" in capfd.readouterr().err.replace("\n", " ")

@@ -49,6 +49,7 @@ def run_graph(
     is_complete: Callable[[Step], bool] = lambda step: step.marker.exists(),
     progress: Callable[[Step], int] = lambda step: 0,
     news: Callable[[Step], Sequence[str]] = lambda step: (),
+    poll_seconds: float = 0.2,
 ) -> None:
     """Run every step that is not complete, at most `parallel` side by side; free places go to steps in their order.
 
@@ -56,6 +57,7 @@ def run_graph(
         is_complete: asked once for each step, when all that it needs is complete: a step may depend on what those wrote.
         progress: how far a running step is, for its bar.
         news: what a running step has to say since the last call, in lines; asked and printed only where there are no bars.
+        poll_seconds: between two looks at the running jobs.
 
     Raises:
         StepFailed: a step failed. The other running steps are stopped.
@@ -76,7 +78,7 @@ def run_graph(
                     running[step] = launcher.submit(list(step.argv), step.resources, step.folder.parent / f"{step.folder.name}.launch")
                     display.started(step, running[step])
                 if running:
-                    time.sleep(0.2)
+                    time.sleep(poll_seconds)
                 for step, job in list(running.items()):
                     is_final = job.state().is_final
                     display.look_at(step)

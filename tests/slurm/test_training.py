@@ -13,11 +13,15 @@ from mmlg_launchers import Cluster, JobState, Resources, SlurmLauncher
 from mmlg_launchers.slurm import SlurmJob, preflight_argv
 from mmlg_launchers.slurm_script import Task
 
+from benchmarks import family_cost
+from benchmarks.family_plan import load_plan
 from mmlg_scale.cli import main
 from mmlg_scale.data.scenes import write_scenes
 from tests.slurm.daemons import Daemons
 from tests.slurm.test_jobs import until
 from tests.test_family import RECIPE as FAMILY
+from tests.test_family_cost import RECIPE as TINY_RECIPE
+from tests.test_family_cost import TINY
 from tests.training.test_end_to_end import RECIPE, STEPS
 
 pytestmark = pytest.mark.slow
@@ -74,6 +78,25 @@ def test_a_family_is_cancelled_half_way_and_submitted_again(slurm: Daemons, tmp_
     capsys.readouterr()
     assert main(words) == 0
     assert ": job " not in capsys.readouterr().out
+
+
+def test_the_family_cost_benchmark_has_the_figures_of_one_machine(slurm: Daemons, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(TINY_RECIPE))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"recipe": str(tmp_path / "recipe.yaml")}))
+    plan = load_plan(str(tmp_path / "tiny.yaml"))
+    there = family_cost.slurm(plan, "generic", nodes=1, gpus_per_node=None, time=None, parallel=3)
+    found = []
+    for name, place in (("here", family_cost.this_machine(plan)), ("there", replace(there, poll_seconds=0.5))):
+        (tmp_path / name).mkdir()
+        target = family_cost.run_seed(plan, 0, tmp_path / name / "runs", tmp_path / name, place)
+        pieces = json.loads(target.read_text(), parse_float=lambda text: round(float(text), 6))["pieces"]
+        for piece in pieces.values():
+            for timed in (piece, *piece["curve"]):
+                del timed["seconds"]
+        found.append(pieces)
+    assert found[0] == found[1]
+    job = SlurmJob(next((tmp_path / "there" / "runs" / "tiny" / "seed0").glob("ancestor-*.launch")))
+    assert job.state() is JobState.COMPLETED
 
 
 def test_the_nodes_are_looked_at(slurm: Daemons, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

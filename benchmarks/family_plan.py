@@ -1,0 +1,190 @@
+"""Plans of the family-cost benchmark: which methods, schedules, sizes and seeds, and the `mmlg` commands that they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmlg_scale import recipe
+from mmlg_scale.errors import UserError
+
+PLANS = Path(__file__).with_name("plans")
+RESULTS = Path(__file__).with_name("results")
+SECTIONS = {
+    "scratch": "baselines.scratch",
+    "distil": "baselines.distil",
+    "even": "baselines.even",
+    "even_plain": "baselines.even",
+    "mmlg": "extraction",
+    "tleg": "baselines.tleg",
+    "sws": "baselines.sws",
+    "direct": "pretraining",
+}
+"""Where the recipe has the settings of a method."""
+LEARNGENES = ("mmlg", "tleg", "sws", "direct")
+NEEDS_ANCESTOR = ("distil", "even", "even_plain", "mmlg", "tleg", "sws")
+Size = tuple[int, ...]
+"""Layers of the image and the text tower, then their width where it is not the ancestor's."""
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One run: a model of one size, or a learngene."""
+
+    id: str
+    method: str
+    schedule: str
+    command: tuple[str, ...]
+    options: tuple[tuple[str, str], ...]
+    """Of the recipe, by dotted key."""
+    needs: tuple[str, ...] = ()
+    family: str | None = None
+    """Of a learngene and what is written from it."""
+    size: Size | None = None
+    modality: str = "both"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A benchmark: the file in benchmarks/plans."""
+
+    name: str
+    recipe: str
+    metric: str
+    families: dict[str, list[list[int]]]
+    methods: dict[str, dict[str, Settings]]
+    marks: list[str]
+    tuning: Settings
+    settings: Settings = field(default_factory=dict)
+    family_settings: dict[str, Settings] = field(default_factory=dict)
+    single_towers: Settings | None = None
+    eval_samples: int = 3_200
+    """Samples between two evaluations."""
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Every size of any family, once."""
+        return list(dict.fromkeys(tuple(size) for sizes in self.families.values() for size in sizes))
+
+
+def load_plan(name: str) -> Plan:
+    """The plan by path or shipped name. Raises UserError where there is none."""
+    path = Path(name) if name.endswith(".yaml") else PLANS / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"{path}: no such plan. Shipped are {', '.join(sorted(file.stem for file in PLANS.glob('*.yaml')))}.")
+    return Plan(name=path.stem, **yaml.safe_load(path.read_text()))
+
+
+def size_name(size: Size, modality: str = "both") -> str:
+    """As in the names of a family's folders."""
+    return recipe_size(size, modality).name
+
+
+def recipe_size(size: Size, modality: str = "both") -> recipe.Size:
+    """A size as the recipe has it."""
+    width = size[2] if len(size) > 2 else None
+    return recipe.Size(size[0], size[1], width, width, modality)  # type: ignore[arg-type]
+
+
+def options_of(method: str, settings: Mapping[str, Any]) -> Settings:
+    """A method's settings by the recipe's dotted keys."""
+    section = SECTIONS[method]
+    training = f"{section}.training" if method in LEARNGENES else section
+    places = {"learning_rate": f"{training}.optimizer.learning_rate", "width_shares": f"{section}.width_shares"}
+    found = {places.get(key, f"{training}.{key}"): value for key, value in settings.items()}
+    if method == "even_plain":
+        found["baselines.even_loss"] = None
+    return found
+
+
+class Pieces:
+    """The pieces of a plan for one seed.
+
+    Args:
+        tuned: by method, or by method@schedule where the two were tuned together, settings that replace those of its schedules where these
+            do not name them. The ancestor takes the rate of scratch@converged.
+    """
+
+    def __init__(self, plan: Plan, seed: int, tuned: Mapping[str, Settings]) -> None:
+        self.plan, self.seed, self.tuned = plan, seed, tuned
+        ancestor = {key: value for key, value in self.tuned_for("scratch", "converged").items() if key != "batch_size"}
+        options = {f"ancestor.{'optimizer.' if key == 'learning_rate' else ''}{key}": value for key, value in ancestor.items()}
+        self.ancestor = self._piece("ancestor", "ancestor", "whole", ("train",), options)
+
+    def tuned_for(self, method: str, schedule: str) -> Settings:
+        """What tuning found for a schedule: for itself, or for the method at pilot length."""
+        return dict(self.tuned.get(f"{method}@{schedule}", self.tuned.get(method, {})))
+
+    def _piece(
+        self, identifier: str, method: str, schedule: str, command: tuple[str, ...], options: Mapping[str, Any], **more: Any
+    ) -> Piece:
+        chosen = {"seed": self.seed} | self.plan.settings | dict(options)
+        words = tuple((key, "null" if value is None else str(value)) for key, value in sorted(chosen.items()))
+        return Piece(identifier, method, schedule, command, words, **more)
+
+    def of_method(self, method: str, schedule: str, settings: Settings, sizes: Iterable[Size] | None = None) -> Iterator[Piece]:
+        """The pieces of a method's schedule: all that must run, the ancestor apart."""
+        tuned = self.tuned_for(method, schedule)
+        if {"steps", "batch_size"} <= tuned.keys() | settings.keys() and "batch_size" not in settings and method in self.plan.tuning:
+            # A schedule's steps are of the batch size that tuning started with: another one sees as many samples.
+            settings = settings | {"steps": settings["steps"] * self.plan.tuning[method]["batch_size"] // tuned["batch_size"]}
+        chosen = {"eval_every": self._eval_every(method, tuned | settings)} | tuned | settings
+        if method not in LEARNGENES:
+            for size in self.plan.sizes if sizes is None else sizes:
+                init = "even" if method == "even_plain" else method
+                words = ("train", "--init", init, *_size_words(size))
+                needs = () if method == "scratch" else ("ancestor",)
+                identifier = f"{method}/{schedule}/{size_name(size)}"
+                yield self._piece(identifier, method, schedule, words, options_of(method, chosen), needs=needs, size=size)
+            return
+        for family, members in self.plan.families.items():
+            learngene = self.learngene(method, schedule, chosen | self.plan.family_settings.get(family, {}), family)
+            yield learngene
+            for size in members:
+                yield self._written(learngene, tuple(size))
+            towers = self.plan.single_towers
+            if method == "mmlg" and towers is not None and towers["family"] == family:
+                for modality in ("image", "text"):
+                    yield self._written(learngene, (towers["image_layers"], towers["text_layers"]), modality)
+
+    def _eval_every(self, method: str, settings: Settings) -> int:
+        """Learngenes are judged at the end of a schedule; all else equally often in samples."""
+        if method in LEARNGENES:
+            return int(settings["steps"])
+        untuned = self.plan.tuning.get(method, {}).get("batch_size", 128)
+        return max(1, self.plan.eval_samples // int(settings.get("batch_size", untuned)))
+
+    def learngene(self, method: str, schedule: str, settings: Settings, family: str | None) -> Piece:
+        """Extraction or pre-training."""
+        command = ("pretrain",) if method == "direct" else ("extract", "--method", method)
+        needs = ("ancestor",) if method in NEEDS_ANCESTOR else ()
+        identifier = f"{method}/{schedule}/{family}/learngene" if family else f"{method}/{schedule}"
+        return self._piece(identifier, method, schedule, command, options_of(method, settings), needs=needs, family=family)
+
+    def _written(self, learngene: Piece, size: Size, modality: str = "both") -> Piece:
+        words = ("train", "--init", learngene.method, "--modality", modality, *_size_words(size, modality))
+        identifier = learngene.id.replace("learngene", size_name(size, modality))
+        needs = ("ancestor", learngene.id) if modality != "both" else (learngene.id,)
+        options = {"adaptation.training.steps": 0}
+        more: Settings = {"family": learngene.family, "size": size, "modality": modality}
+        return self._piece(identifier, learngene.method, learngene.schedule, words, options, needs=needs, **more)
+
+    def all(self) -> list[Piece]:
+        """Every piece, in the order in which they run: short schedules of all methods before long ones."""
+        schedules = list(dict.fromkeys(name for found in self.plan.methods.values() for name in found))
+        found = [self.ancestor]
+        for schedule in sorted(schedules, key=lambda name: name == "converged"):
+            for method, settings in self.plan.methods.items():
+                if schedule in settings:
+                    found += self.of_method(method, schedule, settings[schedule])
+        return found
+
+
+def _size_words(size: Size, modality: str = "both") -> tuple[str, ...]:
+    sizes = recipe_size(size, modality).sizes()
+    return tuple(word for key, value in sizes.items() if value for word in (f"--{key.replace('_', '-')}", str(value)))
