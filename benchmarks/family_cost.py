@@ -233,15 +233,18 @@ def tuned_settings(plan: Plan, results: Path) -> dict[str, Settings]:
     return {method: found["best"] for method, found in json.loads(source.read_text())["methods"].items()}
 
 
-def tune(plan: Plan, out: Path, results: Path, place: Place) -> Path:
+def tune(plan: Plan, out: Path, results: Path, place: Place, only: Sequence[str] = ()) -> Path:
     """Tune what the plan asks for on seed 0, scratch first (the ancestor takes its rate); returns the JSON file.
 
     Entries of the plan are methods, tuned at pilot length, or method@schedule, tuned at the length that is written there: the best rate
     of a long schedule can be lower.
+
+    Args:
+        only: of these entries; empty: all.
     """
     target = results / f"family_cost_{plan.name}_tuning.json"
     content: dict[str, Any] = json.loads(target.read_text()) if target.is_file() else {"plan": plan.name, "methods": {}}
-    starts = {name: start for name, start in plan.tuning.items() if _method(name) in SECTIONS}
+    starts = {name: start for name, start in plan.tuning.items() if _method(name) in SECTIONS and (not only or name in only)}
     from_scratch = [name for name in starts if _method(name) == "scratch"]
     for methods in (from_scratch, [name for name in starts if name not in from_scratch]):
         trials: dict[str, dict[str, Settings]] = {
@@ -326,7 +329,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="Folder of the runs.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the JSON and the plots. Default: benchmarks/results.")
     parser.add_argument("--tune", action="store_true", help="Tune the methods and stop.")
-    parser.add_argument("--only", nargs="+", default=[], metavar="METHOD[/SCHEDULE]", help="Run only these.")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="Run only these: METHOD or METHOD/SCHEDULE; with --tune, entries of the plan."
+    )
     parser.add_argument("--parallel", type=int, default=None, help="Pieces side by side. Default: as many as fit here; on a cluster eight.")
     parser.add_argument(
         "--cluster", default=None, metavar="FILE", help="Run every piece as a job of Slurm: a file as for mmlg launch slurm."
@@ -344,7 +349,7 @@ def main() -> None:
         place = slurm(plan, arguments.cluster, **asked) if arguments.cluster else this_machine(plan, arguments.parallel)
         arguments.results.mkdir(parents=True, exist_ok=True)
         if arguments.tune:
-            print(tune(plan, arguments.out.absolute(), arguments.results, place))
+            print(tune(plan, arguments.out.absolute(), arguments.results, place, arguments.only))
             return
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             print(run_seed(plan, seed, arguments.out.absolute(), arguments.results, place, arguments.only))
