@@ -108,8 +108,8 @@ def _add_packing(parser: ArgumentParser) -> None:
     group.add_argument(
         "--as-stored",
         action="store_true",
-        help="Pack every image byte for byte. By default images that viewers show differently from how they are stored (rotated by EXIF, "
-        "transparent, 16-bit, palette) are packed as shown, and counted.",
+        help="Pack every image byte for byte; models see the same. By default images that viewers show otherwise than they are stored "
+        "(rotated by EXIF, transparent, 16-bit, palette) are packed as shown, and counted.",
     )
     group = parser.add_argument_group("tables")
     help_text = "Column with image paths, relative to the table."

@@ -43,8 +43,8 @@ class PackSettings:
         tokenizer: what the set offers to models trained from scratch: none, words (of the training captions), bpe (byte pairs), or the path
             of a model folder or a tokenizer.json.
         resize: pixels of the shorter side to which images are resized, with a centre crop; None: they are packed as they are.
-        as_shown: pack an image that programs show otherwise than it is stored (on its side, transparent, 16 bits, a palette) as a PNG of
-            what they show, and say how many these are; otherwise every image is packed as it is.
+        as_shown: pack an image that viewers show otherwise than it is stored (on its side, transparent, 16 bits, a palette) as a PNG of
+            what they show, and say how many these are; otherwise the bytes of every image are packed as they are. Both are read alike.
         skip_bad: leave out images that are missing or do not decode, and captions that are empty or too long, and list them in
             OUT/skipped.json; otherwise they are errors.
     """
