@@ -14,13 +14,13 @@ from pathlib import Path
 
 from mmlg_scale.bounds import MAX_JSON_BYTES, MAX_MANIFEST_BYTES, MAX_TOKENIZER_BYTES
 from mmlg_scale.data import SPLITS
+from mmlg_scale.data.classes import CLASSES_FILE
 from mmlg_scale.data.manifest import has_old_format
 from mmlg_scale.data.store import CacheSettings, FileMissingError, Store
 from mmlg_scale.data.transfer import check_url
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import make_folder, remove_leftovers, temporary_name, writing
 
-CLASSES_FILE = "classes.json"
 FOLDER = "sets"
 """In the cache's folder. Not counted as part of the cache: a manifest has about 200 bytes a shard."""
 _LIMITS = {
