@@ -20,8 +20,8 @@ from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, print_report
 from mmlg_scale.data.manifest import manifest_digest
 from mmlg_scale.data.mixture import JoinedReader, Source, shares_of
 from mmlg_scale.data.pipeline import StreamSettings, TrainStream
-from mmlg_scale.data.remote import copy_small_files
-from mmlg_scale.data.store import CacheSettings, Store, is_remote, local_path
+from mmlg_scale.data.remote import copy_small_files, told_key
+from mmlg_scale.data.store import RECIPE_KEYS, CacheKeys, CacheSettings, Store, is_remote, local_path
 from mmlg_scale.data.sweep import Sweep
 from mmlg_scale.data.tokens import offered_tokenizer
 from mmlg_scale.errors import UserError
@@ -175,15 +175,16 @@ def _require_one_tokenizer(parts: Sequence[Part]) -> None:
             )
 
 
-def cache_of(folder: str | None, max_bytes: int) -> CacheSettings | None:
+def cache_of(folder: str | None, max_bytes: int, keys: CacheKeys = RECIPE_KEYS) -> CacheSettings | None:
     """Where copies of a remote set are kept, if anywhere. Raises UserError for a URL."""
     if folder is not None and "://" in folder:
-        raise UserError(f"data.cache_dir {shown(folder)} is a URL. Give a folder on a disk of this node.")
-    return None if folder is None else CacheSettings(Path(folder), max_bytes)
+        raise UserError(f"{keys.folder} {shown(folder)} is a URL. Give a folder on a disk of this node.")
+    return None if folder is None else CacheSettings(Path(folder), max_bytes, keys=keys)
 
 
 def open_pairs(path: Path | str | None, cache: CacheSettings | None = None, *, key: str = "data.path") -> PairSet:
-    """The data set in a folder, or at the URL of a store, of which copies are then kept as `cache` says; `key` is the recipe's.
+    """The data set in a folder, or at the URL of a store, of which copies are then kept as `cache` says; `key` is the recipe's, or
+    a command's option.
 
     Raises:
         UserError: `path` is None or contains no data set; its tokenizer or its classes are damaged; the store cannot be had.
@@ -198,7 +199,7 @@ def open_pairs(path: Path | str | None, cache: CacheSettings | None = None, *, k
         return PairSet(root, offered_tokenizer(root), load_classes(root / CLASSES_FILE), store)
     root = local_path(str(path))
     if not (root / "dataset.json").is_file():
-        raise UserError(f"recipe key {key}: {root} contains no data set. mmlg data scenes or mmlg data pack writes one.")
+        raise UserError(f"{told_key(key)}: {root} contains no data set. mmlg data scenes or mmlg data pack writes one.")
     return PairSet(root, offered_tokenizer(root), load_classes(root / CLASSES_FILE))
 
 

@@ -31,6 +31,8 @@ from mmlg_scale.records import write_record
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SAMPLES_PER_SHARD = 2000
+MAX_PATH = 4096
+"""PATH_MAX of Linux."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,9 @@ def pack_table(
     check, good = PairCheck(settings.skip_bad), dict[str, bool]()
     for number, row in _rows(table, (image_column, caption_column)):
         name, caption = row[image_column].strip(), row[caption_column].strip()
+        if len(name) > MAX_PATH:
+            check.leave_out(f"{table} row {number}: {image_column} has {len(name)} characters, more than any path.", "rows")
+            continue
         if not name:
             raise UserError(f"{table} row {number}: empty {image_column}. Give the image's path, or remove the row.")
         name = os.path.normpath(name)  # a.png and ./a.png are one image, which must not land in two splits
@@ -169,7 +174,7 @@ def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, 
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     delimiter = "\t" if table.suffix.lower() in (".tsv", ".tab") or "\t" in text.partition("\n")[0] else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    last = 0
+    last, limit = 0, csv.field_size_limit(len(text) + 1)  # a long field is a bad row, not the end of the table
     try:
         names = next(reader, [])
         for column in columns:
@@ -193,11 +198,12 @@ def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, 
                 )
             yield last, dict(zip(names, fields + [""] * (len(names) - len(fields)), strict=True))
     except csv.Error as error:
-        what = "a field is too long" if "limit" in str(error) else "the quotes are wrong"
         raise UserError(
-            f"{table} row {last + 1}: {what}, read up to line {reader.line_num} ({error}). "
+            f"{table} row {last + 1}: the quotes are wrong, read up to line {reader.line_num} ({error}). "
             "A field that begins with a quote ends with one, and quotes inside it are doubled."
         ) from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _swallowed(fields: Sequence[str], delimiter: str, num_columns: int, image_column: int) -> str | None:
@@ -285,7 +291,11 @@ def _left_out(path: Path) -> str:
 
 
 def _check_image(path: Path, where: str) -> None:
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except OSError:  # a name that no file can have
+        is_there = False
+    if not is_there:
         raise UserError(f"{where}no image {path}. Correct the path (it is relative to the table's folder), or remove the row.")
     if path.suffix.lower() not in EXTENSIONS:
         raise UserError(f"{where}{path} does not end in {', '.join(EXTENSIONS)}. Convert it, or remove it.")

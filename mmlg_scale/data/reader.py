@@ -113,9 +113,8 @@ def open_remote(store: Store, file: RemoteFile) -> BinaryIO:
         raise
     except OSError as error:
         told = error.strerror or one_line(error)
-        raise UserError(
-            f"data.cache_dir: copies of {store.root} cannot be kept ({error.filename}: {told}). Give another folder."
-        ) from error
+        folder = store.cache.keys.folder if store.cache is not None else ""
+        raise UserError(f"{folder}: copies of {store.root} cannot be kept ({error.filename}: {told}). Give another folder.") from error
 
 
 class _Spot(NamedTuple):
