@@ -63,6 +63,17 @@ def listed_classes(root: Path) -> Classes | None:
     return classes
 
 
+def repeated_classes(root: Path) -> list[str]:
+    """Names of classes that are one to a tokenizer of byte pairs, which sees neither case nor the number of spaces: the second of each."""
+    seen, repeated = set[str](), list[str]()
+    for name in (load_classes(root / CLASSES_FILE) or {}).get("classnames", []):
+        plain = " ".join(name.casefold().split())
+        if plain in seen:
+            repeated.append(name)
+        seen.add(plain)
+    return repeated
+
+
 def _lines(file: Path) -> list[str]:
     lines = [line.strip() for line in read_text(file, "list", "Save it as UTF-8.", MAX_JSON_BYTES).rstrip().split("\n")]
     if "" in lines:  # left out, it would give the classes behind it other numbers

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from mmlg_scale.bounds import MAX_JSON_BYTES, MAX_SAMPLE_TEXT_BYTES
 from mmlg_scale.data import SPLITS
-from mmlg_scale.data.classes import CLASSES_FILE, CLASSNAMES, listed_classes
+from mmlg_scale.data.classes import CLASSES_FILE, CLASSNAMES, listed_classes, repeated_classes
 from mmlg_scale.data.index import BLOCK, EXTENSIONS, LABEL, LABELLED, MAX_MEMBER_BYTES, NAMES, RecordBuilder, index_path, write_index
 from mmlg_scale.data.manifest import Progress, shards_of, tokenizer_digests, write_manifest
 from mmlg_scale.data.publish import DESCRIPTION_VERSION
@@ -30,7 +30,7 @@ from mmlg_scale.data.scan import ShardState, check_samples, checked_spans, save_
 from mmlg_scale.data.tokens import BPE, NONE, Offer, read_offer, recorded_offer, remove_tokenizer
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_json_atomic
-from mmlg_scale.reading import one_line, read_json
+from mmlg_scale.reading import one_line, read_json, shown
 from mmlg_scale.records import read_record, write_record
 
 KINDS = {"txt": "text", "json": "json", "cls": "label", **dict.fromkeys(EXTENSIONS, "image")}
@@ -451,6 +451,8 @@ def print_index(counts: Mapping[str, int], problems: Mapping[str, int], root: Pa
     print(f"{root}: " + ", ".join(f"{split} {count}" for split, count in counts.items()) + " samples")
     for cause in sorted(cause for cause, count in problems.items() if count):
         print(f"left out: {problems[cause]} {cause}")
+    for name in repeated_classes(root):
+        print(f"classes: {shown(name)!r} is the name of several, which cannot be told apart")
     if not (root / CLASSES_FILE).is_file() and any(_has_labels(root / split) for split in counts):
         print(f"there are labels, and no list of classes for zero-shot classification: give {root / CLASSNAMES} and index again")
     for split in sorted(set(SPLITS) - set(counts)):

@@ -47,7 +47,7 @@ class PackSettings:
         resize: pixels of the shorter side to which images are resized, with a centre crop; None: they are packed as they are.
         as_shown: pack an image that viewers show otherwise than it is stored (on its side, transparent, 16 bits, a palette) as a PNG of
             what they show, and say how many these are; otherwise the bytes of every image are packed as they are. Both are read alike.
-        skip_bad: leave out images that are missing or do not decode, and captions that are empty or too long, and list them in
+        skip_bad: leave out images that are missing or do not decode, and captions that are empty, too long or no Unicode, and list them in
             OUT/skipped.json; otherwise they are errors.
     """
 
@@ -96,11 +96,13 @@ class PairCheck:
         return True
 
     def is_caption(self, text: str, where: str) -> bool:
-        """Whether a caption has a text, and no more of it than is supported; as `is_good`."""
+        """Whether a caption has a text, of Unicode, and no more of it than is supported; as `is_good`."""
         if not text:
             self.leave_out(f"{where}empty caption. Give one, or remove it.", "captions")
         elif len(text) > MAX_CAPTION:
             self.leave_out(f"{where}a caption of {len(text)} characters; at most {MAX_CAPTION} are supported. Shorten it.", "captions")
+        elif any("\ud800" <= letter <= "\udfff" for letter in text):
+            self.leave_out(f"{where}a caption is not valid Unicode: {shown(text)!r}. Correct it.", "captions")
         else:
             return True
         return False

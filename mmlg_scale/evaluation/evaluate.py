@@ -15,6 +15,7 @@ from mmlg_scale.data.evaluation import Chunks, EvalSplit, TensorChunks
 from mmlg_scale.errors import UserError
 from mmlg_scale.evaluation.retrieval import recall_at_k
 from mmlg_scale.evaluation.zeroshot import class_embeddings, zero_shot_metrics
+from mmlg_scale.metric_names import RETRIEVAL
 from mmlg_scale.ranks import is_first_rank
 
 Encoder = Callable[[Tensor], Tensor]
@@ -55,6 +56,16 @@ def encode_in_chunks(
         dist.all_gather(gathered, padded)
         parts += [part[1 : int(part[0, 0]) + 1].cpu() for part in gathered[: len(chunks) - start]]
     return torch.cat(parts)
+
+
+def require_metric(metric: str, split: EvalSplit, where: str) -> None:
+    """Raise UserError where a run's metric needs captions, or labels, that not every image of the split has."""
+    num_images, num_captioned = len(split.images.samples_N), len(torch.unique(split.text_to_image_M))
+    lacking = f"of {num_images} images, {num_captioned} have a caption" if num_captioned < num_images else "not every image has a label"
+    if (num_captioned < num_images) if metric in RETRIEVAL else (split.labels_N is None):
+        raise UserError(
+            f"recipe key evaluation.metric: {metric} cannot be measured on {where}: {lacking}. Use another metric, or other data."
+        )
 
 
 def evaluate_pairs(
@@ -154,4 +165,6 @@ def folder_features(model: Path, data: Path | PairSet, split: str) -> tuple[Tens
     """Features of a split, [N, D] of its images and [M, D] of its captions, and the split itself."""
     loaded = _Loaded(model, data, split)
     image_ND = encode_in_chunks(lambda chunk: loaded.image(loaded.preprocess(chunk)), loaded.split.images, loaded.device)
+    if not len(loaded.split.captions):
+        return image_ND, image_ND[:0], loaded.split
     return image_ND, encode_texts(loaded.text, loaded.split.texts, loaded.device), loaded.split

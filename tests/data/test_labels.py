@@ -20,7 +20,7 @@ from mmlg_scale.data.evaluation import load_eval_split
 from mmlg_scale.data.indexing import LABEL_BESIDE, NAMES_BESIDE, ONLY_LABEL, index_dataset, index_shards_of, join_dataset
 from mmlg_scale.data.reader import LABEL, DamagedSample, ShardReader
 from mmlg_scale.errors import UserError
-from mmlg_scale.evaluation.evaluate import evaluate_folder
+from mmlg_scale.evaluation.evaluate import evaluate_folder, folder_features, require_metric
 from mmlg_scale.metric_names import METRICS, ZERO_SHOT
 from tests.data.specs import spec_for
 
@@ -84,12 +84,12 @@ def test_a_zero_shot_set_of_clip_benchmark_is_evaluated(tmp_path: Path, capsys: 
     clip.eval()
     with torch.no_grad():
         images = torch.stack([transform(Image.open(io.BytesIO(picture(number % 4)))) for number in range(10)])
-        image_ND = torch.nn.functional.normalize(clip.encode_image(images), dim=-1)
+        their_ND = torch.nn.functional.normalize(clip.encode_image(images), dim=-1)
         classes = []
         for name in CLASSES:
             each = clip.encode_text(tokenizer([template.format(c=name) for template in TEMPLATES]))
             classes.append(torch.nn.functional.normalize(torch.nn.functional.normalize(each, dim=-1).mean(dim=0), dim=-1))
-        best_N = (image_ND @ torch.stack(classes).T).argmax(dim=1)
+        best_N = (their_ND @ torch.stack(classes).T).argmax(dim=1)
     right = [int(best_N[number]) == label for number, label in enumerate(labels)]
     assert set(found) == set(ZERO_SHOT)  # there is nothing to retrieve
     assert found["acc1"] == pytest.approx(np.mean(right))
@@ -102,6 +102,9 @@ def test_a_zero_shot_set_of_clip_benchmark_is_evaluated(tmp_path: Path, capsys: 
         index_shards_of(parts, (part, 2), val_shards=1, test_shards=1, processes=1, progress=lambda items: items)
     assert join_dataset(parts, val_shards=1, test_shards=1, tokenizer="none")[0] == {"test": 10}
     assert evaluate_folder(model, parts, "test") == found
+    image_ND, text_MD, _ = folder_features(model, parts, "test")
+    assert torch.allclose(torch.nn.functional.normalize(image_ND, dim=-1), their_ND, atol=1e-5)
+    assert len(text_MD) == 0
     index_dataset(parts)  # again, over the classes.json that the first pass has written
     assert check_dataset(parts) == []
 
@@ -151,6 +154,14 @@ def test_a_label_that_not_all_have_is_said(tmp_path: Path, capsys: pytest.Captur
     index_dataset(both)
     assert set(evaluate_folder(model, both, "test")) == set(ZERO_SHOT)
     assert "retrieval is left out, since only 1 of 2 images have a caption" in capsys.readouterr().out
+    split = Corpus(open_pairs(both), spec_for(both)).eval_split("test")
+    require_metric("acc1", split, "x/test")
+    with pytest.raises(UserError, match=r"mean_recall@1 cannot be measured on x/test: of 2 images, 1 have a caption"):
+        require_metric("mean_recall@1", split, "x/test")
+    split = Corpus(open_pairs(tmp_path), spec_for(tmp_path)).eval_split("test")
+    require_metric("mean_recall@1", split, "x/test")
+    with pytest.raises(UserError, match=r"acc1 cannot be measured on x/test: not every image has a label"):
+        require_metric("acc1", split, "x/test")
 
 
 @pytest.mark.parametrize("bad", [b"-1", b"cat", b"1.5", b"", b"\xff", b"9" * 40, b"1" * 2000, b"0x1", b"1 2"])
@@ -196,6 +207,11 @@ def test_labels_and_classes_fit(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (bad / file).write_text(text)
         with pytest.raises(UserError, match=said):
             index_dataset(bad)
+
+    alike = benchmark_set(tmp_path / "alike", [0, 1, 2])
+    (alike / "classnames.txt").write_text("crane\nmaillot\n Crane \n")
+    assert main(["data", "index", str(alike)]) == 0
+    assert "classes: 'Crane' is the name of several, which cannot be told apart\n" in capsys.readouterr().out
 
     bare = benchmark_set(tmp_path / "bare", [0, 1])
     (bare / "classnames.txt").unlink()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmlg_scale.data.indexing import index_dataset, index_shard, print_index
-from mmlg_scale.data.pack import PackSettings, _rows, pack_folders, pack_table
+from mmlg_scale.data.pack import PackSettings, PairCheck, _rows, pack_folders, pack_table
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.errors import UserError
 from tests.data.test_check_and_index import image, write_tar
@@ -100,6 +100,17 @@ def test_rows_with_fields_over_the_limit_of_csv_are_left_out_and_counted(tmp_pat
     readers = [ShardReader(tmp_path / "out" / split) for split in ("train", "val", "test")]
     captions = sorted(text for reader in readers for index in range(len(reader)) for text in reader.about(index)["captions"])
     assert captions == ["a", "c", "c", "c", "c", "c", "d"]
+
+
+def test_half_an_emoji_is_a_bad_caption() -> None:
+    strict, lenient = PairCheck(skip_bad=False), PairCheck(skip_bad=True)
+    assert lenient.is_caption("a cat \U0001f408", "x: ")
+    assert not lenient.is_caption("a cat \ud83d", "x: ")
+    assert lenient.skipped == ["x: a caption is not valid Unicode: 'a cat ?'. Correct it."]
+    with pytest.raises(
+        UserError, match=r"x: a caption is not valid Unicode: 'a cat \?'\. Correct it\. Or leave such captions out with --skip-bad"
+    ):
+        strict.is_caption("a cat \ud83d", "x: ")
 
 
 def test_files_of_classes_that_are_left_out_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
