@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, PngImagePlugin
 
 from mmlg_scale import towers
 from mmlg_scale.data import images as images_module
@@ -342,6 +342,14 @@ def test_what_exif_says_is_read_without_pil_only_where_it_is_plain() -> None:
     squash = towers.Preprocess(resize_mode="squash")
     difference = decode(xmp, 20, preprocess=squash)[::-1, ::-1].astype(int) - decode(plain, 20, preprocess=squash)
     assert np.abs(difference).max() <= 1
+    both = [(encoded(image, "PNG", exif=turned(6)), packed(encoded(image, "PNG", exif=turned(6))))]
+    both.append((encoded(image, "WEBP", lossless=True, exif=turned(6)), both[0][1]))
+    told = PngImagePlugin.PngInfo()
+    told.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
+    both.append((encoded(image, "PNG", pnginfo=told), both[0][1]))
+    for payload, upright in both:
+        assert np.array_equal(decode(payload, 20), decode(upright, 20))
+        assert np.array_equal(decode(upright, 20), decode(encoded(image.transpose(Image.Transpose.ROTATE_270), "PNG"), 20))
     for cut in range(2, 700, 7):
         is_upright(plain[:cut])  # whatever it says, it ends
 
