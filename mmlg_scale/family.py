@@ -473,5 +473,7 @@ def _draw_samples(plan: Plan) -> None:
         return
     folder = plan.descendant(sizes[len(sizes) // 2], "mmlg") / "model"
     image_ND, text_MD, split = folder_features(folder, pairs_of(plan.settings.data), "test")
+    if not len(text_MD):  # a split of images and labels
+        return
     samples = retrieval_samples(image_ND, text_MD, split.text_to_image_M, split.captions, split.image_png, num_image_queries=4)
     write_record(plan.out / "retrieval_samples.json", {"samples": samples})

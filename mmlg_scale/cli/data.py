@@ -108,8 +108,8 @@ def _add_packing(parser: ArgumentParser) -> None:
     group.add_argument(
         "--as-stored",
         action="store_true",
-        help="Pack every image byte for byte. By default images that viewers show differently from how they are stored (rotated by EXIF, "
-        "transparent, 16-bit, palette) are packed as shown, and counted.",
+        help="Pack every image byte for byte; models see the same. By default images that viewers show otherwise than they are stored "
+        "(rotated by EXIF, transparent, 16-bit, palette) are packed as shown, and counted.",
     )
     group = parser.add_argument_group("tables")
     help_text = "Column with image paths, relative to the table."
@@ -180,9 +180,9 @@ def index(arguments: list[str]) -> int:
     parser = make_parser(
         "data index",
         "DIR [options]",
-        "Make a data set of webdataset shards from elsewhere (KEY.jpg with KEY.txt or KEY.json): manifests and indexes are written beside "
-        "the shards, which are not touched. A pass that was stopped goes on where it was. A set of an earlier version gets a new "
-        "index.",
+        "Make a data set of webdataset shards from elsewhere (KEY.jpg with KEY.txt, KEY.json or KEY.cls): manifests and indexes are "
+        "written beside the shards, which are not touched. A pass that was stopped goes on where it was. A set of an earlier version gets "
+        "a new index.",
         ("data index cc3m --val-shards 2 --test-shards 2", "data index laion --part 3/8"),
     )
     parser.add_argument("folder", type=str, metavar="DIR", help="The folder of the shards, or of train/, val/ and test/ with shards.")

@@ -67,17 +67,18 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("model", type=str, metavar="MODEL", help="A folder that open_clip loads as local-dir:MODEL.")
     help_text = "A data set that mmlg data pack, index or scenes wrote: a folder, or a URL (https://, s3://, gs://, hf://)."
     parser.add_argument("--data", type=str, required=True, metavar="DIR", help=help_text)
-    help_text = "Folder for copies of a remote data set, on a disk of this machine (data.cache_dir)."
+    help_text = "Folder for copies of a remote data set, on a disk of this machine."
     parser.add_argument("--cache-dir", type=str | None, default=None, metavar="DIR", help=help_text)
     parser.add_argument("--cache-bytes", type=PositiveInt, default=64 * 2**30, metavar="N", help="Of those copies together, at most.")
     parser.add_argument("--split", type=str, default="test", choices=SPLITS, help="Which split.")
     parser.add_argument("--out", type=str | None, default=None, metavar="FILE", help="Write the JSON to this file too.")
     args = parse(parser, arguments)
     from mmlg_scale.data.corpus import cache_of, open_pairs
+    from mmlg_scale.data.store import OPTIONS
     from mmlg_scale.evaluation.evaluate import evaluate_folder
     from mmlg_scale.files import write_json_atomic
 
-    pairs = open_pairs(args.data, cache_of(args.cache_dir, args.cache_bytes))
+    pairs = open_pairs(args.data, cache_of(args.cache_dir, args.cache_bytes, OPTIONS), key="--data")
     metrics = evaluate_folder(Path(args.model), pairs, args.split)
     print(json.dumps(metrics, indent=1))
     if args.out is not None:

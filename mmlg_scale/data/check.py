@@ -71,7 +71,7 @@ def check_dataset(
 def _check_small_files(root: Path) -> list[Damage]:
     """What every run reads of a set besides its splits: dataset.json, the tokenizer, the classes."""
     # Imported here: the command's help needs none of it.
-    from mmlg_scale.data.corpus import CLASSES_FILE, load_classes
+    from mmlg_scale.data.classes import CLASSES_FILE, load_classes
     from mmlg_scale.data.tokens import described, offered_tokenizer
 
     found = list[Damage]()

@@ -12,24 +12,21 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from mmlg_scale.bounds import MAX_CAPTION
 from mmlg_scale.data import SPLITS
 from mmlg_scale.data.captions import CaptionRule
+from mmlg_scale.data.classes import CLASSES_FILE, Classes, load_classes
 from mmlg_scale.data.evaluation import EvalSplit, load_eval_split
 from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, print_report
 from mmlg_scale.data.manifest import manifest_digest
 from mmlg_scale.data.mixture import JoinedReader, Source, shares_of
 from mmlg_scale.data.pipeline import StreamSettings, TrainStream
-from mmlg_scale.data.remote import CLASSES_FILE, copy_small_files
-from mmlg_scale.data.store import CacheSettings, Store, is_remote, local_path
+from mmlg_scale.data.remote import copy_small_files, told_key
+from mmlg_scale.data.store import RECIPE_KEYS, CacheKeys, CacheSettings, Store, is_remote, local_path
 from mmlg_scale.data.sweep import Sweep
 from mmlg_scale.data.tokens import offered_tokenizer
 from mmlg_scale.errors import UserError
 from mmlg_scale.reading import shown
-from mmlg_scale.records import read_record
 from mmlg_scale.towers import BytePairTokenizer, ModelSpec, Tokenizer, same_tokenizer, told
-
-Classes = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -178,15 +175,16 @@ def _require_one_tokenizer(parts: Sequence[Part]) -> None:
             )
 
 
-def cache_of(folder: str | None, max_bytes: int) -> CacheSettings | None:
+def cache_of(folder: str | None, max_bytes: int, keys: CacheKeys = RECIPE_KEYS) -> CacheSettings | None:
     """Where copies of a remote set are kept, if anywhere. Raises UserError for a URL."""
     if folder is not None and "://" in folder:
-        raise UserError(f"data.cache_dir {shown(folder)} is a URL. Give a folder on a disk of this node.")
-    return None if folder is None else CacheSettings(Path(folder), max_bytes)
+        raise UserError(f"{keys.folder} {shown(folder)} is a URL. Give a folder on a disk of this node.")
+    return None if folder is None else CacheSettings(Path(folder), max_bytes, keys=keys)
 
 
 def open_pairs(path: Path | str | None, cache: CacheSettings | None = None, *, key: str = "data.path") -> PairSet:
-    """The data set in a folder, or at the URL of a store, of which copies are then kept as `cache` says; `key` is the recipe's.
+    """The data set in a folder, or at the URL of a store, of which copies are then kept as `cache` says; `key` is the recipe's, or
+    a command's option.
 
     Raises:
         UserError: `path` is None or contains no data set; its tokenizer or its classes are damaged; the store cannot be had.
@@ -201,31 +199,8 @@ def open_pairs(path: Path | str | None, cache: CacheSettings | None = None, *, k
         return PairSet(root, offered_tokenizer(root), load_classes(root / CLASSES_FILE), store)
     root = local_path(str(path))
     if not (root / "dataset.json").is_file():
-        raise UserError(f"recipe key {key}: {root} contains no data set. mmlg data scenes or mmlg data pack writes one.")
+        raise UserError(f"{told_key(key)}: {root} contains no data set. mmlg data scenes or mmlg data pack writes one.")
     return PairSet(root, offered_tokenizer(root), load_classes(root / CLASSES_FILE))
-
-
-def load_classes(file: Path) -> Classes | None:
-    """The classes of a set, None where it has none. Raises UserError where the file is damaged."""
-    if not file.is_file():
-        return None
-    content = read_record(file, "list of classes", "Correct it, or remove it to leave classification out.")
-    for key in ("classnames", "templates"):
-        listed = content.get(key)
-        if not isinstance(listed, list) or not listed or not all(isinstance(text, str) and text.strip() for text in listed):
-            raise UserError(f"{file}: {key} is {_short(listed)}. Give a list of texts, none of them empty.")
-        longest = max(map(len, listed))
-        if longest > MAX_CAPTION:
-            raise UserError(f"{file}: {key} has a text of {longest} characters; {MAX_CAPTION} are supported. Shorten it.")
-    for template in content["templates"]:
-        if "{}" not in template:
-            raise UserError(f"{file}: the template {template!r} has no {{}} for the class name. Add it.")
-    return {key: content[key] for key in ("classnames", "templates")}
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
 
 
 def choose_tokenizer(pairs: PairSet, model: Tokenizer | None, choice: Literal["auto", "model"], *, what: str) -> Tokenizer:
@@ -266,7 +241,10 @@ class Corpus:
 
     def eval_split(self, split: str, *, max_bad_fraction: float = MAX_BAD_FRACTION) -> EvalSplit:
         """A whole split, decoded as it is read; see `load_eval_split`. Ranks open it together."""
-        return load_eval_split(self.pairs.root / split, self.spec, max_bad_fraction=max_bad_fraction, store=self.pairs.store)
+        num_classes = None if self.classes is None else len(self.classes["classnames"])
+        return load_eval_split(
+            self.pairs.root / split, self.spec, max_bad_fraction=max_bad_fraction, store=self.pairs.store, num_classes=num_classes
+        )
 
     def name_of(self, index: int) -> str:
         """A training sample's shard and key, as far as they can be read. Reads the index: for messages."""

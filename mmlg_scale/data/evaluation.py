@@ -25,6 +25,7 @@ from mmlg_scale.data.store import Store
 from mmlg_scale.data.tokens import truncated
 from mmlg_scale.errors import UserError
 from mmlg_scale.ranks import is_first_rank, several_ranks
+from mmlg_scale.reading import shown
 from mmlg_scale.towers import ModelSpec
 
 CHUNK = 256
@@ -172,8 +173,8 @@ class EvalSplit:
     Attributes:
         images: uint8 [n, 3, H, W] a chunk; N in all.
         texts: token ids [n, T] a chunk; M in all, those of an image one after the other.
-        text_to_image_M: the image of each caption.
-        labels_N: class of each image, where the set has classes.
+        text_to_image_M: the image of each caption, int64; none at all in a split of images and labels.
+        labels_N: class of each image, where all have one.
         captions: all captions as texts.
         skipped: the damaged samples, which are left out.
         num_truncated: captions that are cut to the context length.
@@ -203,15 +204,22 @@ class EvalSplit:
         return buffer.getvalue()
 
 
-def load_eval_split(folder: Path, spec: ModelSpec, *, max_bad_fraction: float = MAX_BAD_FRACTION, store: Store | None = None) -> EvalSplit:
+def load_eval_split(
+    folder: Path,
+    spec: ModelSpec,
+    *,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
+    store: Store | None = None,
+    num_classes: int | None = None,
+) -> EvalSplit:
     """Open a split as the model `spec` sees it. Where ranks run as one process group, all open it together.
 
-    The shards are in `store` where one is given.
+    The shards are in `store` where one is given. With `num_classes` labels are numbers below it.
 
     Damaged samples are left out and named on the console, metrics are then over the others; captions that are cut are counted there.
 
     Raises:
-        UserError: more than `max_bad_fraction` of the samples are damaged; with the first of them.
+        UserError: more than `max_bad_fraction` of the samples are damaged, with the first of them; a label beyond the classes.
     """
     reader = ShardReader(folder, store)
     where = reader.shards.where
@@ -227,6 +235,11 @@ def load_eval_split(folder: Path, spec: ModelSpec, *, max_bad_fraction: float = 
         for row, index in enumerate(samples_N.tolist()):
             about = reader.about(index)
             labels.append(about["label"])
+            if num_classes is not None and about["label"] is not None and not 0 <= about["label"] < num_classes:
+                raise UserError(
+                    f"{where}, sample {shown(reader.key(index))}: label {about['label']}, classes.json has {num_classes} classes, numbered "
+                    "from 0. Correct the label, or the list of classes."
+                )
             owners.extend([row] * len(about["captions"]))
             yield from about["captions"]
 
@@ -238,5 +251,16 @@ def load_eval_split(folder: Path, spec: ModelSpec, *, max_bad_fraction: float = 
             print(f"left out of the evaluation: {fault}", flush=True)
         if texts.num_truncated:
             print(f"{where}: {told_truncation(texts.num_truncated, len(captions), spec.context_length)}", flush=True)
+        unlabelled = labels.count(None)
+        if num_classes is not None and 0 < unlabelled < len(labels):
+            print(f"{where}: zero-shot classification is left out, since {unlabelled} of {len(labels)} samples have no label", flush=True)
     labels_N = None if any(label is None for label in labels) else torch.tensor(labels)
-    return EvalSplit(ImageChunks(reader, samples_N, spec), texts, torch.tensor(owners), labels_N, captions, skipped, texts.num_truncated)
+    return EvalSplit(
+        ImageChunks(reader, samples_N, spec),
+        texts,
+        torch.tensor(owners, dtype=torch.long),
+        labels_N,
+        captions,
+        skipped,
+        texts.num_truncated,
+    )

@@ -1,7 +1,8 @@
 """Encoded images -> what a model sees: the geometry of open_clip's evaluation transform, and random crops for training.
 
-In evaluation grey levels are open_clip's to the last bit, whatever the image's mode: it resizes and crops before it converts to RGB, so
-that an image with a palette is resized to the nearest pixel, and transparent colours count less. So do we. Training reads ordinary JPEGs
+An image is read as a viewer shows it (`viewed`), by packing, training and evaluation alike: upright, over white, 16 bits as 8, palettes as
+colours. Of every other RGB or grey image, evaluation's grey levels are open_clip's to the last bit; open_clip takes pixels as they are
+stored, so that it sees lying photographs, the colours under transparency and white for nearly all of 16 bits. Training reads ordinary JPEGs
 in a third of the time (`jpeg.py`), a grey level apart here and there.
 """
 
@@ -30,6 +31,8 @@ Box = tuple[int, int, int, int]
 
 # Ours is the bound that counts; PIL warns from two thirds of it on.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# EXIF data of strangers; see `orientation`.
+warnings.filterwarnings("ignore", message=".*Corrupt EXIF data", category=UserWarning)
 
 
 def open_image(payload: bytes) -> Image.Image:
@@ -74,40 +77,92 @@ def check_decodes(payload: bytes) -> None:
 
 UPRIGHT, OPAQUE, SHALLOW, PLAIN_COLOURS = "turned upright", "over white", "16 to 8 bits", "without a palette"
 ORIENTATION = 0x0112
+"""Tag of EXIF 2.3, section 4.6.4. Its values from 2 on, and what undoes each:"""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TELLING = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+"""Where PIL looks for it. To ask costs a fiftieth of reading a small image, which most need not pay."""
+SWAPPED, STARTS_AT_RIGHT, STARTS_AT_BOTTOM = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
+"""Orientations where width and height change places, and where the stored image's last column or row becomes the first of its side."""
+TO_8_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's orientation: 1 is upright, and also said of data that cannot be read, which viewers pass over."""
+    if image.format == "PNG":
+        image.load()  # it may be said behind the pixels
+    if not any(name in image.info for name in TELLING):
+        return 1
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # of damaged EXIF data PIL raises nearly anything
+        return 1
+    return found if found in TURNS else 1
+
+
+def viewed(opened: Image.Image, turned: int) -> tuple[Image.Image, list[str]]:
+    """An image as viewers show it, and what had to be done for that.
+
+    Turned upright from the orientation `turned`, transparency laid over white, 16 bits rounded to 8, palettes and single bits made colours
+    and grey levels.
+    """
+    image, done = opened, list[str]()
+    if turned in TURNS:
+        image = image.transpose(TURNS[turned])
+        done.append(UPRIGHT)
+    if image.mode.startswith("I"):
+        image = _shallow(image, opened.info.get("transparency"))
+        done.append(SHALLOW)
+    elif image.has_transparency_data and not _is_opaque(image):
+        rgba = image.convert("RGBA")
+        image = Image.new("RGBA", image.size, "white")
+        image.alpha_composite(rgba)
+        done.append(OPAQUE)
+    elif image.mode in ("1", "P"):
+        image = image.convert("L" if image.mode == "1" else "RGBA")  # by way of RGBA, or PIL warns of an alpha that is lost
+        done.append(PLAIN_COLOURS)
+    return (image.convert("RGB") if done and image.mode not in ("L", "RGB") else image), done
+
+
+def _is_opaque(image: Image.Image) -> bool:
+    if image.mode not in ("LA", "RGBA"):
+        image = image.convert("RGBA")  # a palette, or one colour, with transparency
+    return image.getchannel("A").getextrema()[0] == 255
+
+
+def _shallow(image: Image.Image, transparent: object) -> Image.Image:
+    """Grey of 16 bits in 8; `transparent` is the value that a PNG has in place of an alpha channel."""
+    values = np.asarray(image)
+    values = values.clip(0, 2**16 - 1).astype(np.uint16) if values.dtype != np.uint16 else values
+    grey = TO_8_BITS[values]
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)
 
 
 def as_shown(payload: bytes) -> tuple[bytes, list[str]] | None:
-    """The image as a viewer shows it, as a PNG, and what was done to it; None where every program shows the same.
+    """`viewed` as a PNG, and what was done; None where nothing was.
 
-    open_clip, and so `decode`, takes pixels as they are stored: lying photographs whose EXIF data say so, the colours that transparency
-    hides, white for nearly all of 16 bits, and palettes without interpolation.
+    What is packed so is read by programs that know of no orientation, such as open_clip's own loader, as it is read here.
     """
     with open_image(payload) as opened:
-        image, done = opened, list[str]()
-        if opened.getexif().get(ORIENTATION, 1) in range(2, 9):
-            image = ImageOps.exif_transpose(opened)
-            done.append(UPRIGHT)
-        if image.mode.startswith("I"):
-            values = np.asarray(image).astype(np.int64)
-            image = Image.fromarray(((values.clip(0, 65_535) + 128) // 257).astype(np.uint8))
-            done.append(SHALLOW)
-        elif image.has_transparency_data and np.asarray(rgba := image.convert("RGBA"))[..., 3].min() < 255:
-            white = Image.new("RGBA", image.size, "white")
-            white.alpha_composite(rgba)
-            image = white.convert("RGB")
-            done.append(OPAQUE)
-        elif image.mode in ("1", "P"):
-            image = image.convert("L" if image.mode == "1" else "RGB")
-            done.append(PLAIN_COLOURS)
+        image, done = viewed(opened, orientation(opened))
         if not done:
             return None
         buffer = io.BytesIO()
-        image.convert(image.mode if image.mode in ("L", "LA", "RGBA") else "RGB").save(buffer, "PNG", exif=b"")
+        image.save(buffer, "PNG", exif=b"")
         return buffer.getvalue(), done
 
 
 def decode(payload: bytes, image_size: int, *, preprocess: Preprocess = PLAIN, draft: bool = False) -> np.ndarray:
-    """Resize, crop or pad, convert to RGB, as open_clip's evaluation transform does with this preprocessing: uint8 [H, W, 3].
+    """Resize, crop or pad what viewers show, as open_clip's evaluation transform does with this preprocessing: RGB, uint8 [H, W, 3].
 
     An image so thin that `longest` leaves less than half a pixel of its shorter side keeps one; open_clip fails there.
 
@@ -120,18 +175,30 @@ def decode(payload: bytes, image_size: int, *, preprocess: Preprocess = PLAIN, d
         if quick is not None:
             return quick
     resample = resampling(preprocess)
-    with open_image(payload) as image:
-        whole = image.size
+    with open_image(payload) as opened:
+        turned = orientation(opened)
+        whole = opened.size[::-1] if turned in SWAPPED else opened.size
         size = _resized(whole, image_size, preprocess.resize_mode)
         if draft:
-            image.draft(None, size)  # the smallest scale that is no smaller than this in both directions
-        reduced = round(whole[0] / image.width)
+            opened.draft(None, size[::-1] if turned in SWAPPED else size)  # the smallest scale that is no smaller in both directions
+        image, _ = viewed(opened, turned)
+        inside = _extent(image, whole, turned)
         if preprocess.resize_mode == "shortest" and math.prod(size) > MAX_RESIZED_PIXELS:
-            return np.asarray(_resized_centre(image, (whole[0] / reduced, whole[1] / reduced), size, image_size, resample).convert("RGB"))
-        # A side that is no multiple of the scale is rounded up, its last pixel covering less: the box says where the image ends.
-        box = None if reduced == 1 else (0, 0, whole[0] / reduced, whole[1] / reduced)
-        found = image.resize(size, resample, box=box) if image.size != size else image
+            return np.asarray(_resized_centre(image, inside, size, image_size, resample).convert("RGB"))
+        found = image.resize(size, resample, box=inside) if image.size != size else image
         return np.asarray(_crop_or_pad(found, image_size, preprocess.fill_color).convert("RGB"))
+
+
+def _extent(image: Image.Image, whole: tuple[int, int], turned: int) -> tuple[float, float, float, float]:
+    """Where the whole image lies in one that may have been decoded at a fraction of its size, and then turned.
+
+    A side that is no multiple of the fraction is rounded up: its last pixel, the first one once turned, covers less.
+    """
+    reduced = round(whole[0] / image.width)
+    width, height = whole[0] / reduced, whole[1] / reduced
+    left = image.width - width if turned in STARTS_AT_RIGHT else 0
+    top = image.height - height if turned in STARTS_AT_BOTTOM else 0
+    return left, top, min(left + width, image.width), min(top + height, image.height)
 
 
 def _decode_quickly(payload: bytes, image_size: int, preprocess: Preprocess) -> np.ndarray | None:
@@ -196,15 +263,15 @@ def _crop_or_pad(image: Image.Image, size: int, fill: int) -> Image.Image:
 
 
 def _resized_centre(
-    image: Image.Image, extent: tuple[float, float], size: tuple[int, int], image_size: int, resample: Image.Resampling
+    image: Image.Image, extent: tuple[float, float, float, float], size: tuple[int, int], image_size: int, resample: Image.Resampling
 ) -> Image.Image:
     """The centre square of `image` resized to `size`, of which the rest is never computed.
 
     Equal to cropping afterwards except where a grey level lies on the edge between two: the box is rounded to single precision. `extent` is
-    the image's size up to where its last pixels end.
+    where in `image` the picture lies: left, top, right, bottom.
     """
-    scales = [part / side for part, side in zip(extent, size, strict=True)]
-    starts = [scale * round((side - image_size) / 2) for scale, side in zip(scales, size, strict=True)]
+    scales = [(extent[axis + 2] - extent[axis]) / size[axis] for axis in (0, 1)]
+    starts = [extent[axis] + scales[axis] * round((size[axis] - image_size) / 2) for axis in (0, 1)]
     stops = [start + scale * image_size for start, scale in zip(starts, scales, strict=True)]
     # Two pixels on each side take part in an interpolation, of a smaller image as many more as it is smaller.
     margins = [math.ceil(2 * max(1.0, scale)) + 1 for scale in scales]
@@ -224,7 +291,7 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """RGB, a box of `scale` of the area with a log-uniform aspect ratio in `ratio`, resized: uint8 [H, W, 3].
+    """RGB of what viewers show, a box of `scale` of the area with a log-uniform aspect ratio in `ratio`, resized: uint8 [H, W, 3].
 
     The distribution is that of torchvision's RandomResizedCrop with open_clip's settings: ten draws, then the central crop whose ratio is
     nearest. JPEGs are decoded at a fraction of their size where the box then still has `image_size` pixels in each direction, ordinary ones
@@ -237,14 +304,21 @@ def random_resized_crop(
         if found is not None:
             return found
     with open_image(payload) as opened:
-        width, height = opened.size
+        turned = orientation(opened)
+        width, height = opened.size[::-1] if turned in SWAPPED else opened.size
         left, top, box_width, box_height = box or _crop_box(width, height, generator, scale, ratio)
         wanted = image_size / min(box_width, box_height)
         if wanted < 1:
-            opened.draft("RGB", (math.ceil(width * wanted), math.ceil(height * wanted)))
-        image = opened.convert("RGB")
-    reduced = round(width / image.width)
-    inside = (left / reduced, top / reduced, (left + box_width) / reduced, (top + box_height) / reduced)
+            least = math.ceil(width * wanted), math.ceil(height * wanted)
+            opened.draft("RGB", least[::-1] if turned in SWAPPED else least)
+        image = viewed(opened, turned)[0].convert("RGB")
+    first, reduced = _extent(image, (width, height), turned), round(width / image.width)
+    inside = (
+        first[0] + left / reduced,
+        first[1] + top / reduced,
+        min(first[0] + (left + box_width) / reduced, first[2]),
+        min(first[1] + (top + box_height) / reduced, first[3]),
+    )
     return np.asarray(image.resize((image_size, image_size), resampling(preprocess), box=inside))
 
 

@@ -27,6 +27,8 @@ PLAIN_KEY = 1
 """Flag: the tar headers of the sample hold its whole key, so that they can be compared with it."""
 NAMES_ONLY = 2
 """Flag: the captions are in the text; the JSON is read only where captions are asked for by its keys."""
+LABELLED = 4
+"""Flag: in the JSON's place is a .cls, a class number as text; there are no captions but the text."""
 RECORD = np.dtype(
     [
         ("image", "<u8"),
@@ -41,8 +43,8 @@ RECORD = np.dtype(
         ("flags", "u1"),
     ]
 )
-"""Offsets and sizes in bytes of image, .txt and .json, at least one of the last two (offset 0: none); CRC-32 of the key; blocks of 512
-bytes that the image's tar headers take (0: unknown); number in EXTENSIONS; flags. 44 bytes."""
+"""Offsets and sizes in bytes of image, .txt and .json (or .cls), at least one of the last two (offset 0: none); CRC-32 of the key; blocks
+of 512 bytes that the image's tar headers take (0: unknown); number in EXTENSIONS; flags. 44 bytes."""
 MAX_SHARD_SAMPLES = 1_000_000
 MAX_MEMBER_BYTES = 2**32 - 1
 MAX_LEAD = 64
@@ -73,6 +75,9 @@ def key_checksum(key: str) -> int:
 
 NAMES = "names"
 """In place of a JSON's extension: see NAMES_ONLY."""
+LABEL = "cls"
+"""Likewise: see LABELLED."""
+_FLAGS = {NAMES: NAMES_ONLY, LABEL: LABELLED}
 
 
 class RecordBuilder:
@@ -107,7 +112,7 @@ class RecordBuilder:
             record["lead"] = lead if lead <= MAX_LEAD else 0
             # Names that are long or not ASCII are in extended headers: the header proper has a shortened or mangled copy.
             record["flags"] = PLAIN_KEY if key.isascii() and len(key) + 6 < 100 else 0
-            record["flags"] |= NAMES_ONLY if "json" in members and members["json"][3] == NAMES else 0
+            record["flags"] |= _FLAGS.get(members["json"][3], 0) if "json" in members else 0
         return records
 
 

@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 
 from mmlg_scale.bounds import MAX_JSON_BYTES, MAX_SAMPLE_TEXT_BYTES
 from mmlg_scale.data import SPLITS
-from mmlg_scale.data.index import BLOCK, EXTENSIONS, MAX_MEMBER_BYTES, NAMES, RecordBuilder, index_path, write_index
+from mmlg_scale.data.classes import CLASSES_FILE, CLASSNAMES, listed_classes, repeated_classes
+from mmlg_scale.data.index import BLOCK, EXTENSIONS, LABEL, LABELLED, MAX_MEMBER_BYTES, NAMES, RecordBuilder, index_path, write_index
 from mmlg_scale.data.manifest import Progress, shards_of, tokenizer_digests, write_manifest
 from mmlg_scale.data.publish import DESCRIPTION_VERSION
 from mmlg_scale.data.reader import KEY, DamagedSample, ShardReader, content_digest, header_checksum, open_shard
@@ -29,10 +30,10 @@ from mmlg_scale.data.scan import ShardState, check_samples, checked_spans, save_
 from mmlg_scale.data.tokens import BPE, NONE, Offer, read_offer, recorded_offer, remove_tokenizer
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_json_atomic
-from mmlg_scale.reading import one_line, read_json
+from mmlg_scale.reading import one_line, read_json, shown
 from mmlg_scale.records import read_record, write_record
 
-KINDS = {"txt": "text", "json": "json", **dict.fromkeys(EXTENSIONS, "image")}
+KINDS = {"txt": "text", "json": "json", "cls": "label", **dict.fromkeys(EXTENSIONS, "image")}
 
 COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip"),
@@ -49,6 +50,11 @@ DAMAGED_HEADER, CUT_SHARD, NO_IMAGE, NO_CAPTION, TWICE, DOTTED, OTHER = (
     "duplicate members",
     "members with a dot in their name before the extension, where webdataset ends the key (rename KEY.v2.jpg to KEY_v2.jpg)",
     "members of other kinds",
+)
+ONLY_LABEL = "samples of train with a .cls and no caption, which are for evaluation"
+LABEL_BESIDE, NAMES_BESIDE = (
+    "labels (.cls) beside a .json with captions (write them into it as label)",
+    "captions by name (.json) beside a label (.cls)",
 )
 FEW_BYTES = 2**28
 """Below this, processes take longer to start than to index."""
@@ -181,6 +187,7 @@ def join_parts(
     """Manifest and dataset.json out of the notes of all shards, which then go."""
     problems: Counter[str] = Counter()
     found: dict[str, list[Indexed]] = {}
+    classes = listed_classes(root)
     for split, paths in groups.items():
         found[split] = []
         for path in paths:
@@ -192,18 +199,24 @@ def join_parts(
             found[split].append(one)
             problems += one.problems
         if not sum(one.entry["samples"] for one in found[split]):
+            if split == "train" and problems[ONLY_LABEL] and len(groups) > 1:
+                del found[split]  # a set that only evaluates
+                continue
             raise UserError(
-                f"{root}: split {split} has no whole sample (an image with a .txt, or a .json with a caption). {_told(problems)}"
+                f"{root}: split {split} has no whole sample (an image with a .txt, a .json with a caption, or for evaluation a .cls). "
+                f"{_told(problems)}"
             )
     for split, shards in found.items():
         write_manifest(root / split, split, [one.entry for one in shards])
         save_states(root / split, {one.entry["file"]: one.state for one in shards})
+    if classes is not None:
+        write_record(root / CLASSES_FILE, classes)
     remove_tokenizer(root)
     offer.write(root, lambda: _captions(root / "train"))
     counts = {split: sum(one.entry["samples"] for one in shards) for split, shards in found.items()}
     described = {"format_version": DESCRIPTION_VERSION, "kind": "indexed", "args": dict(args), "splits": counts}
     write_record(root / "dataset.json", {**described, **tokenizer_digests(root)})
-    _clear(root, groups)
+    _clear(root, {split: groups[split] for split in found})
     return counts, problems
 
 
@@ -230,8 +243,6 @@ def _groups(root: Path, val_shards: int, test_shards: int) -> dict[str, list[Pat
         raise UserError(f"no folder {root}. Give the one with the shards, or train/, val/ and test/ with shards.")
     inside = {split: sorted((root / split).glob("*.tar")) for split in SPLITS}
     if any(inside.values()):
-        if not inside["train"]:
-            raise UserError(f"{root} has shards in {', '.join(split for split in SPLITS if inside[split])} but none in train. Add train.")
         return {split: paths for split, paths in inside.items() if paths}
     shards = sorted(root.glob("*.tar"))
     if not shards:
@@ -302,7 +313,12 @@ def index_shard(path: Path, folder: Path) -> Indexed:
                     members["json"] = (*members["json"][:3], NAMES)
                 else:
                     del members["json"]
-            if "image" not in members:
+            if "label" in members:
+                _place_label(members, problems)
+            if folder.name == "train" and "text" not in members and "json" in members and members["json"][3] == LABEL:
+                del members["json"]
+                problems[ONLY_LABEL] += "image" in members
+            elif "image" not in members:
                 problems[NO_IMAGE] += 1
             elif "text" not in members and "json" not in members:
                 problems[NO_CAPTION] += 1
@@ -315,6 +331,17 @@ def index_shard(path: Path, folder: Path) -> Indexed:
     state = state_of(path, check_samples(reader, range(len(records)), 0, decode=False))
     reader.close()
     return Indexed(entry, state, problems)
+
+
+def _place_label(members: dict[str, tuple[int, int, int, str]], problems: Counter[str]) -> None:
+    """Put a sample's .cls where its record has room for a JSON, unless that has the captions."""
+    label = members.pop("label")
+    json_kind = members["json"][3] if "json" in members else None
+    if json_kind not in (None, NAMES):
+        problems[LABEL_BESIDE] += 1
+        return
+    problems[NAMES_BESIDE] += json_kind == NAMES
+    members["json"] = (*label[:3], LABEL)
 
 
 def _open_shard(path: Path) -> BinaryIO:
@@ -424,5 +451,17 @@ def print_index(counts: Mapping[str, int], problems: Mapping[str, int], root: Pa
     print(f"{root}: " + ", ".join(f"{split} {count}" for split, count in counts.items()) + " samples")
     for cause in sorted(cause for cause, count in problems.items() if count):
         print(f"left out: {problems[cause]} {cause}")
+    for name in repeated_classes(root):
+        print(f"classes: {shown(name)!r} is the name of several, which cannot be told apart")
+    if not (root / CLASSES_FILE).is_file() and any(_has_labels(root / split) for split in counts):
+        print(f"there are labels, and no list of classes for zero-shot classification: give {root / CLASSNAMES} and index again")
     for split in sorted(set(SPLITS) - set(counts)):
         print(f"no {split} split: training and mmlg family need it; give --{split}-shards or a folder {split}/")
+
+
+def _has_labels(folder: Path) -> bool:
+    """Whether the first shard of a split has labels."""
+    reader = ShardReader(folder)
+    found = bool((reader.records(0)["flags"] & LABELLED).any())
+    reader.close()
+    return found

@@ -31,6 +31,8 @@ from mmlg_scale.records import write_record
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SAMPLES_PER_SHARD = 2000
+MAX_PATH = 4096
+"""PATH_MAX of Linux."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class PackSettings:
         tokenizer: what the set offers to models trained from scratch: none, words (of the training captions), bpe (byte pairs), or the path
             of a model folder or a tokenizer.json.
         resize: pixels of the shorter side to which images are resized, with a centre crop; None: they are packed as they are.
-        as_shown: pack an image that programs show otherwise than it is stored (on its side, transparent, 16 bits, a palette) as a PNG of
-            what they show, and say how many these are; otherwise every image is packed as it is.
-        skip_bad: leave out images that are missing or do not decode, and captions that are empty or too long, and list them in
+        as_shown: pack an image that viewers show otherwise than it is stored (on its side, transparent, 16 bits, a palette) as a PNG of
+            what they show, and say how many these are; otherwise the bytes of every image are packed as they are. Both are read alike.
+        skip_bad: leave out images that are missing or do not decode, and captions that are empty, too long or no Unicode, and list them in
             OUT/skipped.json; otherwise they are errors.
     """
 
@@ -94,11 +96,13 @@ class PairCheck:
         return True
 
     def is_caption(self, text: str, where: str) -> bool:
-        """Whether a caption has a text, and no more of it than is supported; as `is_good`."""
+        """Whether a caption has a text, of Unicode, and no more of it than is supported; as `is_good`."""
         if not text:
             self.leave_out(f"{where}empty caption. Give one, or remove it.", "captions")
         elif len(text) > MAX_CAPTION:
             self.leave_out(f"{where}a caption of {len(text)} characters; at most {MAX_CAPTION} are supported. Shorten it.", "captions")
+        elif any("\ud800" <= letter <= "\udfff" for letter in text):
+            self.leave_out(f"{where}a caption is not valid Unicode: {shown(text)!r}. Correct it.", "captions")
         else:
             return True
         return False
@@ -135,6 +139,9 @@ def pack_table(
     check, good = PairCheck(settings.skip_bad), dict[str, bool]()
     for number, row in _rows(table, (image_column, caption_column)):
         name, caption = row[image_column].strip(), row[caption_column].strip()
+        if len(name) > MAX_PATH:
+            check.leave_out(f"{table} row {number}: {image_column} has {len(name)} characters, more than any path.", "rows")
+            continue
         if not name:
             raise UserError(f"{table} row {number}: empty {image_column}. Give the image's path, or remove the row.")
         name = os.path.normpath(name)  # a.png and ./a.png are one image, which must not land in two splits
@@ -169,7 +176,7 @@ def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, 
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     delimiter = "\t" if table.suffix.lower() in (".tsv", ".tab") or "\t" in text.partition("\n")[0] else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    last = 0
+    last, limit = 0, csv.field_size_limit(len(text) + 1)  # a long field is a bad row, not the end of the table
     try:
         names = next(reader, [])
         for column in columns:
@@ -193,11 +200,12 @@ def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, 
                 )
             yield last, dict(zip(names, fields + [""] * (len(names) - len(fields)), strict=True))
     except csv.Error as error:
-        what = "a field is too long" if "limit" in str(error) else "the quotes are wrong"
         raise UserError(
-            f"{table} row {last + 1}: {what}, read up to line {reader.line_num} ({error}). "
+            f"{table} row {last + 1}: the quotes are wrong, read up to line {reader.line_num} ({error}). "
             "A field that begins with a quote ends with one, and quotes inside it are doubled."
         ) from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _swallowed(fields: Sequence[str], delimiter: str, num_columns: int, image_column: int) -> str | None:
@@ -285,7 +293,11 @@ def _left_out(path: Path) -> str:
 
 
 def _check_image(path: Path, where: str) -> None:
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except OSError:  # a name that no file can have
+        is_there = False
+    if not is_there:
         raise UserError(f"{where}no image {path}. Correct the path (it is relative to the table's folder), or remove the row.")
     if path.suffix.lower() not in EXTENSIONS:
         raise UserError(f"{where}{path} does not end in {', '.join(EXTENSIONS)}. Convert it, or remove it.")

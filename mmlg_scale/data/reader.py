@@ -23,7 +23,18 @@ import numpy as np
 
 from mmlg_scale.bounds import MAX_CAPTION, MAX_IMAGE_BYTES, MAX_SAMPLE_TEXT_BYTES
 from mmlg_scale.data.images import PLAIN, check_decodes, check_png, decode, load_cheaply, random_resized_crop
-from mmlg_scale.data.index import BLOCK, EXTENSIONS, NAMES_ONLY, PLAIN_KEY, RECORD, index_path, key_checksum, read_index, records_in
+from mmlg_scale.data.index import (
+    BLOCK,
+    EXTENSIONS,
+    LABELLED,
+    NAMES_ONLY,
+    PLAIN_KEY,
+    RECORD,
+    index_path,
+    key_checksum,
+    read_index,
+    records_in,
+)
 from mmlg_scale.data.manifest import Location, Shards, load_shards
 from mmlg_scale.data.store import RemoteFile, Store, StoreError
 from mmlg_scale.errors import UserError
@@ -45,6 +56,7 @@ MISSING, CUT, HEADER, LONG = "missing shard", "cut shard", "tar header", "captio
 FILE = "damaged file"
 """Of a set, besides its shards."""
 ENCODING, JSON, IMAGE, READ, HASH = "caption not UTF-8", "unreadable JSON", "undecodable image", "read error", "SHA-256"
+LABEL = "bad label"
 REMEDIES = {
     MISSING: "copy the shard again",
     CUT: "copy the shard again",
@@ -53,11 +65,14 @@ REMEDIES = {
     ENCODING: "write the caption as UTF-8 and pack again",
     LONG: "shorten the caption and pack again",
     JSON: "fix the JSON and pack again",
+    LABEL: "write the class as a number from 0 and index again",
     IMAGE: "replace the image and pack again",
     READ: "check the storage",
     HASH: "copy the shard again",
 }
 """Every cause of damage with what to do about it."""
+_CLASS = re.compile(rb"[ \t\r\n]*([0-9]{1,9})[ \t\r\n]*")
+MAX_LABEL_BYTES = 64
 CHANGED_BYTES = "the bytes are not those that were packed or indexed"
 
 
@@ -98,9 +113,8 @@ def open_remote(store: Store, file: RemoteFile) -> BinaryIO:
         raise
     except OSError as error:
         told = error.strerror or one_line(error)
-        raise UserError(
-            f"data.cache_dir: copies of {store.root} cannot be kept ({error.filename}: {told}). Give another folder."
-        ) from error
+        folder = store.cache.keys.folder if store.cache is not None else ""
+        raise UserError(f"{folder}: copies of {store.root} cannot be kept ({error.filename}: {told}). Give another folder.") from error
 
 
 class _Spot(NamedTuple):
@@ -283,7 +297,8 @@ class ShardReader:
         spot = self._spot(index)
         key = spot.key if spot.flags & PLAIN_KEY else None
         about = None if spot.flags & NAMES_ONLY else spot.json
-        for extension, part in ((spot.extension, spot.image), ("txt", spot.text), ("json", about)):
+        told = "cls" if spot.flags & LABELLED else "json"
+        for extension, part in ((spot.extension, spot.image), ("txt", spot.text), (told, about)):
             if part is not None:
                 problem = header_problem(self._read(spot, part[0] - BLOCK, BLOCK), extension, part[1], key)
                 if problem:
@@ -322,11 +337,15 @@ class ShardReader:
         """{"captions": [...], "label": int | None}: from the JSON's `captions`, else from the text, else from the JSON's `caption`.
 
         With `names` also "named", in that order the list of captions under each of these keys of the JSON (a text, or a list of texts),
-        `txt` being the sample's text: empty where there is none.
+        `txt` being the sample's text: empty where there is none. A sample of an image and a .cls has a label, and no captions.
         """
         spot = self._spot(index)
         content: Any = {}
-        if spot.json is not None and (names or not spot.flags & NAMES_ONLY):
+        if spot.json is not None and spot.flags & LABELLED:
+            content = {"label": self._class(spot, *spot.json)}
+            if spot.text is None:
+                return content | {"captions": []} | ({"named": [[] for _ in names]} if names else {})
+        elif spot.json is not None and (names or not spot.flags & NAMES_ONLY):
             try:
                 content = json.loads(self._text(spot, spot.json, "json"))
             except (ValueError, RecursionError) as error:
@@ -353,6 +372,14 @@ class ShardReader:
         label = content.get("label")
         found = {"captions": captions, "label": label if type(label) is int and abs(label) < 2**31 else None}
         return found | {"named": named} if names else found
+
+    def _class(self, spot: _Spot, offset: int, size: int) -> int:
+        """The number in a .cls."""
+        found = _CLASS.fullmatch(self._read(spot, offset, size)) if size <= MAX_LABEL_BYTES else None
+        if found is None:
+            told = f"{size} bytes" if size > MAX_LABEL_BYTES else repr(shown(self._read(spot, offset, size).decode("utf-8", "replace")))
+            raise self._damaged(spot, LABEL, f".cls: {told} is no class number from 0")
+        return int(found[1])
 
     def is_changed(self, shard: int) -> bool:
         """Whether the bytes of a shard are not those that the manifest's SHA-256 is of; False also where it cannot be read.

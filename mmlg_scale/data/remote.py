@@ -14,13 +14,13 @@ from pathlib import Path
 
 from mmlg_scale.bounds import MAX_JSON_BYTES, MAX_MANIFEST_BYTES, MAX_TOKENIZER_BYTES
 from mmlg_scale.data import SPLITS
+from mmlg_scale.data.classes import CLASSES_FILE
 from mmlg_scale.data.manifest import has_old_format
-from mmlg_scale.data.store import CacheSettings, FileMissingError, Store
+from mmlg_scale.data.store import OPTIONS, RECIPE_KEYS, CacheSettings, FileMissingError, Store
 from mmlg_scale.data.transfer import check_url
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import make_folder, remove_leftovers, temporary_name, writing
 
-CLASSES_FILE = "classes.json"
 FOLDER = "sets"
 """In the cache's folder. Not counted as part of the cache: a manifest has about 200 bytes a shard."""
 _LIMITS = {
@@ -30,6 +30,11 @@ _LIMITS = {
     **{f"{split}/{name}": MAX_MANIFEST_BYTES for split in SPLITS for name in ("manifest.json", "checked.json")},
 }
 """Files that a set may have, and how large each is at most."""
+
+
+def told_key(key: str) -> str:
+    """A recipe's key, or a command's option, as messages begin."""
+    return key if key.startswith("--") else f"recipe key {key}"
 
 
 def copy_small_files(url: str, cache: CacheSettings | None, *, key: str = "data.path") -> tuple[Path, Store]:
@@ -43,7 +48,8 @@ def copy_small_files(url: str, cache: CacheSettings | None, *, key: str = "data.
     """
     check_url(url)
     if cache is None:
-        raise UserError(f"recipe key {key}: {url} is remote. Give a folder on a disk of this node for copies of it: data.cache_dir.")
+        keys = OPTIONS if key.startswith("--") else RECIPE_KEYS
+        raise UserError(f"{told_key(key)}: {url} is remote. Give a folder on a disk of this node for copies of it: {keys.folder}.")
     store = Store(url, cache)
     files = {"dataset.json": store.read_bytes("dataset.json", MAX_JSON_BYTES)}
     for name, limit in _LIMITS.items():

@@ -64,6 +64,17 @@ class RemoteFile(NamedTuple):
 
 
 @dataclass(frozen=True)
+class CacheKeys:
+    """What a person sets a cache by: keys of a recipe, or options of a command."""
+
+    folder: str = "data.cache_dir"
+    max_bytes: str = "data.cache_bytes"
+
+
+RECIPE_KEYS, OPTIONS = CacheKeys(), CacheKeys("--cache-dir", "--cache-bytes")
+
+
+@dataclass(frozen=True)
 class CacheSettings:
     """Where and how remote files are kept.
 
@@ -74,6 +85,7 @@ class CacheSettings:
         first_pause: seconds after the first failure; each later pause is twice as long.
         timeout: seconds without a sign of the store after which an attempt has failed.
         failed_for: seconds for which a file that could not be had is not tried again, so that not each of its samples waits for that.
+        keys: for messages.
     """
 
     folder: Path
@@ -82,6 +94,7 @@ class CacheSettings:
     first_pause: float = 0.5
     timeout: float = 30.0
     failed_for: float = 60.0
+    keys: CacheKeys = RECIPE_KEYS
 
 
 class Store:
@@ -226,7 +239,7 @@ class Store:
         if _size(path) == file.size:
             return path
         if file.size > settings.max_bytes:
-            raise UserError(f"data.cache_bytes is {settings.max_bytes:,}, {url} alone has {file.size:,} bytes. Allow more.")
+            raise UserError(f"{settings.keys.max_bytes} is {settings.max_bytes:,}, {url} alone has {file.size:,} bytes. Allow more.")
         make_folder(settings.folder / "locks")
         stripe = int(path.name[:8], 16) % _STRIPES
         with _locked(settings.folder / "locks" / f"{stripe:02}"):

@@ -12,8 +12,11 @@ from torch import Tensor
 from mmlg_scale import towers
 from mmlg_scale.data.corpus import Corpus, PairSet, open_pairs
 from mmlg_scale.data.evaluation import Chunks, EvalSplit, TensorChunks
+from mmlg_scale.errors import UserError
 from mmlg_scale.evaluation.retrieval import recall_at_k
 from mmlg_scale.evaluation.zeroshot import class_embeddings, zero_shot_metrics
+from mmlg_scale.metric_names import RETRIEVAL
+from mmlg_scale.ranks import is_first_rank
 
 Encoder = Callable[[Tensor], Tensor]
 
@@ -55,6 +58,16 @@ def encode_in_chunks(
     return torch.cat(parts)
 
 
+def require_metric(metric: str, split: EvalSplit, where: str) -> None:
+    """Raise UserError where a run's metric needs captions, or labels, that not every image of the split has."""
+    num_images, num_captioned = len(split.images.samples_N), len(torch.unique(split.text_to_image_M))
+    lacking = f"of {num_images} images, {num_captioned} have a caption" if num_captioned < num_images else "not every image has a label"
+    if (num_captioned < num_images) if metric in RETRIEVAL else (split.labels_N is None):
+        raise UserError(
+            f"recipe key evaluation.metric: {metric} cannot be measured on {where}: {lacking}. Use another metric, or other data."
+        )
+
+
 def evaluate_pairs(
     encode_image: Encoder,
     encode_text: Encoder,
@@ -67,15 +80,32 @@ def evaluate_pairs(
 ) -> dict[str, float]:
     """Retrieval both ways on `split`; with `classes` ({"classnames", "templates"}) and a labelled split, zero-shot metrics too.
 
+    Of a split in which not every image has a caption, only the latter.
+
     Args:
         encode_image: float images [n, 3, H, W] -> features [n, D].
         encode_text: token ids [n, T], T up to the context length (`towers.cut_length`) -> features [n, D].
         preprocess: uint8 -> normalised float images.
         tokenize: captions -> token ids; needed with `classes`.
+
+    Raises:
+        UserError: there is neither a caption for every image nor a label.
     """
+    num_captioned = len(torch.unique(split.text_to_image_M))
+    is_captioned, is_labelled = num_captioned == len(split.images.samples_N), classes is not None and split.labels_N is not None
+    if not is_captioned:
+        told = f"{num_captioned} of {len(split.images.samples_N)} images have a caption"
+        if not is_labelled:
+            raise UserError(
+                f"nothing can be measured: {told}, and there is no {'label for each' if classes is not None else 'list of classes'}. "
+                "Give captions; or for classification a .cls for each image and classnames.txt, and index again."
+            )
+        if num_captioned and is_first_rank():
+            print(f"retrieval is left out, since only {told}", flush=True)
     image_ND = encode_in_chunks(lambda images: encode_image(preprocess(images)), split.images, device)
-    text_MD = encode_texts(encode_text, split.texts, device)
-    metrics = recall_at_k(image_ND, text_MD, split.text_to_image_M)
+    metrics = dict[str, float]()
+    if is_captioned:
+        metrics |= recall_at_k(image_ND, encode_texts(encode_text, split.texts, device), split.text_to_image_M)
     if classes is not None and split.labels_N is not None:
         assert tokenize is not None
         class_CD = class_embeddings(
@@ -135,4 +165,6 @@ def folder_features(model: Path, data: Path | PairSet, split: str) -> tuple[Tens
     """Features of a split, [N, D] of its images and [M, D] of its captions, and the split itself."""
     loaded = _Loaded(model, data, split)
     image_ND = encode_in_chunks(lambda chunk: loaded.image(loaded.preprocess(chunk)), loaded.split.images, loaded.device)
+    if not len(loaded.split.captions):
+        return image_ND, image_ND[:0], loaded.split
     return image_ND, encode_texts(loaded.text, loaded.split.texts, loaded.device), loaded.split

@@ -24,7 +24,7 @@ from mmlg_scale import recipe
 from mmlg_scale.data.corpus import Corpus, PairSet, pairs_of
 from mmlg_scale.data.evaluation import EvalSplit
 from mmlg_scale.data.pipeline import Batch, StreamSettings, TrainStream
-from mmlg_scale.evaluation.evaluate import evaluate_pairs
+from mmlg_scale.evaluation.evaluate import evaluate_pairs, require_metric
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.engine import Engine, start_ranks, stop_ranks
 from mmlg_scale.training.loop import train_step
@@ -44,7 +44,9 @@ class Session:
 
     def eval_split(self, split: str) -> EvalSplit:
         """A whole split, decoded and tokenised for the model."""
-        return self.corpus.eval_split(split, max_bad_fraction=self.settings.data.max_bad_fraction)
+        found = self.corpus.eval_split(split, max_bad_fraction=self.settings.data.max_bad_fraction)
+        require_metric(self.settings.evaluation.metric, found, f"{self.corpus.pairs.where}/{split}")
+        return found
 
     def stream(self, start_step: int = 0, record: Path | None = None) -> TrainStream:
         """This rank's batches from `start_step` on; what is skipped is listed in the folder `record`."""

@@ -191,7 +191,7 @@ def test_many_ways_to_name_and_caption(tmp_path: Path) -> None:
             "samples without an image": 3,
             "samples without a caption": 6,
             "members with a dot in their name before the extension, where webdataset ends the key": 3,
-            "members of other kinds": 3,
+            "labels": 3,
         }
         assert {fault.key: fault.cause for fault in scan(root / "train", ShardReader(root / "train"))} == {}
         reader = ShardReader(root / "train")
@@ -262,7 +262,7 @@ def test_what_cannot_be_indexed(packed: Path, tmp_path: Path) -> None:
         (tmp_path / "empty", "contains no .tar shards"),
         (tmp_path / "bare", "split train has no whole sample .* 1 samples without a caption"),
         (tmp_path / "noise", "1 damaged places"),
-        (tmp_path / "part", "shards in val but none in train"),
+        (tmp_path / "part", "split val has no whole sample"),
         (packed, r"was packed by another command \(scenes\)"),
     ):
         with pytest.raises(UserError, match=said):

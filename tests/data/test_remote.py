@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmlg_scale.cli.main import main
 from mmlg_scale.data import scan
 from mmlg_scale.data.corpus import Corpus, PairSet, open_pairs
 from mmlg_scale.data.faults import EpochReport
@@ -176,11 +177,17 @@ def test_what_checks_found_is_left_out_remotely_too(folder: Path, tmp_path: Path
         server.close()
 
 
-def test_a_set_that_cannot_be_had_is_one_line(folder: Path, server: Server, tmp_path: Path) -> None:
+def test_a_set_that_cannot_be_had_is_one_line(folder: Path, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"HTTP 404 .*Check the bucket's and the folder's name"):
         open_pairs(f"{server.url}/elsewhere", cache(tmp_path))
     with pytest.raises(UserError, match=r"is remote. Give a folder on a disk of this node for copies of it: data.cache_dir"):
         open_pairs(server.url)
+    for given, said in (
+        ([], f"--data: {server.url} is remote. Give a folder on a disk of this node for copies of it: --cache-dir."),
+        (["--cache-dir", "s3://b/c"], "--cache-dir s3://b/c is a URL. Give a folder on a disk of this node."),
+    ):
+        assert main(["eval", str(folder), "--data", server.url, *given]) == 2
+        assert capsys.readouterr().err == f"mmlg: error: {said}\n"
     server.plan["dataset.json"] = ["403"]
     with pytest.raises(UserError, match=r"HTTP 403 Forbidden. These credentials may not read it"):
         open_pairs(server.url, cache(tmp_path))

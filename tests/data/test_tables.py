@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmlg_scale.data.indexing import index_dataset, index_shard, print_index
-from mmlg_scale.data.pack import PackSettings, _rows, pack_folders, pack_table
+from mmlg_scale.data.pack import PackSettings, PairCheck, _rows, pack_folders, pack_table
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.errors import UserError
 from tests.data.test_check_and_index import image, write_tar
@@ -60,7 +60,14 @@ def test_whatever_was_written_with_quotes_is_read(captions: list[str], delimiter
         ("t.csv", ["0.png,x", '1.png,"wow he said', "2.png,y", '3.png,no 8"', "4.png,z"], "rows 3 to 5: .* over the row of 2.png"),
         ("t.csv", ["0.png,x", '1.png,"wow', "2.JPG,y"], "row 3: the quotes are wrong, read up to line 4"),
         ("t.csv", ['0.png,"wow" he said'], "row 2: the quotes are wrong, read up to line 2"),
-        ("t.csv", ["0.png,x", f"1.png,{'x' * 140_000}"], "row 3: a field is too long, read up to line 3 .field larger than field limit"),
+        (
+            "t.csv",
+            ["0.png,x", f"1.png,{'x' * 140_000}"],
+            "row 3: a caption of 140000 characters; at most 5000 are .* --skip-bad",
+        ),
+        ("t.csv", ["0.png,x", f"{'x' * 140_000},y"], "row 3: filepath has 140000 characters, more than any path. .* --skip-bad"),
+        # A quote that takes in the rest of a long table is no long caption, also where such are left out.
+        ("t.csv", ["0.png,x", '1.png,"wow', *["2.png,y" + "z" * 4000] * 50], "row 3: the quotes are wrong, read up to line 53"),
     ],
 )
 def test_rows_that_would_be_cut_or_swallowed_are_refused(name: str, rows: list[str], said: str, tmp_path: Path) -> None:
@@ -70,7 +77,40 @@ def test_rows_that_would_be_cut_or_swallowed_are_refused(name: str, rows: list[s
     with pytest.raises(UserError, match=said) as raised:
         pack_table(table, tmp_path / "out")
     assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
     assert not (tmp_path / "out").exists()
+    assert csv.field_size_limit() == 131_072
+    if "--skip-bad" not in said:
+        with pytest.raises(UserError, match=said):
+            pack_table(table, tmp_path / "out", PackSettings(skip_bad=True))
+
+
+def test_rows_with_fields_over_the_limit_of_csv_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path, 6)
+    table, long = tmp_path / "t.csv", "x" * 140_000
+    rows = ["0.png,a,1", f'1.png,"{long}",2', f"{long}.png,b,3", *[f"{number}.png,c,4" for number in range(1, 6)], f"2.png,d,{long}"]
+    table.write_text("\n".join(["filepath,caption,note", *rows]) + "\n")
+    pack_table(table, tmp_path / "out", PackSettings(skip_bad=True, val=0.2, test=0.2))
+    assert "left out 2 files, folders and captions" in capsys.readouterr().out
+    skipped = json.loads((tmp_path / "out" / "skipped.json").read_text())
+    assert [line.removeprefix(f"{table} ").split(".")[0] for line in skipped] == [
+        "row 3: a caption of 140000 characters; at most 5000 are supported",
+        "row 4: filepath has 140004 characters, more than any path",
+    ]
+    readers = [ShardReader(tmp_path / "out" / split) for split in ("train", "val", "test")]
+    captions = sorted(text for reader in readers for index in range(len(reader)) for text in reader.about(index)["captions"])
+    assert captions == ["a", "c", "c", "c", "c", "c", "d"]
+
+
+def test_half_an_emoji_is_a_bad_caption() -> None:
+    strict, lenient = PairCheck(skip_bad=False), PairCheck(skip_bad=True)
+    assert lenient.is_caption("a cat \U0001f408", "x: ")
+    assert not lenient.is_caption("a cat \ud83d", "x: ")
+    assert lenient.skipped == ["x: a caption is not valid Unicode: 'a cat ?'. Correct it."]
+    with pytest.raises(
+        UserError, match=r"x: a caption is not valid Unicode: 'a cat \?'\. Correct it\. Or leave such captions out with --skip-bad"
+    ):
+        strict.is_caption("a cat \ud83d", "x: ")
 
 
 def test_files_of_classes_that_are_left_out_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +142,7 @@ def test_keys_with_dots_and_other_members_are_counted(tmp_path: Path, capsys: py
     members = {}
     for number in range(6):
         key = f"{number}.v2" if number % 2 else str(number)
-        members |= {f"{key}.jpg": image(number, "jpg"), f"{key}.txt": b"thing", f"{key}.cls": b"1"}
+        members |= {f"{key}.jpg": image(number, "jpg"), f"{key}.txt": b"thing", f"{key}.npy": b"1"}
     for split in ("train", "val", "test"):
         write_tar(tmp_path / split / "0.tar", members)
     counts, problems = index_dataset(tmp_path)
