@@ -374,10 +374,8 @@ class TrainStream:
         """Raise UserError where a pool would have a sample twice."""
         for shards, count, most in zip(splits, self._order.num_intact.tolist(), self._order.pattern.counts(pool).tolist(), strict=True):
             if count < most:
-                raise UserError(
-                    f"{shards.where} has {count:,} samples, a teacher_pool of {pool:,} takes {most:,} of them. Use a smaller pool: what is "
-                    "read more than once needs none larger than the data set."
-                )
+                told = f"takes {most:,} of this source" if len(splits) > 1 else "needs as many different ones"
+                raise UserError(f"{shards.where} has {count:,} samples, a teacher_pool of {pool:,} {told}. Use a smaller pool.")
 
     def _seen(self, step: int) -> int:
         """Positions of the order that are read in the first `step` steps."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmlg_scale.data.faults import EpochReport
+from mmlg_scale.data.mixture import Source
 from mmlg_scale.data.pipeline import Batch, StreamSettings, TrainStream
 from mmlg_scale.data.scenes import scenes_tokenizer, write_scenes
 from mmlg_scale.errors import UserError
@@ -71,7 +72,7 @@ def test_it_is_resumed_anywhere_at_any_world_size(folder: Path, start: int, worl
 
 
 def test_a_pool_of_more_samples_than_there_are_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="has 60 samples, a teacher_pool of 72 takes 72 of them"):
+    with pytest.raises(UserError, match="has 60 samples, a teacher_pool of 72 needs as many different ones"):
         batches(folder, pool=72)
     assert len({row[1] for row in rows(batches(folder, 10, pool=60))}) == 60
 
@@ -88,3 +89,14 @@ def test_damage_counts_once_however_often_it_is_met(tmp_path: Path) -> None:
     assert [(report.epoch, sum(report.skipped.values()), report.num_captions) for report in reports] == [(0, 1, TRAIN)]
     assert stream.figures(10) == {"pool_passes": 2.0}
     assert sorted(rows(found[:5])) == sorted(rows(found[5:10]))
+
+
+def test_no_source_of_a_mixture_is_read_twice(folder: Path, tmp_path: Path) -> None:
+    """Three quarters of 108 pairs are 81 of the first set's 60 samples; of 72, they are 54."""
+    write_scenes(tmp_path / "other", num_train=TRAIN, num_val=4, num_test=4, seed=1, image_size=32)
+    sources = [Source(folder, share=3, name="much"), Source(tmp_path / "other" / "train", share=1, name="little")]
+    with pytest.raises(UserError, match="has 60 samples, a teacher_pool of 108 takes 81 of this source"):
+        TrainStream(sources, spec(), StreamSettings(global_batch_size=BATCH, seed=5, pool=108))
+    found = rows(list(islice(TrainStream(sources, spec(), StreamSettings(global_batch_size=BATCH, seed=5, pool=72)), 12)))
+    assert sorted(found[:72]) == sorted(found[72:])
+    assert len({row[1] for row in found}) == 72
