@@ -6,7 +6,8 @@
 
 A row is found by the pair's place in the pool, says of which sample, caption and length it is, and has a checksum: one that is missing,
 torn by a crash, damaged or of another pair is computed again. What is written is what is compared, rounded to the pool's type already when
-it is computed, so that a resumed run, whose rows are there, gets the same numbers. Any rank reads and writes any row.
+it is computed, so that a resumed run, whose rows are there, gets the same numbers. Any rank reads and writes any row: the exchange of
+gradients between two steps keeps a rank from asking for a row that another one is about to write.
 
 Rows are read and written by offset, not through a memory map: on a full disk writing to a map kills the process, as reading does where the
 file has been cut short. The system's page cache serves both.

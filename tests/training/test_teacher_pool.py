@@ -208,6 +208,7 @@ def _rank(rank: int, root: str, folder: str, store: str) -> None:
     own = inputs(made, rank=rank, world_size=2)
     for batch in own:
         assert_close(teacher(batch, nullcontext, DEPTHS), plain(batch, nullcontext, DEPTHS), batch, rtol=1e-5, atol=1e-6)
+        dist.barrier()  # as the exchange of gradients is
     assert live.computed == [BATCH // 2] * (POOL // BATCH), live.computed  # the other half was the other rank's
     dist.barrier()
     sharded, live = pooled(made, Path(folder), shard=True)
