@@ -50,6 +50,7 @@ from mmlg_scale.training.roles import (
     features_identity,
     recipe_config,
 )
+from mmlg_scale.training.teacher_pool import require_budgets
 
 LEARNGENE_KEYS = ("params", "bytes", "block_params", "stem_params", "flops", "teacher_flops", "seconds", "metrics", "curve")
 SUPERSEDED = "superseded"
@@ -241,6 +242,7 @@ def check(settings: recipe.Recipe, runtime: Runtime, out: Path) -> dict[str, Any
         with recipe.in_section(section):
             Structure(config, **{key: getattr(elastic, key) for key in Structure.SETTINGS})
     _check_batches(settings, runtime)
+    require_budgets(settings, config, runtime.teacher_pool_bytes)
     if pairs is not None:
         for member in Plan(settings, runtime, out, image_size=towers.image_size(config)).members:
             if member.role is not None:

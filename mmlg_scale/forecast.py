@@ -35,6 +35,7 @@ from mmlg_scale.training.folder import has_work, result_of
 from mmlg_scale.training.meters import measure_peak_flops
 from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole, PretrainingRole, fresh_spec
 from mmlg_scale.training.sizes import SizeDraw, compared_depths, pooled_towers
+from mmlg_scale.training.teacher_pool import pool_bytes
 
 _NAMES: Mapping[str, str] = {str(init): name for init, name in NAMES.items()}
 
@@ -50,7 +51,7 @@ class StepCost:
         memory: bytes on each rank at the fullest moment of a step: weights, optimizer, gradients, buffers, activations, loss, ancestor
             (frozen), composed layers.
         export_bytes: what stays on disk.
-        checkpoint_bytes: what its checkpoints take besides, while it runs.
+        checkpoint_bytes: what its checkpoints, and the ancestor's outputs for a teacher_pool, take besides while it runs.
     """
 
     trains: str
@@ -297,9 +298,9 @@ class _Costs:
             steps=training.steps,
             batch_size=training.batch_size,
             flops=samples * training_flops(config, pooled=pooled_towers(config, compared_depths(weights))),
-            teacher_flops=samples * self._teacher_flops(weights),
+            teacher_flops=self._teacher_flops(weights, training),
             memory=self._memory(params + maps, config, training, weights, params) if training.steps else None,
-            checkpoint_bytes=self._checkpoints(params + maps, training.steps) if training.steps else 0,
+            checkpoint_bytes=self._while_it_runs(params + maps, training, weights) if training.steps else 0,
             **self._export(params),
         )
 
@@ -324,9 +325,9 @@ class _Costs:
             steps=training.steps,
             batch_size=training.batch_size,
             flops=training.batch_size * draw.total_flops(training.steps),
-            teacher_flops=training.batch_size * training.steps * self._teacher_flops(loss),
+            teacher_flops=self._teacher_flops(loss, training),
             memory=memory,
-            checkpoint_bytes=self._checkpoints(trained, training.steps),
+            checkpoint_bytes=self._while_it_runs(trained, training, loss),
             params=params,
             export_bytes=tensor_bytes(structure, settings.file_dtype),
         )
@@ -348,16 +349,20 @@ class _Costs:
             export_bytes=BYTES_PER_PARAMETER * (images + captions) * int(self.config["embed_dim"]),
         )
 
-    def _teacher_flops(self, loss: recipe.DistillationLoss | None) -> int:
-        """Of one sample, where there is something to compare; features that are kept cost their one pass only."""
+    def _teacher_flops(self, loss: recipe.DistillationLoss | None, training: recipe.Training) -> int:
+        """Of a schedule, where there is something to compare: of each pair of a pool once; features that are kept cost their one pass."""
         if loss is None or self.settings.engine.keep_features:
             return 0
-        return forward_flops(self.config, pooled=pooled_towers(self.config, compared_depths(loss)))["total"]
+        samples = training.steps * training.batch_size
+        if loss.teacher_pool is not None:
+            samples = min(samples, loss.teacher_pool)
+        return samples * forward_flops(self.config, pooled=pooled_towers(self.config, compared_depths(loss)))["total"]
 
-    def _checkpoints(self, params: int, steps: int) -> int:
-        """The checkpoints that are kept, and the one being written."""
-        kept = steps // self.runtime.keep_every if self.runtime.keep_every is not None else 0
-        return (self.runtime.keep_last + 1 + kept) * checkpoint_bytes(params)
+    def _while_it_runs(self, params: int, training: recipe.Training, loss: recipe.DistillationLoss | None) -> int:
+        """The checkpoints that are kept, the one being written, and the ancestor's outputs for a pool."""
+        kept = training.steps // self.runtime.keep_every if self.runtime.keep_every is not None else 0
+        checkpoints = (self.runtime.keep_last + 1 + kept) * checkpoint_bytes(params)
+        return checkpoints + (pool_bytes(self.config, loss, training) if loss is not None else 0)
 
     def _memory(
         self,
@@ -420,7 +425,8 @@ def _told(found: Forecast) -> list[str]:
     lines = [
         f"{len(found.steps)} steps, {f'{kept} of them complete, ' if kept else ''}{si(flops)}FLOP in all; "
         f"at most {_bytes(totals['memory_bytes_per_rank'])} of memory a rank (estimate, tensors only).",
-        f"Disk: {_bytes(totals['export_bytes'])} of results, and up to {_bytes(totals['checkpoint_bytes'])} of checkpoints while it runs.",
+        f"Disk: {_bytes(totals['export_bytes'])} of results, and up to {_bytes(totals['checkpoint_bytes'])} while it runs "
+        "(checkpoints, teacher pools).",
     ]
     side = f"{_count(found.parallel, 'step')} at a time, {_count(found.ranks, 'rank')} each"
     left_out = "Not counted: reading data, evaluation, start-up."

@@ -29,13 +29,13 @@ from mmlg_scale.ranges import (
     PositiveFloat,
     PositiveInt,
     Rank,
-    SceneCount,
     Steps,
     Students,
     UnitInterval,
     Width,
 )
-from mmlg_scale.sources import Source, check_captions, check_sources
+from mmlg_scale.recipe_data import Data
+from mmlg_scale.recipe_identity import LATER, identity_of
 
 Modality = Literal["both", "image", "text"]
 Init = Literal["ancestor", "mmlg", "direct", "tleg", "sws", "scratch", "even", "distil"]
@@ -45,11 +45,6 @@ Method = Literal["mmlg", "tleg", "sws"]
 MODALITIES, INITS, METHODS = (typing.get_args(choices) for choices in (Modality, Init, Method))
 
 
-LATER = {"later": True}
-"""Metadata of a field that came later: at its default, which changes nothing, it is no part of a run's identity, so that runs from before
-it are recognised."""
-
-
 @contextlib.contextmanager
 def in_section(key: str) -> Iterator[None]:
     """Around checks of an `Elastic` that name the recipe's keys as those of extraction: their errors name those below `key`."""
@@ -57,74 +52,6 @@ def in_section(key: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(str(error).replace("recipe key extraction", f"recipe key {key}")) from error
-
-
-@dataclass
-class Scenes:
-    """The procedural image-text set that ships with the project."""
-
-    num_train: SceneCount = 20000
-    """Training images."""
-    num_val: SceneCount = 500
-    """Validation images: learning curves and targets are measured here."""
-    num_test: SceneCount = 1000
-    """Test images: reported qualities are measured here."""
-    seed: NonNegativeInt = 0
-    """Seed of the data set; apart from the recipe's seed, so that runs of several seeds share one data set."""
-
-
-@dataclass
-class Data:
-    """Image-text pairs."""
-
-    path: str | None = None
-    """A packed or indexed data set: a folder, or its URL (https://, s3://, gs://, hf://); null: the scenes below are generated."""
-    sources: list[Source] | None = field(default=None, metadata=LATER)
-    """In place of path, several data sets whose training samples are mixed by weight, one by one, in a fixed pattern. Validation and test
-    splits are those of the first one, unless evaluate_on names another."""
-    captions: dict[str, PositiveFloat] | None = field(default=None, metadata=LATER)
-    """Which captions of a sample are trained on: names of keys of its JSON (txt: its text), each a caption or a list of them, with the
-    weight by which one is drawn for each sample in every epoch: {alt: 0.5, synthetic: 0.5}. A name that a sample lacks is left out of its
-    draw; one that has none of them gives its ordinary captions; both are counted. null: the ordinary captions, as in evaluation."""
-    evaluate_on: str | None = field(default=None, metadata=LATER)
-    """The data set whose validation and test splits are used; null: path, or the first of sources."""
-    cache_dir: str | None = None
-    """Copies of a remote set's shards: a folder on a disk of the node, for all its processes and runs."""
-    cache_bytes: PositiveInt = 64 * 2**30
-    """Of those copies together; those that have gone unused for longest are removed. At least 16 shards, better 32."""
-    scenes: Scenes = field(default_factory=Scenes)
-    """The procedural set, used when path is null."""
-    augment: Literal["none", "crop", "resized_crop"] = "none"
-    """Augmentation of training images: crop takes 80 to 100 % of the side of the centre square; resized_crop takes 90 to 100 % of the whole
-    image's area (open_clip's, for photographs). Never a horizontal flip, since captions say left and right. Training reads JPEGs the quick
-    way, up to two grey levels from what evaluation sees."""
-    aug_cfg: Augmentation = field(default_factory=Augmentation, metadata=LATER)
-    """What resized_crop draws, by the names of open_clip's aug_cfg."""
-    tokenizer: Literal["auto", "model"] = "auto"
-    """auto: a model trained from scratch takes the data set's tokenizer (open_clip's byte pairs where it has none), and a model that has a
-    tokenizer must have the same one as the data set; model: the model's own (byte pairs from scratch), whatever the data set has."""
-    check: Literal["auto", "decode", "structure"] = "auto"
-    """What is looked at once before the first step, so that every epoch reads each intact sample exactly once: decode also decodes every
-    image; structure reads only headers and captions, and replaces an image that does not decode by another sample; auto is decode up to
-    200,000 training images, else structure, and always structure for a remote set."""
-    max_bad_fraction: ClosedUnitInterval = 0.01
-    """Fraction of damaged samples, which are skipped and listed, above which the run stops with the list; each source by itself."""
-
-    @property
-    def is_given(self) -> bool:
-        """Whether data sets are named; else scenes are generated."""
-        return self.path is not None or self.sources is not None
-
-    def rules(self) -> list[dict[str, float] | None]:
-        """The caption weights of each source, in their order."""
-        return [self.captions] if self.sources is None else [source.captions for source in self.sources]
-
-    def require_fit(self) -> None:
-        """Raise UserError where fields do not go together."""
-        check_captions(self.captions, "data.captions")
-        if self.sources is not None:
-            check_sources(self.sources, self.path, self.captions)
-        _require(self.is_given or self.evaluate_on is None, "data.evaluate_on", "is given, data.path is null", "Give data.path too.")
 
 
 @dataclass
@@ -202,6 +129,12 @@ class DistillationLoss:
     """Weight of the normalised mean squared error between hidden states at `hidden_depths`, each tower."""
     hidden_depths: list[Fraction] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
     """Relative depths at which hidden states are compared."""
+    teacher_pool: PositiveInt | None = field(default=None, metadata=LATER)
+    """Pairs that training walks through again and again, in a new order each time: the first so many of its order, each with one caption
+    and one augmentation. The ancestor runs once on each, and its outputs are kept on disk while the run is under way. A multiple of the
+    batch size; null: ever new pairs."""
+    teacher_pool_dtype: Literal["bf16", "fp32"] = field(default="bf16", metadata=LATER)
+    """In what type the ancestor's outputs for the pool are kept and compared; bf16 takes half the space."""
 
 
 @dataclass
@@ -420,21 +353,36 @@ class Recipe:
         check_metric(self.evaluation.metric, has_classes=True)
         if self.engine.keep_features:
             self._check_kept_features()
+        self._check_pools()
         names = [size.name for size in self.family.sizes]
         _require(len(set(names)) == len(names), "family.sizes", "has the same size twice", "Remove the repeated one.")
 
     def _check_kept_features(self) -> None:
         key, augment = "engine.keep_features", self.data.augment
         _require(augment == "none", key, f"keeps features of whole images, data.augment is {augment}", "Use none, or keep no features.")
-        losses = {"extraction.loss": self.extraction.loss}
-        losses |= {f"baselines.{name}.loss": found.loss for name, found in self.baselines.learngenes().items()}
-        losses |= {"adaptation.loss": self.adaptation.loss} if self.adaptation.training.steps else {}
-        losses |= {"baselines.distil_loss": self.baselines.distil_loss} if self.baselines.distil is not None else {}
-        if self.baselines.even is not None and self.baselines.even_loss is not None:
-            losses["baselines.even_loss"] = self.baselines.even_loss
-        for name, loss in losses.items():
+        for name, (loss, _) in self.comparisons().items():
             problem = f"keeps final features, {name}.hidden is {loss.hidden} and compares hidden states"
             _require(loss.hidden == 0, key, problem, f"Set {name}.hidden to 0, or keep no features.")
+
+    def comparisons(self) -> dict[str, tuple[DistillationLoss, Training]]:
+        """The terms of every training that compares with the ancestor, by their dotted key, and that training."""
+        extractions = {"extraction": self.extraction} | {f"baselines.{name}": own for name, own in self.baselines.learngenes().items()}
+        found = {f"{name}.loss": (own.loss, own.training) for name, own in extractions.items()}
+        baselines = self.baselines
+        if self.adaptation.training.steps:
+            found["adaptation.loss"] = self.adaptation.loss, self.adaptation.training
+        if baselines.distil is not None:
+            found["baselines.distil_loss"] = baselines.distil_loss, baselines.distil
+        if baselines.even is not None and baselines.even_loss is not None:
+            found["baselines.even_loss"] = baselines.even_loss, baselines.even
+        return found
+
+    def _check_pools(self) -> None:
+        for name, (loss, training) in self.comparisons().items():
+            key, pool, size = f"{name}.teacher_pool", loss.teacher_pool, training.batch_size
+            if pool is not None:
+                _require(pool % size == 0, key, f"{pool} is not a multiple of batch_size {size}", f"Use {-(-pool // size) * size}.")
+                _require(not self.engine.keep_features, key, "is given beside engine.keep_features", "Keep one of the two.")
 
     def learngenes(self) -> dict[str, Elastic]:
         """The settings of every learngene that is asked for, by the dotted key of their section, ours first."""
@@ -455,7 +403,7 @@ class Recipe:
             init: the extraction's method or the descendant's initialisation.
             has_target: whether the run may stop at another run's quality.
         """
-        whole = _identity(self)
+        whole = identity_of(self)
         if role == "features":
             # Of all captions that may be read, however often.
             names = [sorted(captions) if captions is not None else None for captions in self.data.rules()]
@@ -489,17 +437,3 @@ class Recipe:
             found["family"] = {"stop_at_target": self.family.stop_at_target}
             found["evaluation"] = whole["evaluation"]
         return found
-
-
-def _identity(value: Any) -> Any:
-    """A part of the recipe as nested dictionaries, without LATER fields at their defaults."""
-    if isinstance(value, list):
-        return [_identity(item) for item in value]
-    if not dataclasses.is_dataclass(value):
-        return value
-    found = {item: getattr(value, item.name) for item in dataclasses.fields(value)}
-    return {item.name: _identity(given) for item, given in found.items() if not (item.metadata.get("later") and given == _default(item))}
-
-
-def _default(item: dataclasses.Field[Any]) -> Any:
-    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()

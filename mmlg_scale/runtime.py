@@ -52,6 +52,8 @@ class Runtime:
     memory."""
     shard_ancestor: bool = False
     """Each rank keeps its part of the frozen ancestor and gathers a block when it runs: less memory, more communication."""
+    teacher_pool_bytes: PositiveInt = 32 * 2**30
+    """Most that the ancestor's outputs for a teacher_pool may take on disk, in the folder of each run that has one."""
     log_every: PositiveInt = 10
     """Steps between logged figures."""
     checkpoint_every: PositiveInt | None = None

@@ -32,6 +32,8 @@ class Stream(IntEnum):
     """(epoch, sample): the change of an image's colours."""
     SOURCE = 7
     """(source): the seed of the order of a mixture's source; see `data.mixture`."""
+    POOL = 8
+    """(pass): the order in which a pool of samples is walked through again; see `data.pool`."""
 
 
 def key(seed: int, stream: Stream, *position: int) -> list[int]:

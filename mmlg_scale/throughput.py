@@ -99,13 +99,17 @@ def settings_of(settings: recipe.Recipe, cell: Cell) -> recipe.Recipe:
         model=model,
         engine=replace(settings.engine, precision=cell.precision, communication=cell.communication, keep_features=False),
         ancestor=_endless(settings.ancestor, cell),
-        extraction=replace(extraction, start="random", training=_endless(extraction.training, cell)),
-        adaptation=replace(adaptation, training=_endless(adaptation.training, cell)),
+        extraction=replace(extraction, start="random", training=_endless(extraction.training, cell), loss=_unpooled(extraction.loss)),
+        adaptation=replace(adaptation, training=_endless(adaptation.training, cell), loss=_unpooled(adaptation.loss)),
     )
 
 
 def _endless(training: recipe.Training, cell: Cell) -> recipe.Training:
     return replace(training, steps=ENDLESS, batch_size=cell.batch_size)
+
+
+def _unpooled(loss: recipe.DistillationLoss) -> recipe.DistillationLoss:
+    return replace(loss, teacher_pool=None)
 
 
 def model_name(settings: recipe.Recipe, cell: Cell) -> str:

@@ -17,6 +17,7 @@ POSITIONS = {
     Stream.WINDOW_ORDER: 2,
     Stream.COLOUR: 2,
     Stream.SOURCE: 1,
+    Stream.POOL: 1,
 }
 
 
@@ -30,7 +31,7 @@ def test_all_places_of_all_streams_are_apart() -> None:
             state = tuple(np.random.SeedSequence(entropy).generate_state(4).tolist())
             assert state not in seen, (seen[state], entropy)
             seen[state] = entropy
-    assert len(seen) == 3 * (8 + 8 + 64 + 512 + 64 + 64 + 64 + 8)
+    assert len(seen) == 3 * (8 + 8 + 64 + 512 + 64 + 64 + 64 + 8 + 8)
 
 
 def test_why_keys_end_in_a_number() -> None:

@@ -26,7 +26,7 @@ TOKENIZER_HELP = (
 
 def scenes(arguments: list[str]) -> int:
     """mmlg data scenes."""
-    from mmlg_scale.recipe import Scenes
+    from mmlg_scale.recipe_data import Scenes
 
     parser = make_parser(
         "data scenes",

@@ -35,6 +35,7 @@ from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, FaultLog, faul
 from mmlg_scale.data.manifest import Shards
 from mmlg_scale.data.mixture import JoinedReader, MixedOrder, Pattern, Source, require_names, source_seed
 from mmlg_scale.data.order import SHUFFLE_WINDOW, EpochOrder
+from mmlg_scale.data.pool import Pool
 from mmlg_scale.data.reader import DamagedSample, Fault
 from mmlg_scale.data.scan import Check, Findings, num_threads
 from mmlg_scale.data.store import RemoteFile
@@ -68,6 +69,7 @@ class StreamSettings:
             the split.
         max_bad_fraction: fraction of the samples of an epoch above which damage stops the run.
         cache_decoded: keep decoded images where they fit into memory.
+        pool: samples that are walked through again and again, in a new order each time, in place of epochs; a multiple of the batch.
 
     Raises:
         UserError: the batch is not a multiple of the ranks, `augment` is unknown, or `max_bad_fraction` is no fraction.
@@ -83,6 +85,7 @@ class StreamSettings:
     check: Check = "auto"
     max_bad_fraction: float = MAX_BAD_FRACTION
     cache_decoded: bool = True
+    pool: int | None = None
 
     def __post_init__(self) -> None:
         if self.augment not in AUGMENTATIONS:
@@ -101,6 +104,8 @@ class Batch:
     text_BT: Tensor
     samples_B2: Tensor
     """Each pair's sample, by its number among those of all sources, and which of its captions was drawn."""
+    places_B: Tensor | None = None
+    """Each pair's place in the order, or in the pool; always given by a stream."""
 
     @property
     def indices_B(self) -> Tensor:
@@ -109,7 +114,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader where a GPU is used."""
-        return Batch(self.image_uint8_BCHW.pin_memory(), self.text_BT.pin_memory(), self.samples_B2)
+        return Batch(self.image_uint8_BCHW.pin_memory(), self.text_BT.pin_memory(), self.samples_B2, self.places_B)
 
 
 class _News(NamedTuple):
@@ -126,7 +131,7 @@ class _News(NamedTuple):
 
 
 class _Pairs(Dataset[tuple[Batch, _News]]):
-    """Batches by their places, int64 [B, 2]: epoch and sample."""
+    """Batches by their places, int64 [B, 3]: epoch, sample and place in the order."""
 
     def __init__(self, reader: JoinedReader, order: MixedOrder, spec: ModelSpec, settings: StreamSettings) -> None:
         self.reader, self.order, self.seed, self.augment = reader, order, settings.seed, settings.augment
@@ -139,9 +144,9 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
         self._known: np.ndarray | None = None
         self._captions = CaptionTokens(spec.tokenizer, spec.context_length, settings.seed)
 
-    def __getitem__(self, places_B2: np.ndarray) -> tuple[Batch, _News]:
+    def __getitem__(self, places_B3: np.ndarray) -> tuple[Batch, _News]:
         met: list[tuple[Epoch, Fault]] = []
-        epochs, wanted = places_B2[:, 0].tolist(), places_B2[:, 1].tolist()
+        epochs, wanted = places_B3[:, 0].tolist(), places_B3[:, 1].tolist()
         if self._cached is not None and self._known is not None and self._known[wanted].all() and self._captions.has(wanted):
             indices, images, texts = wanted, self._cached[wanted], {}
         else:
@@ -162,7 +167,8 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
         # No Counter: torch's loader copies mappings by `update`, which would add.
         counts, cut = dict(Counter(of)), dict(Counter(of[row] for row in drawn.cut))
         news = _News(met, counts, cut, {key: dict(found) for key, found in lacking.items()})
-        return Batch(torch.from_numpy(images), drawn.ids_BT, torch.tensor([indices, drawn.captions]).T), news
+        samples_B2, places_B = torch.tensor([indices, drawn.captions]).T, torch.from_numpy(places_B3[:, 2].copy())
+        return Batch(torch.from_numpy(images), drawn.ids_BT, samples_B2, places_B), news
 
     def _readable(self, epoch: int, wanted: int, texts: dict[int, Texts], met: list[tuple[Epoch, Fault]]) -> tuple[int, np.ndarray]:
         """The sample, or the first of its substitutes that can be read, with its image; captions that are needed go to `texts`."""
@@ -199,15 +205,17 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
 
 
 class _Steps(Sampler[np.ndarray]):
-    """This rank's places for each step from `start` on, without end: int64 [B, 2], epoch and sample.
+    """This rank's places for each step from `start` on, without end: int64 [B, 3], epoch, sample and place in the order (or the pool).
 
-    Where shards are remote, those of a window and of the next one are fetched in the background when the window is reached.
+    Where shards are remote, those of a window and of the next one are fetched in the background when the window is reached. Of a pool, that
+    is done in the first pass; later ones read what is still cached, and fetch the rest when it is read.
     """
 
-    def __init__(self, order: MixedOrder, batch_size: int, rank: int, world_size: int, start: int, splits: Sequence[Shards]) -> None:
-        self.order, self.batch_size, self.start, self.splits = order, batch_size, start, splits
-        self.share = batch_size // world_size
-        self.offset = rank * self.share
+    def __init__(self, order: MixedOrder, settings: StreamSettings, start: int, splits: Sequence[Shards]) -> None:
+        self.order, self.batch_size, self.start, self.splits = order, settings.global_batch_size, start, splits
+        self.pool = None if settings.pool is None else Pool(order, settings.pool, settings.seed)
+        self.share = settings.global_batch_size // settings.world_size
+        self.offset = settings.rank * self.share
         self._remote = [source for source, shards in enumerate(splits) if shards.store is not None]
         self._windows = dict[int, tuple[int, int]]()
 
@@ -216,9 +224,12 @@ class _Steps(Sampler[np.ndarray]):
         self._windows.clear()
         while True:
             first = step * self.batch_size + self.offset
-            if self._remote:
+            if self._remote and (self.pool is None or first < self.pool.size):
                 self._fetch(self.order.pattern.counts(first).tolist())
-            yield np.stack(self.order.places(first, self.share), axis=1)
+            if self.pool is not None:
+                yield self.pool.rows(first, self.share)
+            else:
+                yield np.stack([*self.order.places(first, self.share), np.arange(first, first + self.share)], axis=1)
             step += 1
 
     def _fetch(self, counts: list[int]) -> None:
@@ -300,10 +311,13 @@ class TrainStream:
             for source, (own, found) in enumerate(zip(reader.readers, findings, strict=True))
         ]
         self._order = MixedOrder(orders, reader.starts, Pattern([source.share for source in self.sources]))
+        self._start, self._batch_size, self._pool = start_step, batch_size, settings.pool
+        self._met: list[set[int]] = [set() for _ in self.sources]
         self._require_enough(splits, batch_size)
-        look = functools.partial(require_names, reader, self._order, start_step * batch_size)
+        if settings.pool is not None:
+            self._require_pool(splits, settings.pool)
+        look = functools.partial(require_names, reader, self._order, self._seen(start_step))
         on_first_rank(look) if shared else look()
-        self._start, self._batch_size = start_step, batch_size
         fractions = self._order.pattern.fractions(batch_size, share * rank, share)
         self._logs = [
             FaultLog(
@@ -322,7 +336,7 @@ class TrainStream:
         self._loader: DataLoader[tuple[Batch, _News]] = DataLoader(
             _Pairs(reader, self._order, spec, settings),
             batch_size=None,
-            sampler=_Steps(self._order, batch_size, rank, world_size, start_step, splits),
+            sampler=_Steps(self._order, settings, start_step, splits),
             pin_memory=torch.cuda.is_available(),
             # Its draw for the workers, on which nothing here depends, does not touch the global state.
             generator=torch.Generator().manual_seed(settings.seed),
@@ -356,8 +370,25 @@ class TrainStream:
                     f"{shards.where} has {count} samples, batch_size is {batch_size}{told}. Use a smaller batch{less}, or more data."
                 )
 
+    def _require_pool(self, splits: Sequence[Shards], pool: int) -> None:
+        """Raise UserError where a pool would have a sample twice."""
+        for shards, count, most in zip(splits, self._order.num_intact.tolist(), self._order.pattern.counts(pool).tolist(), strict=True):
+            if count < most:
+                told = f"takes {most:,} of this source" if len(splits) > 1 else "needs as many different ones"
+                raise UserError(f"{shards.where} has {count:,} samples, a teacher_pool of {pool:,} {told}. Use a smaller pool.")
+
+    def _seen(self, step: int) -> int:
+        """Positions of the order that are read in the first `step` steps."""
+        position = step * self._batch_size
+        return position if self._pool is None else min(position, self._pool)
+
     def figures(self, step: int) -> dict[str, float]:
-        """How many epochs of each source have been read after `step` steps: `epochs`, or `epochs/NAME` of several sources."""
+        """How many epochs of each source have been read after `step` steps: `epochs`, or `epochs/NAME` of several sources.
+
+        Of a pool, how often it has been walked through: `pool_passes`.
+        """
+        if self._pool is not None:
+            return {"pool_passes": step * self._batch_size / self._pool}
         counts = self._order.pattern.counts(step * self._batch_size) / self._order.num_intact
         return {
             f"epochs/{source.name}" if source.name else "epochs": float(count) for source, count in zip(self.sources, counts, strict=True)
@@ -365,20 +396,29 @@ class TrainStream:
 
     def __iter__(self) -> Iterator[Batch]:
         step = self._start
-        whole = self._order.epochs(step * self._batch_size)
         for batch, news in from_workers(self._loader):
             # torch's loader makes lists of tuples that are not keys.
             for source, epoch in sorted({(*of,) for of, _ in news.faults}):
-                self._logs[source].add(epoch, step, [fault for of, fault in news.faults if (*of,) == (source, epoch)])
-            for (source, epoch), count in news.read.items():
-                of = (source, epoch)
-                self._logs[source].add_captions(epoch, count, news.cut.get(of, 0), news.lacking.get(of, {}))
-            before, whole = whole, self._order.epochs((step + 1) * self._batch_size)
-            for source in np.flatnonzero(whole > before).tolist():
-                for epoch in range(before[source], whole[source]):
-                    self._logs[source].end_epoch(epoch)
+                self._note_faults(source, epoch, step, [fault for of, fault in news.faults if (*of,) == (source, epoch)])
+            if self._seen(step + 1) > self._seen(step):
+                self._note_captions(step, news)
             yield batch
             step += 1
+
+    def _note_faults(self, source: int, epoch: int, step: int, faults: list[Fault]) -> None:
+        if self._pool is not None:  # each pass meets them again
+            faults = [fault for fault in faults if fault.index not in self._met[source]]
+            self._met[source].update(fault.index for fault in faults)
+        self._logs[source].add(epoch, step, faults)
+
+    def _note_captions(self, step: int, news: _News) -> None:
+        for (source, epoch), count in news.read.items():
+            of = (source, epoch)
+            self._logs[source].add_captions(epoch, count, news.cut.get(of, 0), news.lacking.get(of, {}))
+        before, whole = self._order.epochs(self._seen(step)), self._order.epochs(self._seen(step + 1))
+        for source in np.flatnonzero(whole > before).tolist():
+            for epoch in range(before[source], whole[source]):
+                self._logs[source].end_epoch(epoch)
 
 
 def _only_new(on_epoch: Callable[[EpochReport], None], known: Findings) -> Callable[[EpochReport], None]:

@@ -6,6 +6,7 @@
       incarnation.json            how many times the run was started, and by which process last
       metrics.jsonl, tensorboard/ the curves
       checkpoints/                of a run under way, see `checkpoint`
+      teacher-pool/               likewise, see `teacher_pool`
       model/, learngene...        what the run exports
       result.json                 written last: with it the run is complete
 
@@ -42,6 +43,7 @@ _OF_A_START = (
     "tensorboard",
     "wandb",
     "checkpoints",
+    "teacher-pool",
     "metrics_at_0.json",
     "data-skipped*.json",
     "data-faults*-rank*.jsonl",

@@ -24,6 +24,7 @@ class Inputs:
         lengths: int64 [B], each caption's tokens up to its end token, where captions are packed; on the CPU.
         patches: [B, P'] positions of the patches that stay (patch dropout); None: all stay.
         samples: [B, 2], each pair's place in the training split, (sample, caption), by which cached features are found; on the CPU.
+        places: int64 [B], each pair's place in the order, or in the pool, by which a pool's outputs are found; on the CPU.
     """
 
     image: Tensor
@@ -31,6 +32,7 @@ class Inputs:
     patches: Tensor | None = None
     samples: Tensor | None = None
     lengths: Tensor | None = None
+    places: Tensor | None = None
 
     @functools.cached_property
     def packing(self) -> towers.Packing | None:
@@ -43,17 +45,18 @@ class Inputs:
     def to(self, device: torch.device) -> Inputs:
         """On `device`; copies from pinned memory do not wait."""
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
-        return replace(moved, samples=self.samples, lengths=self.lengths)
+        return replace(moved, samples=self.samples, lengths=self.lengths, places=self.places)
 
     def split(self, size: int) -> list[Inputs]:
         """Consecutive parts of `size` pairs, the last one smaller where it does not divide."""
-        return [self._rows(slice(start, start + size)) for start in range(0, len(self), size)]
+        return [self.rows(slice(start, start + size)) for start in range(0, len(self), size)]
 
-    def _rows(self, rows: slice) -> Inputs:
+    def rows(self, rows: slice | Tensor) -> Inputs:
+        """Some of the pairs."""
         return self._map(lambda tensor: tensor[rows])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        rest = (self.patches, self.samples, self.lengths)
+        rest = (self.patches, self.samples, self.lengths, self.places)
         return Inputs(change(self.image), change(self.text), *(None if tensor is None else change(tensor) for tensor in rest))
 
 
@@ -68,6 +71,6 @@ def inputs_of(batch: Batch, preprocess: Callable[[Tensor], Tensor], device: torc
     """A rank's batch on its device: images preprocessed, captions cut to one length, or packed, where `text` says so (`runtime.text`)."""
     length = batch.text_BT.shape[1] if text == "full" else towers.cut_length(batch.text_BT)
     lengths = towers.lengths_of(batch.text_BT) if text == "packed" else None
-    inputs = Inputs(batch.image_uint8_BCHW, batch.text_BT, samples=batch.samples_B2, lengths=lengths).to(device)
+    inputs = Inputs(batch.image_uint8_BCHW, batch.text_BT, samples=batch.samples_B2, lengths=lengths, places=batch.places_B).to(device)
     # Cut on the device: a part of a pinned tensor would be copied before it is moved.
     return replace(inputs, image=preprocess(inputs.image), text=inputs.text[:, :length])

@@ -28,6 +28,7 @@ from mmlg_scale.training.loop import Curve
 from mmlg_scale.training.sizes import most_layers
 from mmlg_scale.training.stages import ClipStage, ElasticStage, ExtractionStage, Stage, TowerStage
 from mmlg_scale.training.teacher import CachedTeacher, LiveTeacher, Teacher
+from mmlg_scale.training.teacher_pool import Layout, PooledTeacher, PoolFile, is_walked_again, require_budget
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Context:
 
     Attributes:
         resumes: whether a checkpoint will replace the weights, so that a costly start can be left out.
+        folder: the run's, for what is written while it is under way; None: nothing is.
     """
 
     pairs: PairSet
     runtime: Runtime
     device: torch.device
     resumes: bool = False
+    folder: Path | None = None
 
 
 class Role(Protocol):
@@ -156,14 +159,22 @@ class AncestorRole:
         return False
 
 
-def teacher_of(settings: recipe.Recipe, context: Context, model: towers.Bundle, ancestor: Path, features: Path | None) -> Teacher:
-    """The ancestor that a loss compares with, computing every step or cached.
+def teacher_of(
+    settings: recipe.Recipe, context: Context, model: towers.Bundle, ancestor: Path, features: Path | None, loss_key: str
+) -> Teacher:
+    """The ancestor that the loss at `loss_key` of the recipe compares with: computing every step, once for each pair of a pool, or cached.
 
     Raises:
-        UserError: the recipe keeps features, and there are none.
+        UserError: the recipe keeps features, and there are none; a pool is too large.
     """
     if not settings.engine.keep_features:
-        return LiveTeacher(model, context.device, shard=context.runtime.shard_ancestor, compiled=context.runtime.compile)
+        live = LiveTeacher(model, context.device, shard=context.runtime.shard_ancestor, compiled=context.runtime.compile)
+        loss, training = settings.comparisons()[loss_key]
+        if loss.teacher_pool is None or context.folder is None or not is_walked_again(loss, training):
+            return live
+        layout = Layout.of(model.spec.config, loss)
+        require_budget(layout, loss.teacher_pool, context.runtime.teacher_pool_bytes, loss_key)
+        return PooledTeacher(live, PoolFile(context.folder, layout, loss.teacher_pool))
     if features is None:
         raise UserError("recipe key engine.keep_features needs --features. Give the folder that mmlg features wrote.")
     return CachedTeacher(features, model.spec, features_identity(settings, context.pairs, ancestor))
@@ -219,7 +230,7 @@ class ExtractionRole:
         return ExtractionStage(
             extraction,
             AuxiliaryCLIP.from_ancestor(model.state, structure, seed=self.settings.seed, fitted=fitted),
-            teacher_of(self.settings, context, model, self.ancestor, self.features),
+            teacher_of(self.settings, context, model, self.ancestor, self.features, f"{self._section}.loss"),
             context.device,
             seed=self.settings.seed,
             compose_per_layer=context.runtime.compose_per_layer,
@@ -311,6 +322,10 @@ class DescendantRole:
         return {"distil": baselines.distil_loss, "even": baselines.even_loss}.get(self.init)
 
     @property
+    def _loss_key(self) -> str:
+        return "adaptation.loss" if self.init in FROM_LEARNGENE else f"baselines.{self.init}_loss"
+
+    @property
     def needs_ancestor(self) -> bool:
         """Whether the ancestor is read."""
         return self.init in FROM_ANCESTOR or self.size.modality != "both" or self.weights is not None
@@ -387,7 +402,7 @@ class DescendantRole:
         if weights is not None:
             assert ancestor is not None
             assert self.ancestor is not None
-            teacher = teacher_of(settings, context, ancestor, self.ancestor, self.features)
+            teacher = teacher_of(settings, context, ancestor, self.ancestor, self.features, self._loss_key)
         own = towers.Bundle(spec.sized(**self.size.sizes()), state)
         return ClipStage(self.init, own, self.training, context.device, teacher=teacher, weights=weights, seed=settings.seed)
 

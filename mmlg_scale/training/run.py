@@ -133,7 +133,7 @@ def _in_words(result: Result) -> str:
 
 def _train(role: Role, pairs: PairSet, out: Path, runtime: Runtime, start: Start) -> Result:
     resumes = on_first_rank(lambda: bool(Checkpoints(out).steps()))
-    session = build_session(role.settings, role, runtime=runtime, pairs=pairs, resumes=resumes)
+    session = build_session(role.settings, role, runtime=runtime, pairs=pairs, resumes=resumes, folder=out)
     if is_first_rank():
         print(f"{out}: {session.stage.spec.in_words()}", file=sys.stderr)
     with closing(_meters(session, out, start)) as meters:  # the bar ends before anything else is told
@@ -190,6 +190,8 @@ def _train_metered(role: Role, out: Path, session: Session, meters: Meters, star
         incarnation.check()
         result.update(stage.export(state, out))
         incarnation.check()
+        if stage.teacher is not None:
+            stage.teacher.forget()  # before the result, after which no start would
         write_record(out / RESULT_FILE, result)
         return result
 

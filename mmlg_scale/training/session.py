@@ -62,6 +62,7 @@ class Session:
             cache_decoded=self.runtime.cache_decoded,
             check=data.check,
             max_bad_fraction=data.max_bad_fraction,
+            pool=self.stage.pool,
         )
         return self.corpus.stream(settings, start_step, record=record)
 
@@ -112,10 +113,12 @@ def build_session(
     runtime: Runtime | None = None,
     pairs: PairSet | None = None,
     resumes: bool = False,
+    folder: Path | None = None,
 ) -> Session:
     """Assemble a role (the ancestor where none is given), joining the ranks where that has not happened. Collective.
 
-    With `resumes` the caller loads a checkpoint next, and the weights until then are not those of a start.
+    With `resumes` the caller loads a checkpoint next, and the weights until then are not those of a start. In `folder` the ancestor's
+    outputs for a teacher_pool are kept; without one it computes them in every pass.
 
     Raises:
         UserError: whatever of recipe, data set and models does not go together.
@@ -125,7 +128,7 @@ def build_session(
     pairs = pairs if pairs is not None else pairs_of(settings.data)
     chosen.check(pairs)
     device = start_ranks(runtime)
-    stage = chosen.build(Context(pairs, runtime, device, resumes))
+    stage = chosen.build(Context(pairs, runtime, device, resumes, folder))
     training = stage.training
     engine = Engine(
         stage.model,

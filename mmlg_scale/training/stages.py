@@ -46,6 +46,11 @@ class Stage(Protocol):
         """What the students are compared with, where they are."""
         ...
 
+    @property
+    def pool(self) -> int | None:
+        """The pairs that training walks through again and again; None: ever new ones."""
+        ...
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """torch optimiser groups with their peak rates."""
         ...
@@ -224,6 +229,10 @@ class ClipStage:
     def parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.model, self.training.optimizer)
 
+    @property
+    def pool(self) -> int | None:
+        return self.weights.teacher_pool if self.weights is not None else None
+
     def students(self, step: int) -> list[dict[str, Any]]:
         if not self._hidden_depths:
             return [{}]
@@ -249,7 +258,8 @@ class ClipStage:
         depths = self._hidden_depths
         pooled = pooled_towers(self.config, depths)
         own = over_lengths(lambda length: training_flops(self.config, text_length=length, pooled=pooled), text_length)
-        return own, self.teacher.flops(depths, text_length) if self.teacher else 0
+        runs = _in_first_pass(step, self.training, self.pool)
+        return own, self.teacher.flops(depths, text_length) if self.teacher is not None and runs else 0
 
     def evaluated_sizes(self) -> dict[str, dict[str, int]]:
         return {"": {}}
@@ -293,6 +303,7 @@ class ElasticStage:
 
     name = "pretraining"
     teacher: Teacher | None = None
+    pool: int | None = None
 
     def __init__(
         self,
@@ -389,6 +400,7 @@ class ExtractionStage(ElasticStage):
     ) -> None:
         super().__init__(settings, auxiliary, teacher.spec, device, seed=seed, compose_per_layer=compose_per_layer)
         self.teacher: Teacher = teacher
+        self.pool = settings.loss.teacher_pool
         if settings.loss.hidden:
             self.model = _with_maps(auxiliary, teacher.spec.config, teacher.spec.config).to(device)
 
@@ -410,7 +422,16 @@ class ExtractionStage(ElasticStage):
         return distillation(outputs, targets, text_BT, self.settings.loss)
 
     def flops(self, step: int, text_length: TextLength = None) -> tuple[int, int]:
-        return self.draw.flops(step, text_length), self.teacher.flops(self._hidden_depths, text_length)
+        runs = _in_first_pass(step, self.training, self.pool)
+        return self.draw.flops(step, text_length), self.teacher.flops(self._hidden_depths, text_length) if runs else 0
+
+
+def _in_first_pass(step: int, training: recipe.Training, pool: int | None) -> bool:
+    """Whether the teacher is charged for a step: always without a pool, and else in the first pass through it.
+
+    By the step, not by what was computed: a resumed run finds outputs of steps that it repeats, and costs what it would have cost.
+    """
+    return pool is None or step * training.batch_size < pool
 
 
 def _strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -75,6 +75,10 @@ class Teacher(Protocol):
         """Features, hidden states at relative depths, and what the logits need, without graph."""
         ...
 
+    def forget(self) -> None:
+        """Remove what was written for this run only, which is complete."""
+        ...
+
 
 class LiveTeacher:
     """The ancestor as a plain module outside the engine. With `shard` each rank keeps its part of every parameter."""
@@ -82,14 +86,24 @@ class LiveTeacher:
     cost: None = None
 
     def __init__(self, model: towers.Bundle, device: torch.device, *, shard: bool = False, compiled: bool = False) -> None:
-        self.spec = model.spec
+        self.spec, self.device = model.spec, device
         clip = towers.build_clip(model.spec.config, seed=0)
         clip.load_state_dict(dict(model.state))
+        self._logits = {name: value.detach().clone() for name, value in towers.logits_outputs(clip).items()}
         self.model = PlainCLIP(clip).to(device).eval().requires_grad_(False)
         if compiled:
             towers.compile_blocks(self.model)
-        if shard and several_ranks():
+        self.sharded = shard and several_ranks()
+        if self.sharded:
             _shard(self.model, device)
+
+    def logits(self, device: torch.device) -> dict[str, Tensor]:
+        """What the logits need, without a pass."""
+        self._logits = {name: value.to(device) for name, value in self._logits.items()}  # once: a copy to a device waits for it
+        return dict(self._logits)
+
+    def forget(self) -> None:
+        pass
 
     def flops(self, depths: Sequence[float], text_length: TextLength = None) -> int:
         config = self.spec.config
@@ -163,3 +177,6 @@ class CachedTeacher:
         features = {f"{name}_features": torch.from_numpy(rows).to(device, non_blocking=True) for name, rows in found.items()}
         self._logits = {name: value.to(device) for name, value in self._logits.items()}  # once: a copy to a device waits for it
         return features | self._logits
+
+    def forget(self) -> None:
+        pass

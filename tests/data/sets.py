@@ -17,7 +17,8 @@ from mmlg_scale.data.corpus import Corpus, pairs_of
 from mmlg_scale.data.indexing import index_dataset
 from mmlg_scale.data.mixture import JoinedReader
 from mmlg_scale.data.pipeline import Batch, StreamSettings
-from mmlg_scale.recipe import Data, Source
+from mmlg_scale.recipe import Data
+from mmlg_scale.sources import Source
 from tests.data.damage import KINDS
 from tests.data.specs import spec_for
 

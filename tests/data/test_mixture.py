@@ -20,7 +20,8 @@ from mmlg_scale.data.mixture import MixedOrder, Pattern, shares_of, source_seed
 from mmlg_scale.data.order import EpochOrder
 from mmlg_scale.data.pipeline import Batch, StreamSettings
 from mmlg_scale.errors import UserError
-from mmlg_scale.recipe import Data, Source
+from mmlg_scale.recipe import Data
+from mmlg_scale.sources import Source
 from tests.data.damage import KINDS
 from tests.data.server import Server
 from tests.data.sets import BATCH, DAMAGED, SIZES, WEIGHTS, assert_same, batches, keys, mixture_of, write_set

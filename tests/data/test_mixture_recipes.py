@@ -14,8 +14,9 @@ from mmlg_scale import records
 from mmlg_scale.data.corpus import Corpus, pairs_of
 from mmlg_scale.errors import UserError
 from mmlg_scale.family import Plan
-from mmlg_scale.recipe import Data, Recipe, Source
+from mmlg_scale.recipe import Data, Recipe
 from mmlg_scale.recipe_file import load_recipe, to_content
+from mmlg_scale.sources import Source
 from tests.data.sets import SIZES, about, batches, keys, mixture_of, write_set
 from tests.data.specs import spec_for
 

@@ -226,4 +226,4 @@ def test_features_of_something_else_are_refused(data: Path, folder: Path, other:
 def test_a_recipe_that_keeps_features_needs_them(data: Path, tmp_path: Path) -> None:
     settings = recipe.Recipe(engine=recipe.Engine(keep_features=True))
     with pytest.raises(UserError, match="needs --features"):
-        teacher_of(settings, Context(open_pairs(data), Runtime(), CPU), ancestor(data), tmp_path, None)
+        teacher_of(settings, Context(open_pairs(data), Runtime(), CPU), ancestor(data), tmp_path, None, "extraction.loss")
