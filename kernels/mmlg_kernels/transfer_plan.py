@@ -161,11 +161,10 @@ class TransferPlan:
     def views(self, target_index: int, layers_LP: Tensor) -> list[dict[str, Tensor]]:
         """The flat layers of a target as named tensors, a mapping per layer; no copies."""
         target = self.targets[target_index]
-        layers: list[dict[str, Tensor]] = [{} for _ in range(layers_LP.shape[0])]
-        for name, shape, values_L in zip(target.names, target.shapes, layers_LP.split(target.sizes, dim=1), strict=True):
-            for layer, tensor in zip(layers, values_L.unbind(0), strict=True):
-                layer[name] = tensor.view(shape)
-        return layers
+        # All of them by one split, whose backward pass writes every gradient once, to its place.
+        parts = iter(layers_LP.reshape(-1).split([*target.sizes] * len(layers_LP)))
+        named = list(zip(target.names, target.shapes, strict=True))
+        return [{name: next(parts).view(shape) for name, shape in named} for _ in range(len(layers_LP))]
 
     def used(self, target: Target) -> list[int]:
         """Places in the target's sources of those that have blocks."""

@@ -119,8 +119,12 @@ def _fixed_vectors(structure: Structure, get: Get, tower: str, num_layers: int, 
 
 def _vectors(structure: Structure, tower: str, width: int | None, vectors_LV: Tensor) -> list[Layer]:
     """LayerNorms and biases of each layer, by name."""
+    entries = structure.layout(tower).vectors
+    if width is None or entries == structure.layout(tower, width).vectors:
+        parts = iter(vectors_LV.reshape(-1).split([entry.size for entry in entries] * len(vectors_LV)))  # one gradient, written once
+        return [{entry.name: next(parts) for entry in entries} for _ in vectors_LV]
     layers: list[Layer] = [{} for _ in vectors_LV]
-    for full, entry in zip(structure.layout(tower).vectors, structure.layout(tower, width).vectors, strict=True):
+    for full, entry in zip(entries, structure.layout(tower, width).vectors, strict=True):
         values_L = narrow(entry.name, full.view(vectors_LV), entry.shape)
         for layer, tensor in zip(layers, values_L.unbind(0), strict=True):
             layer[entry.name] = tensor

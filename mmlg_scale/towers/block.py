@@ -140,12 +140,12 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def _attention(qkv_BT3d: Tensor, form: BlockForm, packing: Packing | None) -> Tensor:
     if packing is None and is_short(qkv_BT3d):
         return short_attention(qkv_BT3d, form.num_heads, form.causal)
-    parts = qkv_BT3d.unflatten(-1, (3, form.num_heads, -1))
+    # In three parts before heads are told apart: the backward pass then writes one gradient, without a copy to reorder it.
+    query, key, value = (part.unflatten(-1, (form.num_heads, -1)) for part in qkv_BT3d.chunk(3, dim=-1))
     if packing is not None:
         assert form.causal, "packed sequences are captions"
-        query, key, value = parts.unbind(1)
         return attention(query, key, value, packing)
-    query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=form.causal).transpose(1, 2).flatten(2)
 
 
@@ -157,11 +157,11 @@ def _attention_of_rows(
     split = [width, 2 * width]
     (query_weight, pair_weight), (query_bias, pair_bias) = weight.split(split), bias.split(split)
     query = F.linear(take_rows(normed_BTd, rows_B1), query_weight, query_bias).unflatten(-1, (form.num_heads, -1))
-    pair = F.linear(normed_BTd, pair_weight, pair_bias).unflatten(-1, (2, form.num_heads, -1))
+    pair = F.linear(normed_BTd, pair_weight, pair_bias)
+    key, value = (part.unflatten(-1, (form.num_heads, -1)) for part in pair.chunk(2, dim=-1))
     if packing is not None:
-        key, value = pair.unbind(1)
         return attention_of_ends(query, key, value, packing)
-    key, value = pair.permute(2, 0, 3, 1, 4).unbind(0)
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
     seen = None
     if form.causal:
         seen = (torch.arange(normed_BTd.shape[1], device=rows_B1.device) <= rows_B1)[:, None, None]

@@ -23,7 +23,7 @@ from mmlg_scale.towers.config import num_patches as count_patches
 from mmlg_scale.towers.packing import Packing
 
 Norm = Callable[[int], nn.LayerNorm]
-_PLACES = [tuple(name.rsplit(".", 1)) for name in NAMES]
+_PLACES = [(name, *name.rsplit(".", 1)) for name in NAMES]
 
 
 class LayerNorm(nn.LayerNorm):
@@ -60,10 +60,11 @@ class ResidualAttentionBlock(CompiledBlocks):
 
     def forward(self, hidden: Tensor, rows: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         """See `block.Block`."""
-        # Of its own modules: to look through all of them for parameters would take a twentieth of a small model's step.
-        modules = {"ln_1": self.ln_1, "attn": self.attn, "attn.out_proj": self.attn.out_proj, "ln_2": self.ln_2}
-        modules |= {"mlp.c_fc": self.mlp.c_fc, "mlp.c_proj": self.mlp.c_proj}
-        tensors = {f"{owner}.{name}": getattr(modules[owner], name) for owner, name in _PLACES}
+        # Of its own modules, and from where they keep them: to look through all of them takes a twentieth of a small model's step.
+        attention, mlp = self.attn, self.mlp
+        owners: dict[str, Any] = {"ln_1": self.ln_1, "attn": attention, "attn.out_proj": attention.out_proj, "ln_2": self.ln_2}
+        owners |= {"mlp.c_fc": mlp.c_fc, "mlp.c_proj": mlp.c_proj}
+        tensors = {whole: owners[owner]._parameters[name] for whole, owner, name in _PLACES}
         return run_block(hidden, tensors, self.form, rows, packing, compiled=self.runs_compiled())
 
 

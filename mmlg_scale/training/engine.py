@@ -156,6 +156,7 @@ class Engine:
         if self._alone:
             self._engine.enable_backward_allreduce = False
         self.model: nn.Module = self._engine.module
+        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._norm = torch.zeros((), device=self.device)
         self.lost_R = self._lost_ranks(None)
         self._peak_rates = [group["lr"] for group in self._engine.optimizer.param_groups]
@@ -208,13 +209,12 @@ class Engine:
 
     def _clip(self) -> None:
         """Take the norm of the gradients and clip them by it, on the device."""
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for parameter in parameters:
+        for parameter in self._trained:
             if parameter.grad is None:  # several ranks exchange zeros then: the optimiser must do the same here
                 parameter.grad = torch.zeros_like(parameter)
-        self._norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self._norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self._trained if parameter.grad is not None])
         if self._clipping:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._clipping, self._norm)
+            torch.nn.utils.clip_grads_with_norm_(self._trained, self._clipping, self._norm)
 
     def _lost_ranks(self, loss: Tensor | None) -> Tensor:
         """Which ranks' loss is not finite, uint8 [R] on the device. One small collective, of which the host does not wait for the end."""

@@ -33,9 +33,13 @@ def orthogonalise(matrices: Tensor, num_iterations: int = NUM_ITERATIONS) -> Ten
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    shape = x.shape
+    x = x.reshape(-1, *shape[-2:])
     for _ in range(num_iterations):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = torch.bmm(x, x.mT)
+        # Sums inside of the products: a X + (b G + c G G) X in two calls, and no matrices in between.
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.view(shape)
     return (x.mT if tall else x).to(matrices.dtype)
 
 
