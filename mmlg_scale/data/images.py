@@ -24,6 +24,8 @@ MAX_PIXELS = 2**27
 """Of an image as it is packed: 134 million, half a gigabyte once decoded. Phones take 108 million."""
 MAX_RESIZED_PIXELS = 2**24
 """Of an image that is resized as a whole before it is cropped; of a thinner one only what the crop needs is."""
+READING = 2
+"""What an image is read as, for whoever keeps what was computed of it: 1 was its pixels as they are stored, 2 what viewers show."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PLAIN = Preprocess()
 Box = tuple[int, int, int, int]

@@ -13,6 +13,7 @@ import torch
 from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import first_reached
 from mmlg_scale.data.corpus import PairSet, choose_tokenizer
+from mmlg_scale.data.images import READING
 from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
@@ -181,8 +182,8 @@ def teacher_of(
 
 
 def features_identity(settings: recipe.Recipe, pairs: PairSet, ancestor: Path) -> dict[str, Any]:
-    """What cached features are of: the ancestor, the data set, the precision."""
-    inputs = {"data_set": pairs.digest(), "ancestor": file_digest(ancestor, "--ancestor-model")}
+    """What cached features are of: the ancestor, the data set and how its images are read, the precision."""
+    inputs = {"data_set": pairs.digest(), "ancestor": file_digest(ancestor, "--ancestor-model"), "images": READING}
     return {"role": "features", "recipe": settings.used_by("features"), "inputs": inputs}
 
 
