@@ -139,10 +139,16 @@ class Seed:
             if point is None:
                 continue
             num_reached += 1
-            of_teacher = piece["teacher_flops"] * point["samples"] / piece["curve"][-1]["samples"]
+            of_teacher = piece["teacher_flops"] * min(1.0, point["samples"] / _met_by_teacher(piece))
             students += point["flops"] - of_teacher
             teacher = max(teacher, of_teacher)
         return Cost(students + teacher if num_reached == len(targets) else None, num_reached)
+
+
+def _met_by_teacher(piece: Piece) -> int:
+    """Samples that the teacher computes: all that the student meets, or the pool."""
+    pools = [int(value) for key, value in piece.get("options", {}).items() if key.endswith("loss.teacher_pool")]
+    return min([piece["curve"][-1]["samples"], *pools])
 
 
 def reaching(curve: Sequence[Mapping[str, Any]], target: float, metric: str) -> Mapping[str, Any] | None:

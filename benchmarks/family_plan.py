@@ -95,7 +95,11 @@ def options_of(method: str, settings: Mapping[str, Any]) -> Settings:
     """A method's settings by the recipe's dotted keys."""
     section = SECTIONS[method]
     training = f"{section}.training" if method in LEARNGENES else section
-    places = {"learning_rate": f"{training}.optimizer.learning_rate", "width_shares": f"{section}.width_shares"}
+    places = {
+        "learning_rate": f"{training}.optimizer.learning_rate",
+        "width_shares": f"{section}.width_shares",
+        "teacher_pool": f"{section}.loss.teacher_pool" if method in LEARNGENES else f"{section}_loss.teacher_pool",
+    }
     found = {places.get(key, f"{training}.{key}"): value for key, value in settings.items()}
     if method == "even_plain":
         found["baselines.even_loss"] = None
@@ -117,8 +121,8 @@ class Pieces:
         self.ancestor = self._piece("ancestor", "ancestor", "whole", ("train",), options)
 
     def tuned_for(self, method: str, schedule: str) -> Settings:
-        """What tuning found for a schedule: for itself, or for the method at pilot length."""
-        return dict(self.tuned.get(f"{method}@{schedule}", self.tuned.get(method, {})))
+        """What tuning found for a schedule: for itself, or for the method at pilot length; with a pool the same as without."""
+        return dict(self.tuned.get(f"{method}@{schedule.removesuffix('-pool')}", self.tuned.get(method, {})))
 
     def _piece(
         self, identifier: str, method: str, schedule: str, command: tuple[str, ...], options: Mapping[str, Any], **more: Any

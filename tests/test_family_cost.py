@@ -83,6 +83,17 @@ def test_joint_distillation_charges_one_teacher_until_the_last_size_is_there() -
     assert rows == {"distil": 60.0, "distil_joint": 60.0 - 10.0}
 
 
+def test_a_pool_is_charged_in_its_first_pass_only() -> None:
+    """The teacher meets 10 of 20 samples: at the first target all of its FLOPs are spent already."""
+    pool = {"baselines.distil_loss.teacher_pool": "10"}
+    points = curve((0, 0.0), (10, 0.6), (15, 0.7), batch=1)
+    short = piece("distil", "short", points, teacher=5.0, options=pool, size=[2, 2], modality="both")
+    long = piece("distil", "short", curve((0, 0.0), (25, 0.4), (45, 0.7), batch=1), teacher=5.0, options=pool, size=[4, 4], modality="both")
+    seed = seed_of(**{"distil_short_i2-t2": short, "distil_short_i4-t4": long})
+    assert seed.cost("distil_joint", "two", both(0.5)) == Cost((10 - 5) + (45 - 5) + 5, 2)
+    assert seed.cost("distil", "two", both(0.5)) == Cost(10 + 45, 2)
+
+
 def test_an_untrained_model_at_the_target_costs_nothing_and_a_learngene_is_charged_once() -> None:
     seed = seed_of(
         **{
@@ -152,8 +163,8 @@ def _independent(pieces: dict[str, Any], sizes: list[str], metric: str, way: str
             if at is None:
                 row.append(None)
             else:
-                teacher = found["teacher_flops"] * points[at]["samples"] / points[-1]["samples"]
-                row.append((points[at]["flops"], teacher))
+                pool = found["options"].get(f"baselines.{method}_loss.teacher_pool", points[-1]["samples"])
+                row.append((points[at]["flops"], found["teacher_flops"] * min(points[at]["samples"] / int(pool), 1)))
         else:
             options.append(row)
     if method in ("mmlg", "tleg", "sws", "direct"):
