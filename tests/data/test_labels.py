@@ -17,6 +17,7 @@ from mmlg_scale.cli.main import main
 from mmlg_scale.data.check import check_dataset
 from mmlg_scale.data.corpus import Corpus, open_pairs
 from mmlg_scale.data.evaluation import load_eval_split
+from mmlg_scale.data.images import open_image
 from mmlg_scale.data.indexing import LABEL_BESIDE, NAMES_BESIDE, ONLY_LABEL, index_dataset, index_shards_of, join_dataset
 from mmlg_scale.data.reader import LABEL, DamagedSample, ShardReader
 from mmlg_scale.errors import UserError
@@ -83,7 +84,7 @@ def test_a_zero_shot_set_of_clip_benchmark_is_evaluated(tmp_path: Path, capsys: 
     tokenizer = towers.open_clip.get_tokenizer(f"local-dir:{model}")
     clip.eval()
     with torch.no_grad():
-        images = torch.stack([transform(Image.open(io.BytesIO(picture(number % 4)))) for number in range(10)])
+        images = torch.stack([transform(open_image(picture(number % 4))) for number in range(10)])
         their_ND = torch.nn.functional.normalize(clip.encode_image(images), dim=-1)
         classes = []
         for name in CLASSES:
