@@ -29,7 +29,7 @@ from typing import Any
 
 from mmlg_launchers import Launcher, LaunchError, LocalLauncher, Resources, SlurmLauncher, Step, StepFailed, load_cluster, run_graph
 
-from benchmarks.family_plan import LEARNGENES, RESULTS, SECTIONS, Piece, Pieces, Plan, Settings, load_plan
+from benchmarks.family_plan import ADAPTED, LEARNGENES, RESULTS, SECTIONS, Piece, Pieces, Plan, Settings, load_plan
 from mmlg_scale import recipe
 from mmlg_scale.data.corpus import open_pairs
 from mmlg_scale.errors import UserError
@@ -275,7 +275,7 @@ def next_trials(start: Settings, trials: Mapping[str, Settings], num_trials: int
     that rate and equal samples, until the number of trials is reached. A best rate at an edge is followed beyond that number.
     """
     num_trials = start.get("trials", num_trials)
-    start = {key: value for key, value in start.items() if key != "trials"}
+    start = {key: value for key, value in start.items() if key not in ("trials", "of", "size")}
     batch = start["batch_size"]
 
     def at(rate: float, size: int) -> Settings:
@@ -303,8 +303,12 @@ def _run_trials(
         for each in settings:
             name = f"tune{each['steps'] * each['batch_size']}-{each['learning_rate']:g}-{each['batch_size']}"
             whole = each | {"eval_every": each["steps"]}
-            if method in LEARNGENES:
-                piece = pieces.learngene(method, name, whole | plan.family_settings.get("five", {}), None)
+            if method in ADAPTED:
+                asked = plan.tuning[entry]
+                piece = pieces.adapted(method, asked["of"], whole, "five", tuple(asked["size"]), name)
+                every += [pieces.learngene_of(method, asked["of"], "five")]
+            elif method in LEARNGENES:
+                piece = pieces.learngene(method, name, whole, None)
             else:
                 (piece,) = pieces.of_method(method, name, whole, [tuple(plan.tuning["size"])])
             every.append(piece)

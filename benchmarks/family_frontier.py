@@ -7,7 +7,8 @@ A family at a target q (a quality for each of its sizes) costs, by each way of m
     separately trained methods   sum over sizes of the cheapest schedule's cost at the first of two consecutive evaluations at q
                                  (0 where the untrained model is at q)
     jointly distilled            the cheapest schedule's students up to q, and one teacher pass per batch until the last size is there
-    learngenes                   the cheapest schedule whose untrained members are all at q: its whole extraction or pre-training
+    learngenes                   the cheapest schedule whose members are all at q: its whole extraction or pre-training; where members
+                                 were adapted, those that miss q untrained are charged their adaptation up to q besides
 
 and is not defined where one size never gets there by any schedule. Targets are on the validation split; qualities at the end on the test
 split. Marked targets are what scratch's schedules end with, size by size; the curve takes one q for all sizes. FLOPs include the
@@ -29,7 +30,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.family_plan import LEARNGENES, NEEDS_ANCESTOR, RESULTS, Plan, Size, load_plan, size_name
+from benchmarks.family_plan import ADAPTED, LEARNGENES, NEEDS_ANCESTOR, RESULTS, Plan, Size, load_plan, size_name
 from mmlg_scale.accounting import first_reached
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_text_atomic
@@ -58,6 +59,7 @@ COLOURS = {
     "even_joint": "#65a30d",
     "even_plain": "#a3a3a3",
 }
+_ADAPTATION = {origin: method for method, origin in ADAPTED.items()}
 Piece = Mapping[str, Any]
 Targets = Mapping[Size, float]
 
@@ -69,6 +71,8 @@ class Cost:
     flops: float | None
     num_reached: int
     """Sizes that get there: by their best schedule, or by the schedule that brings most of them there."""
+    num_adapted: int = 0
+    """Of them, those that are written from a learngene and adapted."""
 
 
 class Seed:
@@ -91,6 +95,12 @@ class Seed:
         prefix = f"{method}/{schedule}/{family}/" if method in LEARNGENES else f"{method}/{schedule}/"
         sizes = [tuple(size) for size in self.plan.families[family]]
         return {size: self.pieces[name] for size in sizes if (name := prefix + size_name(size)) in self.pieces}
+
+    def adapted(self, method: str, schedule: str, family: str) -> dict[Size, Piece]:
+        """The same models trained for a short while, as far as they are there; their curves begin untrained."""
+        sizes = [tuple(size) for size in self.plan.families[family]]
+        names = {size: f"{_ADAPTATION.get(method)}/{schedule}/{family}/{size_name(size)}" for size in sizes}
+        return {size: self.pieces[name] for size, name in names.items() if name in self.pieces}
 
     def learngene(self, method: str, schedule: str, family: str) -> Piece:
         """The learngene of a schedule."""
@@ -118,10 +128,12 @@ class Seed:
         return min(found, key=lambda each: (each.flops is None, each.flops or 0.0, -each.num_reached))
 
     def _of_learngene(self, method: str, schedule: str, family: str, targets: Targets) -> Cost:
-        members = self.members(method, schedule, family)
-        reached = sum(members[size]["curve"][0][self.plan.metric] >= target for size, target in targets.items())
+        members = self.members(method, schedule, family) | self.adapted(method, schedule, family)
+        points = [reaching(members[size]["curve"], target, self.plan.metric) for size, target in targets.items()]
+        spent = [point["flops"] for point in points if point]
         learngene = self.learngene(method, schedule, family)
-        return Cost(learngene["flops"] + learngene["teacher_flops"] if reached == len(targets) else None, reached)
+        total = learngene["flops"] + learngene["teacher_flops"] + sum(spent)
+        return Cost(total if len(spent) == len(targets) else None, len(spent), sum(cost > 0 for cost in spent))
 
     def _separate(self, method: str, schedules: Sequence[str], family: str, targets: Targets) -> Cost:
         total, num_reached = 0.0, 0
@@ -183,6 +195,7 @@ def marks(seed: Seed, family: str) -> dict[str, Any]:
             "targets": {size_name(size): target for size, target in targets.items()},
             "num_sizes": len(targets),
             "num_reached": {way: cost.num_reached for way, cost in costs.items()},
+            "num_adapted": {way: cost.num_adapted for way, cost in costs.items() if way in LEARNGENES},
             "flops": flops,
             "flops_with_ancestor": whole,
             "ratio_to_learngene": ratios(flops, "mmlg"),
@@ -222,27 +235,34 @@ def ends(seed: Seed, family: str) -> list[dict[str, Any]]:
             if not seed.is_complete(method, schedule, family):
                 continue
             members = seed.members(method, schedule, family)
-            if method in LEARNGENES:
-                learngene = seed.learngene(method, schedule, family)
-                flops, params = learngene["flops"] + learngene["teacher_flops"], learngene["params"]
-            else:
+            if method not in LEARNGENES:
                 teacher = [piece["teacher_flops"] for piece in members.values()]
                 flops = sum(piece["flops"] for piece in members.values()) + (max(teacher) if way.endswith("_joint") else sum(teacher))
-                params = sum(piece["params"] for piece in members.values())
-            rows.append(
-                {
-                    "way": way,
-                    "schedule": schedule,
-                    "flops": flops,
-                    "flops_with_ancestor": with_ancestor(way, flops, seed.ancestor),
-                    "params_shipped": params,
-                    "share_of_ancestor": params / seed.ancestor["params"],
-                    "validation": mean(piece["curve"][-1][seed.plan.metric] for piece in members.values()),
-                    "test": {key: mean(piece["test"][key] for piece in members.values()) for key in seed.ancestor["test"]},
-                    "test_by_size": {size_name(size): piece["test"][seed.plan.metric] for size, piece in members.items()},
-                }
-            )
+                rows.append(_end(seed, way, schedule, members, flops, sum(piece["params"] for piece in members.values())))
+                continue
+            learngene = seed.learngene(method, schedule, family)
+            flops, params = learngene["flops"] + learngene["teacher_flops"], learngene["params"]
+            rows.append(_end(seed, way, schedule, members, flops, params))
+            adapted = seed.adapted(method, schedule, family)
+            if len(adapted) == len(members):
+                flops += sum(piece["flops"] + piece["teacher_flops"] for piece in adapted.values())
+                params = sum(piece["params"] for piece in adapted.values())
+                rows.append(_end(seed, way, f"{schedule}, all adapted", adapted, flops, params))
     return rows
+
+
+def _end(seed: Seed, way: str, schedule: str, members: Mapping[Size, Piece], flops: float, params: int) -> dict[str, Any]:
+    return {
+        "way": way,
+        "schedule": schedule,
+        "flops": flops,
+        "flops_with_ancestor": with_ancestor(way, flops, seed.ancestor),
+        "params_shipped": params,
+        "share_of_ancestor": params / seed.ancestor["params"],
+        "validation": mean(piece["curve"][-1][seed.plan.metric] for piece in members.values()),
+        "test": {key: mean(piece["test"][key] for piece in members.values()) for key in seed.ancestor["test"]},
+        "test_by_size": {size_name(size): piece["test"][seed.plan.metric] for size, piece in members.items()},
+    }
 
 
 def notes(seed: Seed, family: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +24,15 @@ SECTIONS = {
     "tleg": "baselines.tleg",
     "sws": "baselines.sws",
     "direct": "pretraining",
+    "mmlg_adapted": "adaptation",
+    "tleg_adapted": "adaptation",
+    "sws_adapted": "adaptation",
 }
 """Where the recipe has the settings of a method."""
 LEARNGENES = ("mmlg", "tleg", "sws", "direct")
-NEEDS_ANCESTOR = ("distil", "even", "even_plain", "mmlg", "tleg", "sws")
+ADAPTED = {"mmlg_adapted": "mmlg", "tleg_adapted": "tleg", "sws_adapted": "sws"}
+"""Short training of what is written from a learngene, whose schedule is named as theirs: the pieces of those methods."""
+NEEDS_ANCESTOR = ("distil", "even", "even_plain", "mmlg", "tleg", "sws", *ADAPTED)
 Size = tuple[int, ...]
 """Layers of the image and the text tower, then their width where it is not the ancestor's."""
 Settings = dict[str, Any]
@@ -94,12 +100,12 @@ def recipe_size(size: Size, modality: str = "both") -> recipe.Size:
 def options_of(method: str, settings: Mapping[str, Any]) -> Settings:
     """A method's settings by the recipe's dotted keys."""
     section = SECTIONS[method]
-    training = f"{section}.training" if method in LEARNGENES else section
-    places = {
-        "learning_rate": f"{training}.optimizer.learning_rate",
-        "width_shares": f"{section}.width_shares",
-        "teacher_pool": f"{section}.loss.teacher_pool" if method in LEARNGENES else f"{section}_loss.teacher_pool",
-    }
+    nested = method in LEARNGENES or method in ADAPTED
+    training = f"{section}.training" if nested else section
+    loss = f"{section}.loss" if nested else f"{section}_loss"
+    places = {key.name: f"{section}.{key.name}" for key in dataclasses.fields(recipe.Extraction)} if method in LEARNGENES else {}
+    places |= {key.name: f"{loss}.{key.name}" for key in dataclasses.fields(recipe.DistillationLoss)}
+    places |= {"learning_rate": f"{training}.optimizer.learning_rate"}
     found = {places.get(key, f"{training}.{key}"): value for key, value in settings.items()}
     if method == "even_plain":
         found["baselines.even_loss"] = None
@@ -133,11 +139,12 @@ class Pieces:
 
     def of_method(self, method: str, schedule: str, settings: Settings, sizes: Iterable[Size] | None = None) -> Iterator[Piece]:
         """The pieces of a method's schedule: all that must run, the ancestor apart."""
-        tuned = self.tuned_for(method, schedule)
-        if {"steps", "batch_size"} <= tuned.keys() | settings.keys() and "batch_size" not in settings and method in self.plan.tuning:
-            # A schedule's steps are of the batch size that tuning started with: another one sees as many samples.
-            settings = settings | {"steps": settings["steps"] * self.plan.tuning[method]["batch_size"] // tuned["batch_size"]}
-        chosen = {"eval_every": self._eval_every(method, tuned | settings)} | tuned | settings
+        chosen = self._chosen(method, schedule, settings)
+        if method in ADAPTED:
+            for family, members in self.plan.families.items():
+                for size in members:
+                    yield self.adapted(method, schedule, chosen, family, tuple(size))
+            return
         if method not in LEARNGENES:
             for size in self.plan.sizes if sizes is None else sizes:
                 init = "even" if method == "even_plain" else method
@@ -147,7 +154,7 @@ class Pieces:
                 yield self._piece(identifier, method, schedule, words, options_of(method, chosen), needs=needs, size=size)
             return
         for family, members in self.plan.families.items():
-            learngene = self.learngene(method, schedule, chosen | self.plan.family_settings.get(family, {}), family)
+            learngene = self.learngene(method, schedule, chosen, family)
             yield learngene
             for size in members:
                 yield self._written(learngene, tuple(size))
@@ -155,6 +162,14 @@ class Pieces:
             if method == "mmlg" and towers is not None and towers["family"] == family:
                 for modality in ("image", "text"):
                     yield self._written(learngene, (towers["image_layers"], towers["text_layers"]), modality)
+
+    def _chosen(self, method: str, schedule: str, settings: Settings) -> Settings:
+        """A schedule's settings completed by what tuning found."""
+        tuned = self.tuned_for(method, schedule)
+        if {"steps", "batch_size"} <= tuned.keys() | settings.keys() and "batch_size" not in settings and method in self.plan.tuning:
+            # A schedule's steps are of the batch size that tuning started with: another one sees as many samples.
+            settings = settings | {"steps": settings["steps"] * self.plan.tuning[method]["batch_size"] // tuned["batch_size"]}
+        return {"eval_every": self._eval_every(method, tuned | settings)} | tuned | settings
 
     def _eval_every(self, method: str, settings: Settings) -> int:
         """Learngenes are judged at the end of a schedule; all else equally often in samples."""
@@ -164,7 +179,8 @@ class Pieces:
         return max(1, self.plan.eval_samples // int(settings.get("batch_size", untuned)))
 
     def learngene(self, method: str, schedule: str, settings: Settings, family: str | None) -> Piece:
-        """Extraction or pre-training."""
+        """Extraction or pre-training; for a family with the family's settings."""
+        settings = settings | self.plan.family_settings.get(family or "five", {})
         command = ("pretrain",) if method == "direct" else ("extract", "--method", method)
         needs = ("ancestor",) if method in NEEDS_ANCESTOR else ()
         identifier = f"{method}/{schedule}/{family}/learngene" if family else f"{method}/{schedule}"
@@ -177,6 +193,18 @@ class Pieces:
         options = {"adaptation.training.steps": 0}
         more: Settings = {"family": learngene.family, "size": size, "modality": modality}
         return self._piece(identifier, learngene.method, learngene.schedule, words, options, needs=needs, **more)
+
+    def adapted(self, method: str, schedule: str, settings: Settings, family: str, size: Size, name: str | None = None) -> Piece:
+        """A size trained after it is written from the learngene of a schedule; `name` replaces the schedule's in the piece's."""
+        words = ("train", "--init", ADAPTED[method], "--modality", "both", *_size_words(size))
+        identifier = f"{method}/{name or schedule}/{family}/{size_name(size)}"
+        more: Settings = {"needs": ("ancestor", self.learngene_of(method, schedule, family).id), "family": family, "size": size}
+        return self._piece(identifier, method, name or schedule, words, options_of(method, settings), **more)
+
+    def learngene_of(self, method: str, schedule: str, family: str) -> Piece:
+        """The learngene whose descendants a method of `ADAPTED` trains."""
+        origin = ADAPTED[method]
+        return self.learngene(origin, schedule, self._chosen(origin, schedule, self.plan.methods[origin][schedule]), family)
 
     def all(self) -> list[Piece]:
         """Every piece, in the order in which they run: short schedules of all methods before long ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,25 @@ def test_an_untrained_model_at_the_target_costs_nothing_and_a_learngene_is_charg
     assert family_frontier.notes(seed, "two") == ["uniform layer selection, distilled, long: ends below its start at i4-t4"]
 
 
+def test_sizes_that_miss_a_target_untrained_are_charged_their_adaptation() -> None:
+    seed = seed_of(
+        **{
+            "mmlg_long_two_learngene": piece("mmlg", "long", curve((70, 0.0)), teacher=30.0, params=90),
+            "mmlg_long_two_i2-t2": piece("mmlg", "long", curve((0, 0.6))),
+            "mmlg_long_two_i4-t4": piece("mmlg", "long", curve((0, 0.8))),
+        }
+    )
+    members = {"two/i2-t2": curve((0, 0.6), (4, 0.7), (8, 0.75)), "two/i4-t4": curve((0, 0.8), (5, 0.7), (10, 0.85))}
+    adapted = {f"mmlg_adapted/long/{name}": piece("mmlg_adapted", "long", points, teacher=2.0) for name, points in members.items()}
+    seed = Seed(PLAN, {**seed.pieces, **adapted})
+    assert seed.cost("mmlg", "two", both(0.6)) == Cost(70.0, 2)
+    assert seed.cost("mmlg", "two", both(0.7)) == Cost(74.0, 2, num_adapted=1)
+    assert seed.cost("mmlg", "two", both(0.8)) == Cost(None, 1)
+    assert seed.cost("mmlg", "two", {(2, 2): 0.75, (4, 4): 0.85}) == Cost(70 + 8 + 10, 2, num_adapted=2)
+    rows = {row["schedule"]: (row["flops"], row["validation"], row["params_shipped"]) for row in family_frontier.ends(seed, "two")}
+    assert rows == {"long": (70.0, 0.7, 90), "long, all adapted": (88.0, 0.8, 200)}
+
+
 def test_ratios_are_undefined_where_one_side_never_gets_there() -> None:
     assert family_frontier.ratios({"mmlg": 2.0, "scratch": 7.0, "distil": None}, "mmlg") == {"scratch": 3.5, "distil": None}
     assert family_frontier.ratios({"mmlg": None, "scratch": 7.0}, "mmlg") == {"scratch": None}
@@ -149,8 +169,14 @@ def _independent(pieces: dict[str, Any], sizes: list[str], metric: str, way: str
             names = [f"{method}/{schedule}/{family}/{size}" for size in sizes]
             if all(name in pieces for name in names):
                 gene = pieces[f"{method}/{schedule}/{family}/learngene"]
-                there = all(pieces[name]["curve"][0][metric] >= targets[size] for name, size in zip(names, sizes, strict=True))
-                options.append([gene["flops"] + gene["teacher_flops"] if there else None])
+                spent = gene["flops"] + gene["teacher_flops"]
+                for name, size in zip(names, sizes, strict=True):
+                    if pieces[name]["curve"][0][metric] >= targets[size]:
+                        continue
+                    points = pieces.get(f"{method}_adapted/{schedule}/{family}/{size}", {"curve": []})["curve"]
+                    good = [point[metric] >= targets[size] for point in points]
+                    spent += next((points[i]["flops"] for i in range(len(good)) if good[i] and all(good[i : i + 2])), math.inf)
+                options.append([spent if spent < math.inf else None])
             continue
         row: list[Any] = []
         for size in sizes:
