@@ -89,7 +89,7 @@ class Runner:
     """Runs pieces in folders below `out`, and knows which of them `kept` already has."""
 
     def __init__(self, plan: Plan, seed: int, out: Path, pieces: Sequence[Piece], place: Place) -> None:
-        self.plan, self.place, self.out = plan, place, out / plan.name
+        self.plan, self.place, self.out = plan, place, out / plan.origin
         self.pieces = {piece.id: piece for piece in pieces}
         self.folder = self.out / f"seed{seed}"
 
@@ -227,7 +227,7 @@ def run_seed(plan: Plan, seed: int, out: Path, results: Path, place: Place, only
 
 def tuned_settings(plan: Plan, results: Path) -> dict[str, Settings]:
     """What tuning found best, by method: learning rate and batch size; {} where it has not run."""
-    source = results / f"family_cost_{plan.name}_tuning.json"
+    source = results / f"family_cost_{plan.origin}_tuning.json"
     if not source.is_file():
         return {}
     return {method: found["best"] for method, found in json.loads(source.read_text())["methods"].items()}

@@ -369,7 +369,7 @@ def plot_cost(content: Mapping[str, Any], family: str) -> Figure:
 
 
 def table(content: Mapping[str, Any], family: str) -> str:
-    """The ratios at the marked targets, mean over seeds, as Markdown."""
+    """The ratios at the marked targets, mean over seeds, as Markdown; "not reached" where no seed has one."""
     over = content["families"][family]["over_seeds"]
     lines = [f"| {family}: cost ÷ learngene's | " + " | ".join(over) + " |", "|---|" + "---|" * len(over)]
     for kind, title in (
@@ -381,6 +381,23 @@ def table(content: Mapping[str, Any], family: str) -> str:
             cells = [_cell(figures[kind].get(way)) for figures in over.values()]
             if any(cells):
                 lines.append(f"| {title.format(name)} | " + " | ".join(cell or "–" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def qualities(content: Mapping[str, Any], family: str) -> str:
+    """Every way's schedules to their ends, mean over seeds, as Markdown."""
+    metric, seeds = content["metric"], content["families"][family]["seeds"].values()
+    rows: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for seed in seeds:
+        for row in seed["ends"]:
+            rows.setdefault((row["way"], row["schedule"]), []).append(row)
+    lines = [f"| {family}, {metric} | TFLOP | ships, of the ancestor | validation | test | seeds |", "|---|---|---|---|---|---|"]
+    for (way, schedule), found in rows.items():
+        tests = [100 * row["test"][metric] for row in found]
+        deviation = f" ± {stdev(tests):.1f}" if len(tests) > 1 else ""
+        flops, share, validation = (mean(row[key] for row in found) for key in ("flops", "share_of_ancestor", "validation"))
+        cells = f"{flops / 1e12:.2f} | {100 * share:.1f} % | {100 * validation:.1f} % | {mean(tests):.1f}{deviation} % | {len(found)}"
+        lines.append(f"| {WAYS[way]}, {schedule} | {cells} |")
     return "\n".join(lines)
 
 
@@ -426,7 +443,9 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"family_frontier: error: {error}")
     for family in content["families"]:
-        print(table(content, family), end="\n\n")
+        if content["families"][family]["over_seeds"]:
+            print(table(content, family), end="\n\n")
+        print(qualities(content, family), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -71,6 +71,13 @@ class Plan:
     single_towers: Settings | None = None
     eval_samples: int = 3_200
     """Samples between two evaluations."""
+    like: str | None = None
+    """Another plan, whose ancestor, folders and tuning this one shares."""
+
+    @property
+    def origin(self) -> str:
+        """Name of the plan whose folders and tuning are used."""
+        return self.like or self.name
 
     @property
     def sizes(self) -> list[Size]:
