@@ -214,7 +214,7 @@ class _Epoch:
         self.num_batches, self.num_samples = num_batches, num_batches * batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing to do: the stream goes on."""
+        """Nothing to do: the stream continues."""
 
     def __iter__(self) -> Iterator[Any]:
         return itertools.islice(iter(self._batches), self.num_batches)

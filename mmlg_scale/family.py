@@ -48,6 +48,7 @@ from mmlg_scale.training.roles import (
     PretrainingRole,
     Role,
     features_identity,
+    load_ancestor,
     recipe_config,
 )
 from mmlg_scale.training.teacher_pool import require_budgets
@@ -244,6 +245,8 @@ def check(settings: recipe.Recipe, runtime: Runtime, out: Path) -> dict[str, Any
     _check_batches(settings, runtime)
     require_budgets(settings, config, runtime.teacher_pool_bytes)
     if pairs is not None:
+        if settings.model.weights is not None:
+            load_ancestor(settings, Path(settings.model.weights), pairs)
         for member in Plan(settings, runtime, out, image_size=towers.image_size(config)).members:
             if member.role is not None:
                 member.role.check(pairs)

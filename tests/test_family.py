@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from mmlg_scale.cli import main
 from mmlg_scale.data.scenes import write_scenes
@@ -319,6 +320,22 @@ def test_an_ancestor_that_exists_is_taken_with_its_cost(undisturbed: Path, tmp_p
     assert result["steps"] == 0
     files = [where / "learngene" / "learngene.safetensors" for where in (undisturbed, tmp_path / "one")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_ancestor_with_another_tokenizer_is_refused_before_anything_runs(undisturbed: Path, tmp_path: Path) -> None:
+    """By the plan as by the family: both check alike."""
+    for number, split in enumerate(("train", "val", "test")):
+        Image.new("RGB", (32, 32), (80 * number, 0, 0)).save(tmp_path / f"{split}.png")
+    rows = ["filepath,caption,split", *(f"{split}.png,words of the {split} split,{split}" for split in ("train", "val", "test"))]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    assert main(["data", "pack", str(tmp_path / "pairs.csv"), "--out", str(tmp_path / "data"), "--tokenizer", "words"]) == 0
+    recipe = written(tmp_path / "r.yaml", RECIPE)
+    options = ("--data.path", str(tmp_path / "data"), "--ancestor", str(undisturbed / "ancestor"))
+    for command in ("plan", "family"):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            assert main([command, str(recipe), "--out", str(tmp_path / "out"), *options]) == 2
+        assert "Set data.tokenizer to model to tokenise" in said.getvalue().replace("\n", " "), said.getvalue()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_cost_of_bare_weights_is_unknown(undisturbed: Path, tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def index(arguments: list[str]) -> int:
         "data index",
         "DIR [options]",
         "Make a data set of webdataset shards from elsewhere (KEY.jpg with KEY.txt, KEY.json or KEY.cls): manifests and indexes are "
-        "written beside the shards, which are not touched. A pass that was stopped goes on where it was. A set of an earlier version gets "
+        "written beside the shards, which are not touched. A pass that was stopped resumes. A set of an earlier version gets "
         "a new index.",
         ("data index cc3m --val-shards 2 --test-shards 2", "data index laion --part 3/8"),
     )

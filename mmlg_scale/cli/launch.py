@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
     from mmlg_launchers import Resources, SlurmLauncher
 
-RUN_FOLDER_HELP = "Where the job's state and logs are written. Left out: DIR.launch beside the command's --out DIR, or runs/launch."
+RUN_FOLDER_HELP = (
+    "Where the job's state and logs are written. Left out: DIR.launch beside the command's --out DIR, or the next of runs/launch/1, 2, ..."
+)
 PACKAGES = ("mmlg_scale", "mmlg_kernels", "mmlg_launchers")
 WITH_RECIPE = ("train", "extract", "pretrain", "features", "family", "plan", "benchmark")
 
@@ -344,11 +346,23 @@ def _argv(command: list[str]) -> list[str]:
 
 
 def _run_folder(args: Any, command: list[str]) -> Path:
-    """The launch folder: beside the folder that the command writes."""
+    """The launch folder: beside the folder that the command writes. Where it writes none, one of its own, and so for every launch."""
     if args.run_folder is not None:
         return Path(args.run_folder)
     out = _out(command)
-    return Path("runs/launch") if out is None else out.with_name(f"{out.name}.launch")
+    if out is not None:
+        return out.with_name(f"{out.name}.launch")
+    number = 1
+    while True:
+        folder = Path("runs/launch") / str(number)
+        try:
+            if not getattr(args, "dry_run", False):
+                folder.mkdir(parents=True)
+            elif folder.exists():
+                raise FileExistsError
+            return folder
+        except FileExistsError:
+            number += 1
 
 
 def _out(command: list[str]) -> Path | None:

@@ -53,7 +53,7 @@ class Texts(NamedTuple):
 class CaptionRule:
     """Named captions of a sample's JSON, and how often each name is read: drawn anew for each sample in every epoch.
 
-    Of a sample that lacks a name the others are drawn, in their own proportions; one that has none of them gives its ordinary captions.
+    Where a sample does not have a name, the others are drawn, in their own proportions; one without any gives its ordinary captions.
     """
 
     names: tuple[str, ...]
@@ -94,7 +94,7 @@ class Drawn(NamedTuple):
         ids_BT: token ids.
         captions: which of each sample's captions it is.
         cut: rows that are cut to the context length.
-        parts: of rows whose sample lacks a name of its rule: row -> how many captions each name has.
+        parts: of rows whose sample does not have a name of its rule: row -> how many captions each name has.
     """
 
     ids_BT: Tensor

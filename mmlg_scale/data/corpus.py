@@ -187,7 +187,7 @@ def open_pairs(path: Path | str | None, cache: CacheSettings | None = None, *, k
     a command's option.
 
     Raises:
-        UserError: `path` is None or contains no data set; its tokenizer or its classes are damaged; the store cannot be had.
+        UserError: `path` is None or contains no data set; its tokenizer or its classes are damaged; the store is unavailable.
     """
     if path is None:
         raise UserError(

@@ -1,7 +1,7 @@
 """`mmlg data index`: manifest and indexes for webdataset shards that were made elsewhere (KEY.jpg beside KEY.txt or KEY.json).
 
 No shard is touched. Each is read once: where its members lie, whether headers, captions and JSON can be read, its SHA-256. What was found
-is written beside the index as soon as the shard is done (index/NAME.json), so that a pass that was stopped goes on where it was, and
+is written beside the index as soon as the shard is done (index/NAME.json), so that a pass that was stopped resumes, and
 several jobs share one; these notes go when the manifest, which is made of them, is there.
 """
 

@@ -112,7 +112,7 @@ class EpochOrder:
         if found is None:
             order = self._epoch(epoch)
             shards = order.shards[number * self.window : (number + 1) * self.window]
-            # The first window goes on with the epoch's numbers, so that a split of one window is read as by earlier versions.
+            # The first window continues the epoch's numbers, so that a split of one window is read as by earlier versions.
             draws = generator(self.seed, Stream.WINDOW_ORDER, epoch, number)
             if number == 0:
                 draws = generator(self.seed, Stream.EPOCH_ORDER, epoch)

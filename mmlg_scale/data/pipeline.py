@@ -127,7 +127,7 @@ class _News(NamedTuple):
     cut: dict[Epoch, int]
     """Those of them that are cut to the context length."""
     lacking: dict[Epoch, dict[str, int]]
-    """Those of them whose sample lacks a name that its rule draws, by name."""
+    """Those of them whose sample does not have a name that its rule draws, by name."""
 
 
 class _Pairs(Dataset[tuple[Batch, _News]]):

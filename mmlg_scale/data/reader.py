@@ -106,7 +106,7 @@ def open_shard(path: Path) -> BinaryIO:
 
 
 def open_remote(store: Store, file: RemoteFile) -> BinaryIO:
-    """Open the copy of a remote file. Raises StoreError where it cannot be had, UserError where the cache's disk fails."""
+    """Open the copy of a remote file. Raises StoreError where it cannot be downloaded, UserError where the cache's disk fails."""
     try:
         return store.open(file)
     except StoreError:
@@ -183,7 +183,7 @@ class ShardReader:
             self.close()
 
     def records(self, shard: int) -> np.ndarray:
-        """The index of a shard: RECORD [N]. Raises UserError where it is missing or damaged, StoreError where it cannot be had."""
+        """The index of a shard: RECORD [N]. Raises UserError where it is missing or damaged, StoreError where it cannot be downloaded."""
         found = self._indexes.get(shard)
         if found is None:
             of = self.shards

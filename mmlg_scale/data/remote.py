@@ -40,10 +40,10 @@ def told_key(key: str) -> str:
 def copy_small_files(url: str, cache: CacheSettings | None, *, key: str = "data.path") -> tuple[Path, Store]:
     """Copy the files of the data set at `url` that say what it is; returns the folder of the copies, and the store of the shards.
 
-    Each file carries its own digest, or dataset.json has it; whoever reads it compares.
+    Each file contains its own digest, or dataset.json has it; whoever reads it compares.
 
     Raises:
-        UserError: the store cannot be had (no such bucket or set, no credentials, no network), `cache` is None, or the set has the format
+        UserError: the store is unavailable (no such bucket or set, no credentials, no network), `cache` is None, or the set has the format
             of earlier versions.
     """
     check_url(url)

@@ -140,7 +140,7 @@ class Store:
         """A small file as a whole, past the cache. A run begins with one, so that what is wrong with a store is said at its start.
 
         Raises:
-            UserError: the store cannot be had: no such bucket or file, no credentials, a missing package, no network; or the file is
+            UserError: the store is unavailable: no such bucket or file, no credentials, a missing package, no network; or the file is
                 larger than `max_bytes`.
             OSError: of a local file.
         """
@@ -174,7 +174,7 @@ class Store:
         """The file for `pread`: itself, or its copy, which is fetched where it is not there. A copy that is open is removed last.
 
         Raises:
-            StoreError: it cannot be had, after all attempts, or could not be a moment ago.
+            StoreError: it is unavailable after all attempts, or could not be a moment ago.
             OSError: of a local file, or of the cache's disk.
             UserError: the cache is smaller than the file.
         """

@@ -71,7 +71,7 @@ SIGN_IN = {
 
 
 def at_the_start(url: str, error: StoreError) -> str:
-    """A store that cannot be had, in one line with what to do."""
+    """A store that is unavailable, in one line with what to do."""
     said = str(error)
     if re.search(r"[Cc]redential|token|Unauthorized|Anonymous|\b401\b", said):
         remedy = SIGN_IN.get(url.partition("://")[0], "Sets behind https:// are read without signing in: make it readable, or use a store.")

@@ -53,7 +53,7 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def require_compiler(device: str) -> None:
-    """Raise UserError where torch.compile lacks what it compiles with: a C++ compiler and Python's headers, and on a GPU Triton."""
+    """Raise UserError where torch.compile does not find what it compiles with: a C++ compiler and Python's headers, and on a GPU Triton."""
     named = os.environ.get("CXX", "").split()[:1]
     if not any(shutil.which(name) for name in named or ["g++", "clang++"]):
         told = f"CXX names {named[0]}, which is not there" if named else "there is neither g++ nor clang++"

@@ -177,6 +177,16 @@ def test_a_mistake_is_found_before_the_queue(words: list[str], said: str, capsys
     assert printed.err.count("\n") == 1
 
 
+def test_commands_that_write_no_folder_get_one_for_every_launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        assert main(["launch", "local", "--", "recipe"]) == 0
+        state = json.loads((tmp_path / "runs" / "launch" / str(number) / "state.json").read_text())
+        assert (state["argv"][-1], state["state"]) == ("recipe", "completed")
+    assert main(["launch", "slurm", "--dry-run", "--", "recipe"]) == 0
+    assert sorted(path.name for path in (tmp_path / "runs" / "launch").iterdir()) == ["1", "2"]
+
+
 def test_where_there_is_no_slurm_that_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
