@@ -24,4 +24,7 @@ def check_metric(name: str, *, has_classes: bool) -> None:
         near = [both] if both in METRICS else difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)
         raise UserError(f"{key}: {name!r} is unknown. Did you mean {near[0]}? Known: {', '.join(METRICS)}.")
     if name in ZERO_SHOT and not has_classes:
-        raise UserError(f"{key}: {name} needs classes, the data set has none (no classes.json). Use mean_recall@1.")
+        raise UserError(
+            f"{key}: {name} needs classes, the data set has none (no classes.json). Use mean_recall@1, or for shards with a "
+            ".cls for each image give classnames.txt and run mmlg data index again."
+        )

@@ -37,8 +37,8 @@ class Data:
     splits are those of the first one, unless evaluate_on names another."""
     captions: dict[str, PositiveFloat] | None = field(default=None, metadata=LATER)
     """Which captions of a sample are trained on: names of keys of its JSON (txt: its text), each a caption or a list of them, with the
-    weight by which one is drawn for each sample in every epoch: {alt: 0.5, synthetic: 0.5}. A name that a sample does not have is left out of
-    its draw; one that has none of them gives its ordinary captions; both are counted. null: the ordinary captions, as in evaluation."""
+    weight by which one is drawn for each sample in every epoch: {alt: 0.5, synthetic: 0.5}. A name that a sample does not have is left out
+    of its draw; one that has none of them gives its ordinary captions; both are counted. null: the ordinary captions, as in evaluation."""
     evaluate_on: str | None = field(default=None, metadata=LATER)
     """The data set whose validation and test splits are used; null: path, or the first of sources."""
     cache_dir: str | None = None
