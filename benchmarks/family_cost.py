@@ -29,7 +29,7 @@ from typing import Any
 
 from mmlg_launchers import Launcher, LaunchError, LocalLauncher, Resources, SlurmLauncher, Step, StepFailed, load_cluster, run_graph
 
-from benchmarks.family_plan import ADAPTED, LEARNGENES, RESULTS, SECTIONS, Piece, Pieces, Plan, Settings, load_plan
+from benchmarks.family_plan import ADAPTED, LEARNGENES, RESULTS, SECTIONS, Piece, Pieces, Plan, Settings, as_options, load_plan
 from mmlg_scale import recipe
 from mmlg_scale.data.corpus import open_pairs
 from mmlg_scale.errors import UserError
@@ -96,7 +96,7 @@ class Runner:
     @functools.cached_property
     def data(self) -> Path:
         """The data set: the recipe's, or scenes below `out`."""
-        settings, _ = _settings(self.plan.recipe, tuple(sorted((key, str(value)) for key, value in self.plan.settings.items())))
+        settings, _ = _settings(self.plan.recipe, as_options(self.plan.settings))
         return Path(settings.data.path) if settings.data.path is not None else self.out / "data"
 
     @functools.cached_property
@@ -142,7 +142,7 @@ class Runner:
         marker = self.data / "dataset.json"
         if marker.is_file():
             return
-        settings, _ = _settings(self.plan.recipe, tuple(sorted((key, str(value)) for key, value in self.plan.settings.items())))
+        settings, _ = _settings(self.plan.recipe, as_options(self.plan.settings))
         if settings.data.path is not None:
             raise UserError(f"{self.data} has no data set. Pack it first: see examples/.")
         options = [f"--{key}={value}" for key, value in vars(settings.data.scenes).items()]

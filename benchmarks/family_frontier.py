@@ -159,7 +159,7 @@ class Seed:
 
 def _met_by_teacher(piece: Piece) -> int:
     """Samples that the teacher computes: all that the student meets, or the pool."""
-    pools = [int(value) for key, value in piece.get("options", {}).items() if key.endswith("loss.teacher_pool")]
+    pools = [int(value) for key, value in piece.get("options", {}).items() if key.endswith("loss.teacher_pool") and value != "null"]
     return min([piece["curve"][-1]["samples"], *pools])
 
 

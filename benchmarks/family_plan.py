@@ -119,6 +119,11 @@ def options_of(method: str, settings: Mapping[str, Any]) -> Settings:
     return found
 
 
+def as_options(settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Settings by dotted key as options of the command line, sorted: a section before its fields."""
+    return tuple((key, "null" if value is None else str(value)) for key, value in sorted(settings.items()))
+
+
 class Pieces:
     """The pieces of a plan for one seed.
 
@@ -140,9 +145,10 @@ class Pieces:
     def _piece(
         self, identifier: str, method: str, schedule: str, command: tuple[str, ...], options: Mapping[str, Any], **more: Any
     ) -> Piece:
-        chosen = {"seed": self.seed} | self.plan.settings | dict(options)
-        words = tuple((key, "null" if value is None else str(value)) for key, value in sorted(chosen.items()))
-        return Piece(identifier, method, schedule, command, words, **more)
+        absent = tuple(f"{key}." for key, value in options.items() if value is None)
+        settings = {key: value for key, value in self.plan.settings.items() if not key.startswith(absent)}
+        chosen = {"seed": self.seed} | settings | dict(options)
+        return Piece(identifier, method, schedule, command, as_options(chosen), **more)
 
     def of_method(self, method: str, schedule: str, settings: Settings, sizes: Iterable[Size] | None = None) -> Iterator[Piece]:
         """The pieces of a method's schedule: all that must run, the ancestor apart."""

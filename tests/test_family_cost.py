@@ -189,8 +189,9 @@ def _independent(pieces: dict[str, Any], sizes: list[str], metric: str, way: str
             if at is None:
                 row.append(None)
             else:
-                pool = found["options"].get(f"baselines.{method}_loss.teacher_pool", points[-1]["samples"])
-                row.append((points[at]["flops"], found["teacher_flops"] * min(points[at]["samples"] / int(pool), 1)))
+                pool = found["options"].get(f"baselines.{method}_loss.teacher_pool", "null")
+                met = points[-1]["samples"] if pool == "null" else int(pool)
+                row.append((points[at]["flops"], found["teacher_flops"] * min(points[at]["samples"] / met, 1)))
         else:
             options.append(row)
     if method in ("mmlg", "tleg", "sws", "direct"):

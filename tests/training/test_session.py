@@ -38,6 +38,8 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "ancestor.batch_size": 16,
         "ancestor.eval_every": 3,
         "extraction.training.batch_size": 16,
+        "extraction.loss.teacher_pool": "null",  # of more pairs than there are here
+        "baselines.even_loss.teacher_pool": "null",
         "runtime.log_every": 1,
     }
 

@@ -320,7 +320,7 @@ def test_the_plan_charges_each_pair_once(capsys: pytest.CaptureFixture[str]) -> 
         assert main(["plan", "demo", "--json", "--flops-per-second=1e9", *words]) == 0
         return next(step for step in json.loads(capsys.readouterr().out)["steps"] if step["id"] == "learngene")
 
-    plain, pool = learngene(), learngene("--extraction.loss.teacher_pool=2400")
+    plain, pool = learngene("--extraction.loss.teacher_pool=null"), learngene("--extraction.loss.teacher_pool=2400")
     assert pool["teacher_flops"] * 9600 == plain["teacher_flops"] * 2400
     assert pool["flops"] == plain["flops"]
     # Features of 2 x 64 numbers, 17 + 16 tokens of width 64 at four depths, in bf16, with a header.
