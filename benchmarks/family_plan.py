@@ -154,9 +154,11 @@ class Pieces:
         """The pieces of a method's schedule: all that must run, the ancestor apart."""
         chosen = self._chosen(method, schedule, settings)
         if method in ADAPTED:
+            asked = chosen.pop("sizes", self.plan.sizes)
             for family, members in self.plan.families.items():
                 for size in members:
-                    yield self.adapted(method, schedule, chosen, family, tuple(size))
+                    if tuple(size) in map(tuple, asked):
+                        yield self.adapted(method, schedule, chosen, family, tuple(size))
             return
         if method not in LEARNGENES:
             for size in self.plan.sizes if sizes is None else sizes:
