@@ -259,7 +259,7 @@ def test_every_committed_ratio_follows_from_the_raw_curves(source: Path) -> None
                         expected = table[way] / table[ours] if table[way] is not None and table.get(ours) else None
                         assert value == pytest.approx(expected), (family, number, mark, key, way)
                         num_checked += 1
-    assert num_checked
+    assert num_checked or not plan.marks
 
 
 def test_committed_settings_are_those_that_tuning_found_best() -> None:
