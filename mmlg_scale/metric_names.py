@@ -25,6 +25,6 @@ def check_metric(name: str, *, has_classes: bool) -> None:
         raise UserError(f"{key}: {name!r} is unknown. Did you mean {near[0]}? Known: {', '.join(METRICS)}.")
     if name in ZERO_SHOT and not has_classes:
         raise UserError(
-            f"{key}: {name} needs classes, the data set has none (no classes.json). Use mean_recall@1, or for shards with a "
-            ".cls for each image give classnames.txt and run mmlg data index again."
+            f"{key}: {name} needs classes, the data set has none (no classes.json). Use mean_recall@1. Shards with a .cls "
+            "for each image need classnames.txt, and mmlg data index again."
         )

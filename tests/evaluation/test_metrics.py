@@ -114,5 +114,7 @@ def test_zero_shot_metrics_need_classes() -> None:
     for name in RETRIEVAL:
         check_metric(name, has_classes=False)
     for name in ZERO_SHOT:
-        with pytest.raises(UserError, match=rf"{name} needs classes, the data set has none \(no classes\.json\)\. Use mean_recall@1\."):
+        with pytest.raises(
+            UserError, match=rf"{name} needs classes, the data set has none \(no classes\.json\)\. Use mean_recall@1\. Shards with a \.cls"
+        ):
             check_metric(name, has_classes=False)
