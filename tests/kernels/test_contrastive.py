@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mmlg_kernels import contrastive_loss
 from torch import Tensor
@@ -39,13 +39,15 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     scale=st.sampled_from([1.0, 14.3, 100.0]),
     normalize=st.booleans(),
 )
+@example(count=34, width=1, chunk_rows=1, scale=100.0, normalize=True)  # gradients are zero: unit vectors of one dimension cannot turn
 @settings(max_examples=40, deadline=None)
 def test_chunked_equals_definition_in_fp64(count: int, width: int, chunk_rows: int, scale: float, normalize: bool) -> None:
     image, text = features(count, width)
     expected = loss_and_gradients(image, text, scale, backend="reference", normalize=normalize)
     found = loss_and_gradients(image, text, scale, backend="chunked", normalize=normalize, chunk_bytes=chunk_rows * count * 8)
     for got, want in zip(found, expected, strict=True):
-        assert (got - want).norm() <= 1e-10 * max(float(want.norm()), 1e-3)
+        # Where a gradient cancels, what is left is rounding, in proportion to the scale.
+        assert (got - want).norm() <= 1e-10 * max(float(want.norm()), 1e-3 * scale)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 4e-3)])
