@@ -276,10 +276,12 @@ class TowerStage(ClipStage):
 
     def __init__(self, descendant: Descendant, ancestor: towers.Bundle, device: torch.device) -> None:
         self.descendant = descendant
-        own_image = descendant.modality == "image"
-        pair = {name: tensor for name, tensor in ancestor.state.items() if name.startswith("visual.") != own_image}
-        own = {name: tensor for name, tensor in descendant.state.items() if name.startswith("visual.") == own_image}
-        pair |= {name: tensor for name, tensor in own.items() if not name.startswith("logit_")}
+
+        def is_own(name: str) -> bool:
+            return not name.startswith("logit_") and name.startswith("visual.") == (descendant.modality == "image")
+
+        pair = {name: tensor for name, tensor in ancestor.state.items() if not is_own(name)}
+        pair |= {name: tensor for name, tensor in descendant.state.items() if is_own(name)}
         super().__init__("mmlg", towers.Bundle(descendant.spec, pair), recipe.Training(steps=0), device)
 
     def export(self, state: Mapping[str, Tensor], out: Path) -> dict[str, Any]:

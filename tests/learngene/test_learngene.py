@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from mmlg_scale.learngene.compose import compose_layers
 from mmlg_scale.learngene.file import Learngene, RangeWarning
 from mmlg_scale.learngene.mixing import knot_weights, relative_depth
 from mmlg_scale.learngene.structure import Structure
+from mmlg_scale.training.stages import TowerStage
 from tests.training.tiny import ANY_SIZE, CONFIG, batch
 
 
@@ -140,6 +142,26 @@ def test_single_towers_load_strictly_and_agree(learngene: Learngene, tmp_path: P
         with torch.no_grad():
             assert torch.equal(tower(inputs), expected(inputs))
     assert not any("logit_scale" in name for name in load_file(tmp_path / "image" / "open_clip_tower.safetensors"))
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_a_single_tower_is_evaluated_with_the_ancestors_other_one(learngene: Learngene, modality: str) -> None:
+    """And with the ancestor's scale, whichever tower it is."""
+    config = learngene.spec.config
+    ancestor = towers.build_clip(config, seed=5)
+    with torch.no_grad():
+        ancestor.logit_scale.fill_(1.25)
+    both, images_texts = learngene.descend(image_layers=2, text_layers=3), batch(0)
+    own = towers.build_clip(both.spec.config, seed=0)
+    own.load_state_dict(dict(both.state))
+    expected = {"image": ancestor, "text": ancestor} | {modality: own}
+    single = learngene.descend(**{f"{modality}_layers": 2 if modality == "image" else 3}, modality=modality)
+    stage = TowerStage(single, towers.Bundle(learngene.spec, ancestor.state_dict()), torch.device("cpu"))
+    with torch.no_grad():
+        found = stage.model(*images_texts)
+        assert_close(found["image_features"], expected["image"].encode_image(images_texts[0]))
+        assert_close(found["text_features"], expected["text"].encode_text(images_texts[1]))
+    assert float(found["logit_scale"]) == pytest.approx(math.exp(1.25))
 
 
 def test_saved_and_loaded_gives_the_same_bytes(learngene: Learngene, tmp_path: Path) -> None:
