@@ -7,6 +7,8 @@
 PLAN is a file of benchmarks/plans, or a path. Each piece is one `mmlg` command in a folder of its own below OUT. Results go to
 RESULTS/family_cost_PLAN_seedN.json whenever a method and schedule is complete; what is there with the same settings is not run again, so
 that a benchmark of days can be spread over many sittings and machines. Nothing is stopped at a target: costs are read off whole curves.
+Where OUT has no ancestor any more it is trained again, and on another processor comes out slightly different: each piece has the digests
+of what it was made of, and the notes say which are of another ancestor.
 
 Every piece is a run of one process on this machine, or with --cluster a job of Slurm: OUT and the data are then on a shared file system.
 
@@ -37,7 +39,7 @@ from mmlg_scale.family import environment, num_parallel
 from mmlg_scale.files import write_text_atomic
 from mmlg_scale.recipe_file import load_recipe
 from mmlg_scale.terminal import Terminal
-from mmlg_scale.training.folder import RESULT_FILE, result_of
+from mmlg_scale.training.folder import IDENTITY_FILE, RESULT_FILE, read_json, result_of
 
 ACCOUNTING = 2
 """What FLOPs are counted of. 1 (files that name none): whole captions and whole last blocks; 2: what is computed. Never mixed in a file."""
@@ -167,6 +169,7 @@ class Runner:
         if found is None:
             return None
         metric = self.plan.metric
+        made_of = read_json(self.path(piece.id) / IDENTITY_FILE)["inputs"]
         point_keys = ("step", "samples", "flops", "seconds", metric)
         keys = ("params", "flops", "teacher_flops", "seconds", "bytes", "block_params", "stem_params")
         return {
@@ -176,6 +179,7 @@ class Runner:
             **({"family": piece.family} if piece.family else {}),
             **({"size": list(piece.size), "modality": piece.modality} if piece.size else {}),
             "options": dict(piece.options),
+            "inputs": {key: made_of[key] for key in ("ancestor", "learngene") if key in made_of},
             **{key: found[key] for key in keys if found.get(key) is not None},
             "curve": [{key: point[key] for key in point_keys} for point in found["curve"]],
             "test": found["metrics"],
@@ -203,6 +207,8 @@ def run_seed(plan: Plan, seed: int, out: Path, results: Path, place: Place, only
     kept = before["pieces"] if before.get("accounting") == ACCOUNTING else {}
     pieces = Pieces(plan, seed, tuned_settings(plan, results)).all()
     runner, console = Runner(plan, seed, out, pieces, place), Terminal(stderr=True)
+    environments = before.get("environments", [before["environment"]] if "environment" in before else [])
+    environments += [place.environment] if place.environment not in environments else []
     runner.make_data(console)
     missing = [piece for piece in pieces if kept.get(piece.id, {}).get("digest") != runner.digest(piece.id)]
     console.print(f"seed {seed}: {len(pieces)} pieces, {len(pieces) - len(missing)} in {target.name}", highlight=False)
@@ -212,13 +218,13 @@ def run_seed(plan: Plan, seed: int, out: Path, results: Path, place: Place, only
             groups.setdefault((piece.method, piece.schedule), []).append(piece)
     for group in groups.values():
         runner.run([piece.id for piece in group], console)
-        found = {piece.id: figures for piece in pieces if (figures := runner.figures(piece)) is not None}
-        kept = {piece.id: found.get(piece.id, kept.get(piece.id)) for piece in pieces if piece.id in found or piece.id in kept}
+        found = {piece.id: figures for piece in missing if (figures := runner.figures(piece)) is not None}
+        kept = {piece.id: (kept | found)[piece.id] for piece in pieces if piece.id in found or piece.id in kept}
         content = {
             "plan": plan.name,
             "seed": seed,
             "accounting": ACCOUNTING,
-            "environment": place.environment,
+            "environments": environments,
             "pieces": kept,
         }
         write_text_atomic(target, json.dumps(content, indent=1) + "\n")

@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -281,6 +282,30 @@ def notes(seed: Seed, family: str) -> list[str]:
                     for (shallow, less), (deep, more) in pairwise(equal)
                     if more < less
                 ]
+    return found + _of_other_ancestors(seed, family)
+
+
+def _of_other_ancestors(seed: Seed, family: str) -> list[str]:
+    """Schedules out of another training of the ancestor than most: it was repeated, on a processor that rounds differently."""
+    sources: dict[tuple[str, str], dict[str, str]] = {}
+    for method in NEEDS_ANCESTOR:
+        for schedule in seed.schedules(method):
+            members = seed.adapted(ADAPTED[method], schedule, family) if method in ADAPTED else seed.members(method, schedule, family)
+            if method in LEARNGENES and members:
+                members = dict.fromkeys(members, seed.learngene(method, schedule, family))
+            # Pieces of versions that did not record it count as of one ancestor.
+            of_size = {size_name(size): piece.get("inputs", {}).get("ancestor", "") for size, piece in members.items()}
+            sources[method, schedule] = of_size
+    every = Counter(source for of_size in sources.values() for source in of_size.values())
+    if len(every) < 2:
+        return []
+    usual = every.most_common(1)[0][0]
+    found = []
+    for (method, schedule), of_size in sources.items():
+        others = [size for size, source in of_size.items() if source != usual]
+        if others:
+            where = "" if len(others) == len(of_size) else f" at {', '.join(others)}"
+            found.append(f"{WAYS.get(method, method)}, {schedule}: out of another training of the same ancestor than most{where}")
     return found
 
 
@@ -446,6 +471,8 @@ def main() -> None:
         if content["families"][family]["over_seeds"]:
             print(table(content, family), end="\n\n")
         print(qualities(content, family), end="\n\n")
+        for number, figures in content["families"][family]["seeds"].items():
+            print(*(f"Seed {number}: {note}." for note in figures["notes"]), sep="\n", end="\n\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmlg_scale.hardware import device_name
+
 PARTS = ("forward", "backward", "both")
 DEVICE_TIMED_BELOW_MS = 20.0
 """A longer step hides its launches: its wall-clock time is taken for the device's, and it is not run a second time."""
@@ -180,7 +182,7 @@ def copy_bytes(device: str) -> int:
 def environment(device: str) -> Row:
     """The machine and the versions that times belong to."""
     found: Row = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "device": device_name(device),
         "driver": _driver() if device == "cuda" else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

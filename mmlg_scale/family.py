@@ -30,6 +30,7 @@ from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
 from mmlg_scale.evaluation.evaluate import folder_features
 from mmlg_scale.files import require_space, write_text_atomic
+from mmlg_scale.hardware import device_name
 from mmlg_scale.learngene.baselines import FROM_LEARNGENE
 from mmlg_scale.learngene.structure import Structure
 from mmlg_scale.memory import checkpoint_bytes
@@ -463,7 +464,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
 
     packages = ("torch", "deepspeed", "open_clip_torch", "mmlg-scale")
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
         "cores": len(os.sched_getaffinity(0)),
         "threads_per_rank": runtime.threads,
         "python": platform.python_version(),

@@ -1,8 +1,9 @@
-"""GPUs of a cluster, and the fraction of their peak that training reaches: what `mmlg plan --cluster` assumes, and says."""
+"""The device's name; a cluster's GPUs and the fraction of their peak that training reaches: what `mmlg plan --cluster` assumes."""
 
 from __future__ import annotations
 
 import math
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +48,20 @@ class Hardware:
     memory_bytes: float | None
     mfu: Mapping[str, float]
     notes: tuple[str, ...]
+
+
+def device_name(device_type: str) -> str:
+    """The GPU's name; of a CPU its model and its widest vector instructions, by which a run's last digits differ between machines."""
+    import torch
+
+    if device_type == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(models, platform.machine())}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def known_gpu(gpu_type: str) -> str | None:

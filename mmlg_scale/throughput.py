@@ -28,6 +28,7 @@ from mmlg_scale import recipe, towers
 from mmlg_scale.data.corpus import PairSet, pairs_of
 from mmlg_scale.data.pipeline import Batch
 from mmlg_scale.errors import UserError
+from mmlg_scale.hardware import device_name
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
 from mmlg_scale.learngene.file import Learngene
 from mmlg_scale.learngene.structure import Structure
@@ -291,7 +292,7 @@ def _peak_bytes(device: torch.device) -> int:
 def environment(device: torch.device) -> Row:
     """The machine and the versions that rows belong to."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": device_name(device.type),
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch": torch.__version__,

@@ -113,6 +113,28 @@ def test_an_untrained_model_at_the_target_costs_nothing_and_a_learngene_is_charg
     assert family_frontier.notes(seed, "two") == ["uniform layer selection, distilled, long: ends below its start at i4-t4"]
 
 
+def test_what_is_out_of_another_training_of_the_ancestor_is_noted() -> None:
+    """Which of two it is goes by the digests of what was read; what a learngene was written from, by the learngene's."""
+
+    def of(ancestor: str, method: str, schedule: str = "long") -> dict[str, Any]:
+        return piece(method, schedule, curve((0, 0.6), (10, 0.7)), inputs={"ancestor": ancestor})
+
+    pieces = {f"distil_{schedule}_i{n}-t{n}": of("a", "distil", schedule) for schedule in ("short", "long") for n in (2, 4)}
+    pieces |= {"even_long_i2-t2": of("a", "even"), "even_long_i4-t4": of("a", "even")}
+    pieces |= {"mmlg_long_two_learngene": of("a", "mmlg")}
+    pieces |= {f"mmlg_long_two_i{n}-t{n}": piece("mmlg", "long", curve((0, 0.6))) for n in (2, 4)}
+    assert family_frontier.notes(seed_of(**pieces), "two") == []
+    pieces |= {"even_long_i4-t4": of("b", "even"), "mmlg_long_two_learngene": of("b", "mmlg")}
+    seed = seed_of(**pieces)
+    seed = Seed(PLAN, seed.pieces | {"mmlg_adapted/long/two/i4-t4": of("b", "mmlg_adapted")})
+    same = "out of another training of the same ancestor than most"
+    assert family_frontier.notes(seed, "two") == [
+        f"uniform layer selection, distilled, long: {same} at i4-t4",
+        f"learngene, long: {same}",
+        f"mmlg_adapted, long: {same}",
+    ]
+
+
 def test_sizes_that_miss_a_target_untrained_are_charged_their_adaptation() -> None:
     seed = seed_of(
         **{
@@ -302,6 +324,10 @@ def test_a_plan_runs_once_and_its_result_is_enough_to_go_on_from(tmp_path: Path,
     target = run_seed(plan, 0, tmp_path / "runs", tmp_path, this_machine(plan))
     content = json.loads(target.read_text())
     assert list(content["pieces"]) == [piece.id for piece in Pieces(plan, 0, tuned_settings(plan, tmp_path)).all()]
+    made_of = {name: found["inputs"] for name, found in content["pieces"].items()}
+    assert made_of["scratch/short/i1-t1"] == made_of["ancestor"] == {}
+    assert set(made_of["mmlg/short/five/learngene"]) == {"ancestor"}
+    assert set(made_of["mmlg/short/five/i1-t1"]) == {"learngene"}
     ours = content["pieces"]["mmlg/short/five/i1-t1"]
     assert ours["curve"][0]["step"] == 0
     assert ours["test"] == ours["test_at_0"]
