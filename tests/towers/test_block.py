@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmlg_scale import towers
-from tests.towers.models import PLAIN, WIDE, batch, changed, clip_of, open_clips_own
+from tests.towers.models import PLAIN, WIDE, assert_close, batch, changed, clip_of, open_clips_own
 
 FORMS: dict[str, dict[str, Any]] = {
     "gelu": PLAIN,
@@ -76,10 +76,10 @@ def test_towers_are_open_clip_s(pool_type: str, after: bool) -> None:
         for tap in ((), (2,), (2, 3)):
             image, image_hidden = towers.encode_image_with_hidden(ours, images, tap)
             text, text_hidden = towers.encode_text_with_hidden(ours, texts, tap)
-            torch.testing.assert_close((image, text), expected, rtol=1e-5, atol=1e-6)
+            assert_close((image, text), expected, 1e-6)
             for layers, hidden in ((seen[:2], image_hidden), (seen[2:], text_hidden)):
-                torch.testing.assert_close(hidden, layers[: len(tap)], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close((ours.encode_image(images), ours.encode_text(texts)), expected, rtol=1e-5, atol=1e-6)
+                assert_close(tuple(hidden), tuple(layers[: len(tap)]), 1e-6)
+        assert_close((ours.encode_image(images), ours.encode_text(texts)), expected, 1e-6)
     for hook in hooks:
         hook.remove()
 
@@ -111,7 +111,6 @@ def test_cut_captions_give_the_features_of_whole_ones(length: int) -> None:
     for tap in ((), (3,)):
         whole, whole_hidden = towers.encode_text_with_hidden(clip, texts, tap)
         cut, cut_hidden = towers.encode_text_with_hidden(clip, texts[:, :length], tap)
-        torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(cut_hidden, [hidden[:, :length] for hidden in whole_hidden], rtol=1e-5, atol=1e-5)
+        assert_close((cut, *cut_hidden), (whole, *(hidden[:, :length] for hidden in whole_hidden)), 1e-6)
         for mine, theirs in zip(gradients(cut, used), gradients(whole, used), strict=True):
             assert (mine - theirs).norm() <= 1e-5 * theirs.norm()

@@ -32,7 +32,8 @@ def test_start_features_and_gradients_are_open_clips(name: str) -> None:
         (clip.encode_image(images, normalize=True) @ clip.encode_text(texts, normalize=True).T).square().sum().backward()
     for (key, one), other in zip(own.named_parameters(), theirs.parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None), key
-        assert one.grad is None or torch.allclose(one.grad, other.grad, rtol=1e-5, atol=1e-7), key
+        if one.grad is not None and other.grad is not None:
+            assert (one.grad - other.grad).norm() <= 1e-5 * other.grad.norm(), key
     own, theirs = own.eval(), theirs.eval()
     with torch.no_grad():
         for context, bound in ((contextlib.nullcontext(), 1e-6), (torch.autocast("cpu", dtype=torch.bfloat16), 1e-2)):

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmlg_scale import towers
 from mmlg_scale.errors import UserError
 from mmlg_scale.towers import packing as module
-from tests.towers.models import WIDE, changed, clip_of
+from tests.towers.models import WIDE, assert_close, changed, clip_of
 from tests.towers.test_block import gradients
 
 ENDS = (13, 1, 4, 0, 12, 4, 19, 4)
@@ -105,10 +105,9 @@ def test_packed_captions_give_what_whole_ones_do(
     whole, whole_hidden = towers.encode_text_with_hidden(clip, texts, tap)
     for checkpoint in (False, True):
         packed, hidden = towers.encode_text_with_hidden(clip, texts, tap, packing=packing, checkpoint=checkpoint)
-        torch.testing.assert_close(packed, whole, rtol=1e-5, atol=1e-5)
+        assert_close((packed,), (whole,), 1e-6)
         valid_BT1 = (torch.arange(20) < towers.lengths_of(texts)[:, None])[..., None]
-        for mine, theirs in zip(hidden, whole_hidden, strict=True):
-            torch.testing.assert_close(mine, theirs * valid_BT1, rtol=1e-5, atol=1e-5)
+        assert_close(tuple(hidden), tuple(each * valid_BT1 for each in whole_hidden), 1e-6)
         for mine, theirs in zip(gradients(packed, used), gradients(whole, used), strict=True):
             assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
         if tap:

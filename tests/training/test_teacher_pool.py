@@ -100,14 +100,15 @@ def inputs(root: Path, text: TextMode = "cut", *, rank: int = 0, world_size: int
     return [inputs_of(batch, spec.preprocess, CPU, text=text) for batch in islice(stream, steps)]
 
 
-def assert_close(found: dict[str, Any], expected: dict[str, Any], batch: Inputs, **tolerance: float) -> None:
+def assert_close(found: dict[str, Any], expected: dict[str, Any], batch: Inputs) -> None:
     """Hidden states of text up to each caption's end token."""
     assert set(found) == set(expected)
     valid_BT = torch.arange(batch.text.shape[1]) <= batch.text.argmax(dim=-1, keepdim=True)
     for name, tensors in expected.items():
         for one, other in zip(found[name], tensors, strict=True) if isinstance(tensors, list) else [(found[name], tensors)]:
             valid = valid_BT if name == "text_hidden" else slice(None)
-            torch.testing.assert_close(one[valid].float(), other[valid], **tolerance)
+            assert one.shape == other.shape
+            assert (one[valid].float() - other[valid]).norm() <= 1e-5 * other[valid].norm()
 
 
 @pytest.mark.parametrize("text", ["cut", "full", "packed"])
@@ -118,7 +119,7 @@ def test_every_pass_reads_what_the_ancestor_computes(made: Path, tmp_path: Path,
     for step, batch in enumerate(inputs(made, text)):
         patches = torch.rand(BATCH, 4, generator=torch.Generator().manual_seed(step)).topk(2).indices
         chosen = dataclasses.replace(batch, patches=patches if step % 2 else None)
-        assert_close(teacher(chosen, nullcontext, DEPTHS), plain(chosen, nullcontext, DEPTHS), chosen, rtol=1e-5, atol=1e-6)
+        assert_close(teacher(chosen, nullcontext, DEPTHS), plain(chosen, nullcontext, DEPTHS), chosen)
     assert live.computed == [BATCH] * (POOL // BATCH)
 
 
@@ -170,7 +171,7 @@ def test_what_is_damaged_is_computed_again(made: Path, tmp_path: Path, one_rank:
     live.computed.clear()
     for _ in range(2):
         for batch, wanted in zip(whole, expected, strict=True):
-            assert_close(teacher(batch, nullcontext, DEPTHS), wanted, batch, rtol=1e-5, atol=1e-6)
+            assert_close(teacher(batch, nullcontext, DEPTHS), wanted, batch)
     assert live.computed == [rows]
 
 
@@ -207,7 +208,7 @@ def _rank(rank: int, root: str, folder: str, store: str) -> None:
     teacher, live = pooled(made, Path(folder))
     own = inputs(made, rank=rank, world_size=2)
     for batch in own:
-        assert_close(teacher(batch, nullcontext, DEPTHS), plain(batch, nullcontext, DEPTHS), batch, rtol=1e-5, atol=1e-6)
+        assert_close(teacher(batch, nullcontext, DEPTHS), plain(batch, nullcontext, DEPTHS), batch)
         dist.barrier()  # as the exchange of gradients is
     assert live.computed == [BATCH // 2] * (POOL // BATCH), live.computed  # the other half was the other rank's
     dist.barrier()
@@ -217,7 +218,7 @@ def _rank(rank: int, root: str, folder: str, store: str) -> None:
             file.seek(int(own[0].places[0]) * sharded.file.layout.row_bytes + 50)  # type: ignore[index]
             file.write(b"damage")
     for batch in own[:2]:
-        assert_close(sharded(batch, nullcontext, DEPTHS), plain(batch, nullcontext, DEPTHS), batch, rtol=1e-5, atol=1e-6)
+        assert_close(sharded(batch, nullcontext, DEPTHS), plain(batch, nullcontext, DEPTHS), batch)
     assert live.computed == [1], live.computed
     dist.destroy_process_group()
 
@@ -227,7 +228,7 @@ def test_ranks_share_the_rows_and_any_number_resumes(made: Path, tmp_path: Path,
     teacher, live = pooled(made, tmp_path)
     plain = LiveTeacher(ancestor(made), CPU)
     for batch in inputs(made):
-        assert_close(teacher(batch, nullcontext, DEPTHS), plain(batch, nullcontext, DEPTHS), batch, rtol=1e-5, atol=1e-6)
+        assert_close(teacher(batch, nullcontext, DEPTHS), plain(batch, nullcontext, DEPTHS), batch)
     assert live.computed == []
 
 
