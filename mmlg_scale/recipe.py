@@ -165,6 +165,8 @@ class Elastic:
     """Largest depth drawn; null: the architecture's."""
     students_per_step: Students = 1
     """Sizes drawn every step; their losses are averaged. In extraction they share one forward pass of the ancestor."""
+    sampling: Literal["random", "sandwich"] = field(default="random", metadata=LATER)
+    """sandwich: of a step's sizes the first is the greatest, the second the smallest, all others are random (Yu & Huang 2019)."""
     training: Training = field(default_factory=Training)
     """The loop's settings; its learning rate is that of the blocks."""
     coefficient_rate: NonNegativeFloat = 3.0
@@ -179,6 +181,8 @@ class Elastic:
         most = self.max_layers
         _require(most is None or most >= self.min_layers, f"{key}.max_layers", f"is {most}, below min_layers", "Use that or more.")
         _require(bool(self.width_shares), f"{key}.width_shares", "is empty", "Use [1.0].")
+        problem = f"is sandwich, which takes two sizes a step, and students_per_step is {self.students_per_step}"
+        _require(self.sampling == "random" or self.students_per_step > 1, f"{key}.sampling", problem, "Set students_per_step to 2 or more.")
 
 
 @dataclass
@@ -199,6 +203,14 @@ class Pretraining(Elastic):
     """Learning rate of the coefficients, as a multiple of the blocks'."""
     stem_rate: NonNegativeFloat = 0.3
     """Learning rate of the stems, as a multiple of the blocks'."""
+    in_place: NonNegativeFloat = field(default=0.0, metadata=LATER)
+    """In-place distillation (Yu & Huang 2019): weight of (1 - cosine) between the features of a step's other sizes and those of its
+    greatest, which is not changed by it. Needs sampling: sandwich."""
+
+    def check(self, key: str) -> None:
+        super().check(key)
+        problem = f"compares with the greatest size of a step, and sampling is {self.sampling}"
+        _require(not self.in_place or self.sampling == "sandwich", f"{key}.in_place", problem, "Set sampling to sandwich, or this to 0.")
 
 
 @dataclass

@@ -55,10 +55,18 @@ class SizeDraw:
 
     def _size(self, step: int, index: int) -> dict[str, int]:
         """One depth for both towers, scaled down for the one that has fewer layers to draw from, and a width for each."""
+        widths = self.settings.width_shares
+        if self.settings.sampling == "sandwich" and index < 2:
+            least, most = self.settings.min_layers, max(self.max_layers.values())
+            return self._even(most, max(widths)) if index == 0 else self._even(least, min(widths))
         draw = generator(self.seed, Stream.SIZES, step, index)
         layers = self._depths(int(draw.integers(self.settings.min_layers, max(self.max_layers.values()), endpoint=True)))
-        shares = draw.choice(self.settings.width_shares, size=2)
+        shares = draw.choice(widths, size=2)
         return layers | {f"{tower}_width": self._width(tower, share) for tower, share in zip(TOWERS, shares, strict=True)}
+
+    def _even(self, layers: int, share: float) -> dict[str, int]:
+        """Both towers at the same depth, as `_depths` has it, and the same share of their widths."""
+        return self._depths(layers) | {f"{tower}_width": self._width(tower, share) for tower in TOWERS}
 
     def _depths(self, layers: int) -> dict[str, int]:
         """Both towers' depths where the deeper one has `layers`: equally far between the least and each tower's most."""
@@ -97,7 +105,7 @@ class SizeDraw:
         sizes = [self._depths(layers) for layers in sorted({least, (least + most) // 2, most})]
         narrowest = min(self.settings.width_shares)
         if narrowest < 1:
-            sizes.append(sizes[-1] | {f"{tower}_width": self._width(tower, narrowest) for tower in TOWERS})
+            sizes.append(self._even(most, narrowest))
         return {recipe.Size(**size).name: size for size in sizes}  # type: ignore[arg-type]
 
     def trained_range(self) -> dict[str, dict[str, list[int]]]:

@@ -23,7 +23,7 @@ from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
 from mmlg_scale.learngene.blocks import BlockLayout
 from mmlg_scale.learngene.descend import Descendant
 from mmlg_scale.learngene.file import Learngene
-from mmlg_scale.objectives import contrastive, distillation
+from mmlg_scale.objectives import contrastive, distillation, feature_distance
 from mmlg_scale.streams import Stream, key
 from mmlg_scale.training.inputs import Inputs
 from mmlg_scale.training.muon import Place, places_of
@@ -65,6 +65,10 @@ class Stage(Protocol):
 
     def targets(self, autocast: Autocast, inputs: Inputs) -> dict[str, Any] | None:
         """The teacher's outputs for a part of the batch, without graph; None where there is no teacher."""
+        ...
+
+    def next_targets(self, targets: dict[str, Any] | None, outputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What the step's next student is compared with, after one that gave `outputs` on the whole local batch and had `targets`."""
         ...
 
     def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
@@ -248,6 +252,9 @@ class ClipStage:
     def targets(self, autocast: Autocast, inputs: Inputs) -> dict[str, Any] | None:
         return None if self.teacher is None else self.teacher(inputs, autocast, self._hidden_depths)
 
+    def next_targets(self, targets: dict[str, Any] | None, outputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        return targets
+
     def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
         if targets is None or self.weights is None:
             loss = contrastive(outputs)
@@ -300,7 +307,8 @@ def _described(config: Mapping[str, Any], present: Sequence[str]) -> dict[str, A
 class ElasticStage:
     """Training the auxiliary CLIP, whose layers are weighted sums of the learngene's blocks, at a random size each step.
 
-    As it is, by the contrastive loss on the pairs: pre-training without an ancestor.
+    As it is, by the contrastive loss on the pairs: pre-training without an ancestor. With `Pretraining.in_place` the features of a step's
+    greatest size, its first, are what the other sizes are compared with.
     """
 
     name = "pretraining"
@@ -319,6 +327,7 @@ class ElasticStage:
     ) -> None:
         self.settings, self.training, self.seed = settings, settings.training, seed
         self.spec, self.compose_per_layer = spec, compose_per_layer
+        self.in_place = settings.in_place if isinstance(settings, recipe.Pretraining) else 0.0
         self.draw = SizeDraw(settings, spec.config, seed)
         self.auxiliary = auxiliary
         self.model: nn.Module = auxiliary.to(device)
@@ -349,9 +358,19 @@ class ElasticStage:
     def targets(self, autocast: Autocast, inputs: Inputs) -> dict[str, Any] | None:
         return None
 
+    def next_targets(self, targets: dict[str, Any] | None, outputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        if self.in_place and targets is None:
+            return {f"{tower}_features": outputs[f"{tower}_features"].detach() for tower in TOWERS}
+        return targets
+
     def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
         loss = contrastive(outputs)
-        return loss, {"contrastive": loss}
+        terms = {"contrastive": loss}
+        if targets is not None:
+            names = [f"{tower}_features" for tower in TOWERS]
+            terms["in_place"] = torch.stack([feature_distance(outputs[name], targets[name]) for name in names]).sum()
+            loss = loss + self.in_place * terms["in_place"]
+        return loss, terms
 
     def flops(self, step: int, text_length: TextLength = None) -> tuple[int, int]:
         return self.draw.flops(step, text_length), 0

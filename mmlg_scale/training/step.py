@@ -49,9 +49,13 @@ def compute_gradients(stage: Stage, engine: Engine, inputs: Inputs, step: int) -
     with engine.accumulate() if len(students) * parts > 1 else nullcontext():
         for student in students:
             compute = _direct if parts == 1 else _cached
-            results.append(compute(stage, engine, micro_batches, targets, inputs.text, student, 1 / len(students)))
-    losses, terms = zip(*results, strict=True)
-    return torch.stack(losses).mean(), {name: torch.stack([each[name] for each in terms]).mean() for name in terms[0]}
+            loss, terms, outputs = compute(stage, engine, micro_batches, targets, inputs.text, student, 1 / len(students))
+            results.append((loss, terms))
+            targets = stage.next_targets(targets, outputs)
+            del outputs  # not beside the next student's
+    names = dict.fromkeys(name for _, terms in results for name in terms)
+    means = {name: torch.stack([terms[name] for _, terms in results if name in terms]).mean() for name in names}
+    return torch.stack([loss for loss, _ in results]).mean(), means
 
 
 @torch.no_grad()
@@ -69,6 +73,7 @@ def compute_loss(stage: Stage, engine: Engine, inputs: Inputs, step: int) -> Ten
         for student in stage.students(step):
             outputs = _join([model(part.image, part.text, patches=part.patches, packing=part.packing, **student) for part in micro_batches])
             losses.append(stage.objective(outputs, targets, inputs.text)[0])
+            targets = stage.next_targets(targets, outputs)
     model.train(was_training)
     return torch.stack(losses).mean()
 
@@ -85,12 +90,12 @@ def _direct(
     text_BT: Tensor,
     student: Mapping[str, Any],
     share: float,
-) -> tuple[Tensor, Terms]:
-    """Gradients of `share` times one student's loss, the batch in one piece."""
+) -> tuple[Tensor, Terms, Outputs]:
+    """Gradients of `share` times one student's loss, the batch in one piece; also returns the student's outputs."""
     outputs = _forward(engine, micro_batches[0], student)
     loss, terms = stage.objective(outputs, targets, text_BT)
     engine.backward(loss * share)
-    return loss.detach(), _figures(terms, outputs)
+    return loss.detach(), _figures(terms, outputs), outputs
 
 
 def _cached(
@@ -101,8 +106,8 @@ def _cached(
     text_BT: Tensor,
     student: Mapping[str, Any],
     share: float,
-) -> tuple[Tensor, Terms]:
-    """Gradients of `share` times one student's loss, the batch in micro-batches."""
+) -> tuple[Tensor, Terms, Outputs]:
+    """Gradients of `share` times one student's loss, the batch in micro-batches; also returns the student's outputs on all of it."""
     with torch.no_grad():
         whole = _join([_forward(engine, micro_batch, student) for micro_batch in micro_batches])
     for _, tensor in _tensors(whole):
@@ -121,7 +126,7 @@ def _cached(
                 grad = leaf.grad / len(micro_batches) if name in _PER_BATCH else leaf.grad[rows]
                 carriers.append((output.float() * grad.float()).sum())
         engine.backward(torch.stack(carriers).sum())  # a number with the loss's gradients, whatever its value
-    return loss.detach(), _figures(terms, whole)
+    return loss.detach(), _figures(terms, whole), whole
 
 
 def _figures(terms: Terms, outputs: Outputs) -> Terms:

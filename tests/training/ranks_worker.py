@@ -77,7 +77,7 @@ EXACT = [
     *(Case(kind, zero, parts) for zero, parts in ((1, 1), (3, 2)) for kind in ("affinity", "students")),
     *(Case("siglip", zero, parts) for zero, parts in ((0, 1), (2, 4))),
     Case("siglip_extraction", 3),
-    *(Case(kind, zero, parts) for zero, parts in ((0, 1), (3, 2)) for kind in ("pretraining", "factorised")),
+    *(Case(kind, zero, parts) for zero, parts in ((0, 1), (3, 2)) for kind in ("pretraining", "in_place", "factorised")),
     *(Case("extraction", zero, parts, dropout, shard=True) for zero, parts, dropout in ((0, 1, 0.0), (3, 4, 0.5))),
     *(Case("extraction", zero, parts, checkpointing=zero == 3, shard=zero == 3, packed=True) for zero, parts in ((1, 1), (3, 2))),
     Case("ancestor", 0, change="own_gather"),
@@ -99,7 +99,7 @@ MORE = {
     *(Case(kind, zero, 1, 0.5, True) for kind, zero in (("ancestor", 1), ("extraction", 3))),
     Case("extraction", 2, checkpointing=True, per_layer=True),
     *(Case(kind, 1) for kind in ("affinity", "students")),
-    Case("pretraining", 0),
+    *(Case(kind, 0) for kind in ("pretraining", "in_place")),
     *(Case(kind, zero, precision="bf16") for kind, zero in (("ancestor", 0), ("extraction", 1), ("ancestor", 2), ("extraction", 3))),
     *((kind, zero, "adamw") for kind, zero in (("extraction", 0), ("ancestor", 1), ("extraction", 2), ("ancestor", 3))),
 }

@@ -64,6 +64,7 @@ def test_the_count_finds_waits() -> None:
         ("students", 2, 0.5, "adamw", "packed"),
         ("siglip_extraction", 1, 0.0, "adamw", "cut"),
         ("affinity", 1, 0.0, "adamw", "cut"),
+        ("in_place", 1, 0.0, "muon", "cut"),
     ],
 )
 def test_a_step_does_not_wait(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ import torch.nn.functional as F
 
 from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import forward_flops
+from mmlg_scale.errors import UserError
 from mmlg_scale.objectives import contrastive, distillation, feature_distance, hidden_distance
 from mmlg_scale.training.loop import rate_factor
 from mmlg_scale.training.meters import Meters
-from mmlg_scale.training.stages import ClipStage, ExtractionStage, parameter_groups
+from mmlg_scale.training.stages import ClipStage, ElasticStage, ExtractionStage, parameter_groups
 from mmlg_scale.training.teacher import LiveTeacher, tap_layers
 from mmlg_scale.training.trackers import JsonLines
-from tests.training.tiny import CONFIG, build_stage
+from tests.training.tiny import CONFIG, batch, build_stage, plain_loss
 
 
 def test_schedule_by_hand() -> None:
@@ -104,6 +106,45 @@ def test_several_students_share_the_teacher() -> None:
     assert any(step[0] != step[1] for step in sizes)
     alone = [forward_flops(towers.with_sizes(three.spec.config, **size))["total"] for size in sizes[0]]
     assert three.flops(0) == (3 * sum(alone), one.flops(0)[1])
+
+
+def test_the_greatest_size_of_a_step_teaches_the_others() -> None:
+    """By hand, with autograd's gradients: every size has the contrastive loss; all but the first are drawn to the first's features."""
+    stage = build_stage("in_place", torch.device("cpu"))
+    assert isinstance(stage, ElasticStage)
+    sizes = [stage.sizes(step) for step in range(20)]
+    assert all(size == {"image_layers": 3, "text_layers": 3, "image_width": 16, "text_width": 16} for size, _, _ in sizes)
+    assert all(size == {"image_layers": 2, "text_layers": 2, "image_width": 8, "text_width": 8} for _, size, _ in sizes)
+    assert {size["image_layers"] for _, _, size in sizes} == {2, 3}
+    assert {size["image_width"] for _, _, size in sizes} == {8, 16}
+
+    images, texts = batch(0)
+    outputs = [stage.model(images, texts, **student) for student in stage.students(0)]
+    pairs = [
+        (F.normalize(output["image_features"], dim=1), F.normalize(output["text_features"], dim=1), output["logit_scale"])
+        for output in outputs
+    ]
+    logits = [scale * image @ text.T for image, text, scale in pairs]
+    own = [(F.cross_entropy(each, torch.arange(32)) + F.cross_entropy(each.T, torch.arange(32))) / 2 for each in logits]
+    towards = [sum((1 - (a * b.detach()).sum(dim=1)).mean() for a, b in zip(each[:2], pairs[0][:2], strict=True)) for each in pairs[1:]]
+    expected = (sum(own) + 4 * sum(towards)) / 3
+    found = plain_loss(stage, 0)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    parameters = list(stage.model.parameters())
+    for ours, by_hand in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(expected, parameters), strict=True):
+        assert float((ours - by_hand).norm()) <= 1e-5 * float(by_hand.norm()) + 1e-7
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampling": "sandwich"}, "recipe key pretraining.sampling: is sandwich, which takes two sizes a step"),
+        ({"in_place": 1.0, "students_per_step": 2}, "recipe key pretraining.in_place: compares with the greatest size of a step"),
+    ],
+)
+def test_sandwich_needs_several_sizes_and_in_place_a_sandwich(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        recipe.Recipe(pretraining=recipe.Pretraining(**settings)).check()
 
 
 def test_only_matrices_decay() -> None:

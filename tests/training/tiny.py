@@ -51,7 +51,8 @@ def build_stage(
 ) -> Stage:
     """`ancestor` (only contrastive) or `extraction` (auxiliary model, hidden states, all terms), with `affinity`, or 3 `students`.
 
-    `pretraining` is the auxiliary model without an ancestor; `factorised` is `extraction` with a token embedding of rank 5.
+    `pretraining` is the auxiliary model without an ancestor, `in_place` the same with three sizes a step, of which the greatest teaches;
+    `factorised` is `extraction` with a token embedding of rank 5.
     `siglip` and `siglip_extraction` are the same two with SigLIP's loss. `shard`, `compiled`: the teacher.
     """
     training = recipe.Training(steps=STEPS, batch_size=BATCH, optimizer=OPTIMIZER, accumulation=accumulation)
@@ -63,8 +64,9 @@ def build_stage(
     model = towers.Bundle(towers.ModelSpec(config), towers.build_clip(config, seed=1).state_dict())
     if kind in ("ancestor", "siglip"):
         return ClipStage("ancestor", model, training, device, seed=4)
-    if kind == "pretraining":
-        elastic = recipe.Pretraining(training=training, min_layers=2)
+    if kind in ("pretraining", "in_place"):
+        sandwich = {"students_per_step": 3, "sampling": "sandwich", "in_place": 4.0, "width_shares": [1.0, 0.5]}
+        elastic = recipe.Pretraining(training=training, min_layers=2, **(sandwich if kind == "in_place" else {}))  # type: ignore[arg-type]
         return ElasticStage(elastic, AuxiliaryCLIP.fresh(Structure(config, num_knots=4), seed=2), model.spec, device, seed=3)
     rank = 5 if kind == "factorised" else None
     auxiliary = AuxiliaryCLIP.from_ancestor(model.state, Structure(config, num_knots=4, embedding_rank=rank), seed=2)
@@ -79,8 +81,12 @@ def plain_loss(stage: Stage, step: int) -> Tensor:
     images, texts = batch(step, towers.context_length(stage.spec.config))
     patches = stage.patches(step, 0, BATCH)
     targets = stage.targets(nullcontext, Inputs(images, texts, patches))
-    outputs = [stage.model(images, texts, patches=patches, **student) for student in stage.students(step)]
-    return torch.stack([stage.objective(output, targets, texts)[0] for output in outputs]).mean()
+    losses = []
+    for student in stage.students(step):
+        outputs = stage.model(images, texts, patches=patches, **student)
+        losses.append(stage.objective(outputs, targets, texts)[0])
+        targets = stage.next_targets(targets, outputs)
+    return torch.stack(losses).mean()
 
 
 def plain_updates(stage: Stage) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
