@@ -129,13 +129,14 @@ class Pieces:
 
     Args:
         tuned: by method, or by method@schedule where the two were tuned together, settings that replace those of its schedules where these
-            do not name them. The ancestor takes the rate of scratch@converged.
+            do not name them. The ancestor takes the rate of scratch@converged where the plan names none.
     """
 
     def __init__(self, plan: Plan, seed: int, tuned: Mapping[str, Settings]) -> None:
         self.plan, self.seed, self.tuned = plan, seed, tuned
         ancestor = {key: value for key, value in self.tuned_for("scratch", "converged").items() if key != "batch_size"}
         options = {f"ancestor.{'optimizer.' if key == 'learning_rate' else ''}{key}": value for key, value in ancestor.items()}
+        options = {key: value for key, value in options.items() if key not in plan.settings}
         self.ancestor = self._piece("ancestor", "ancestor", "whole", ("train",), options)
 
     def tuned_for(self, method: str, schedule: str) -> Settings:
