@@ -29,6 +29,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from benchmarks.family_plan import ADAPTED, LEARNGENES, NEEDS_ANCESTOR, RESULTS, Plan, Size, load_plan, size_name
@@ -452,7 +453,8 @@ def write_summary(plan: Plan, results: Path) -> dict[str, Any]:
     ancestor = mean(seed.ancestor["flops"] for seed in seeds.values())
     for family in content["families"]:
         for name, figure in (("frontier", plot_frontier(content, family, ancestor)), ("cost", plot_cost(content, family))):
-            figure.savefig(results / f"{stem}_{family}_{name}.svg", metadata={"Date": None})
+            with rc_context({"svg.hashsalt": "mmlg"}):  # the same figures give the same file
+                figure.savefig(results / f"{stem}_{family}_{name}.svg", metadata={"Date": None})
     return content
 
 
