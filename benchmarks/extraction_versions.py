@@ -49,6 +49,8 @@ torch.set_num_threads(1)
 answers, sys.stdout = sys.stdout, sys.stderr
 write_scenes(Path(data), num_train=512, num_val=16, num_test=16)  # each version has its own files
 settings, _ = load_recipe(name, **{"data.path": data, "extraction.start": "random"})
+if getattr(settings.extraction.loss, "teacher_pool", None):
+    settings.extraction.loss.teacher_pool = None  # the ancestor runs in every step, as in versions without pools
 session = build_session(settings, ExtractionRole(settings, Path(ancestor)), runtime=Runtime(cache_decoded=False, **runtime))
 form, arrays = next(iter(session.stream())), np.load(batches)
 batches = [
