@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SHIPPED = Path(__file__).with_name("recipes")
-_CONFIG = "--model.config."
+_CONFIG, _BASELINES = "--model.config.", "--baselines."
+_NULLS = ("null", "Null", "NULL", "~")
 
 
 def new_parser(prog: str, description: str, **settings: Any) -> ArgumentParser:
@@ -58,7 +59,7 @@ def take_config_options(words: Sequence[str]) -> tuple[list[str], dict[str, Any]
     """
     import yaml
 
-    others, found, left = list[str](), dict[str, Any](), iter(words)
+    others, found, left = list[str](), dict[str, Any](), iter(_spell_nulls(words))
     for word in left:
         if not word.startswith(_CONFIG):
             others.append(word)
@@ -73,6 +74,53 @@ def take_config_options(words: Sequence[str]) -> tuple[list[str], dict[str, Any]
         except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
             raise UserError(f"{key}: {shown(text)!r} is not valid YAML ({one_line(error)}).") from error
     return others, found
+
+
+def _spell_nulls(words: Sequence[str]) -> Iterator[str]:
+    """The words, where a null two levels below a baseline (--baselines.tleg.loss.teacher_pool null) is a mapping of its key.
+
+    The parser would make the word None of it; a mapping it merges with the section's other keys.
+
+    Raises:
+        UserError: a section that may be null has no such key, of which the parser would tell in terms of its own.
+    """
+    left = iter(words)
+    for word in left:
+        option, equals, value = word.partition("=")
+        kind = kind_of(option.removeprefix("--")) if option.startswith("--") else None
+        if not option.startswith(_BASELINES) or option.count(".") < 3 or not may_be_null(kind):
+            yield word
+            continue
+        text = value if equals else next(left, None)
+        if text is not None and text.strip() in _NULLS:
+            section, _, name = option.rpartition(".")
+            yield f"{section}={{{name}: null}}"
+        else:
+            yield word
+            if not equals and text is not None:
+                yield text
+
+
+def kind_of(dotted: str) -> Any:
+    """The annotation of a recipe's key; None for what is no key. Raises UserError below a section that may be null and has no such key."""
+    kind, prefix, within_optional = Any, "", False
+    types = typing.get_type_hints(Recipe)
+    for name in dotted.split("."):
+        if name not in types:
+            if within_optional:
+                raise UserError(f"--{dotted}: unknown recipe key {prefix}{name}. {_instead(name, list(types), prefix)}")
+            return None
+        kind, prefix = types[name], f"{prefix}{name}."
+        section = dataclass_in(kind)
+        if section is None:
+            return kind if prefix == f"{dotted}." else None  # what is below a value is the parser's to judge
+        types, within_optional = typing.get_type_hints(section), within_optional or may_be_null(kind)
+    return kind
+
+
+def may_be_null(kind: Any) -> bool:
+    """Whether an annotation allows null."""
+    return type(None) in typing.get_args(kind)
 
 
 def recipe_of(args: Any, config_options: Mapping[str, Any] | None = None) -> tuple[Recipe, Runtime]:

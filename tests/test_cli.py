@@ -154,6 +154,35 @@ def test_a_depth_that_the_model_does_not_have_names_its_own_key(
     assert f"recipe key {section}.min_layers: is 20, the image tower has 8" in refused(*words, capsys=capsys)
 
 
+@pytest.mark.parametrize("words", [["--baselines.tleg.loss.teacher_pool", "null"], ["--baselines.tleg.loss.teacher_pool=~"]])
+def test_null_two_levels_below_a_baseline(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """It is null, and the section's other keys keep their values."""
+    assert main(["plan", "demo", "--baselines.tleg.loss.feature", "3", *words, "--print-config"]) == 0
+    loss = yaml.safe_load(capsys.readouterr().out)["baselines"]["tleg"]["loss"]
+    assert (loss["feature"], loss["hidden"], loss["teacher_pool"]) == (3.0, 1.0, None)
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "message"),
+    [
+        ("baselines.tleg.training.optimizer.name", "null", "optimizer.name: null does not fit. Use one of 'adamw', 'muon'. See"),
+        ("baselines.tleg.training.optimizer.name", "sgd", "optimizer.name: sgd does not fit. Use one of 'adamw', 'muon'. See"),
+        ("baselines.tleg.loss.teacher_pool", "x", "teacher_pool: 'x' does not fit. Use a whole number of 1 or more or null. See"),
+        ("baselines.tleg.lss.feature", "3", "unknown recipe key baselines.tleg.lss. Nearest valid key: baselines.tleg.loss."),
+        (
+            "pretraining.training.stepss",
+            "null",
+            "unknown recipe key pretraining.training.stepss. Nearest valid key: pretraining.training.steps.",
+        ),
+        ("baselines.scratch.step_count", "3", "unknown recipe key baselines.scratch.step_count."),
+    ],
+)
+def test_what_is_wrong_below_a_section_that_may_be_null(word: str, value: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused("plan", "demo", f"--{word}", value, capsys=capsys)
+    assert message in said
+    assert not any(internal in said for internal in ("NestedArg", "class_path", "Union"))
+
+
 def test_a_recipe_builds_no_class_that_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A value of free type may look like jsonargparse's request for an instance: it stays data, and is refused as a configuration."""
     file, trace = tmp_path / "r.yaml", tmp_path / "trace"

@@ -75,6 +75,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
 def in_words(message: str) -> str:
     """What the parser says of a value that does not fit, in words: key, value, and what it may be. Other messages stay as they are."""
     from mmlg_scale.ranges import IN_WORDS
+    from mmlg_scale.recipe_file import kind_of, may_be_null
 
     keys = re.findall(r'Parser key "([^"]+)"', message)
     wanted = [IN_WORDS[name] for name in re.findall(r"Not of type (\w+)", message) if name in IN_WORDS]
@@ -84,11 +85,13 @@ def in_words(message: str) -> str:
     if not keys or not wanted:
         return message.rstrip(".")
     values = re.findall(
-        r"(?:: (\S+) does not conform|base 10: ('[^']*')|could not convert string to float: ('[^']*')|val='([^']*)')", message
+        r"(?:: (\S+) does not conform|base 10: ('[^']*')|could not convert string to float: ('[^']*')|val='([^']*)'|val=(None)\))", message
     )
     values = [next(filter(None, found)) for found in values] or re.findall(r"(?:Given|Got) value: (.+?)\.?$", message)
-    value = f" {values[0]} does not fit" if values else " does not fit"
-    return f"{'.'.join(keys)}:{value}. Use {' or '.join(dict.fromkeys(wanted))}{' or null' if 'NoneType' in kinds else ''}"
+    value = f" {values[0].replace('None', 'null')} does not fit" if values else " does not fit"
+    # The parser says None of a section that may be null, too.
+    null = " or null" if "NoneType" in kinds and (kind := kind_of(".".join(keys))) is not None and may_be_null(kind) else ""
+    return f"{'.'.join(keys)}:{value}. Use {' or '.join(dict.fromkeys(wanted))}{null}"
 
 
 def _underscored(word: str, options: set[str]) -> str:
