@@ -200,7 +200,7 @@ def run_seed(plan: Plan, seed: int, out: Path, results: Path, place: Place, only
     """Run what is missing of a seed; returns its JSON file. Pieces of another way of counting FLOPs are missing.
 
     Args:
-        only: methods, or method/schedule; empty: all.
+        only: methods, method/schedule, or further down what pieces are named by (their family, their size); empty: all.
     """
     target = results / f"family_cost_{plan.name}_seed{seed}.json"
     before = json.loads(target.read_text()) if target.is_file() else {}
@@ -214,7 +214,7 @@ def run_seed(plan: Plan, seed: int, out: Path, results: Path, place: Place, only
     console.print(f"seed {seed}: {len(pieces)} pieces, {len(pieces) - len(missing)} in {target.name}", highlight=False)
     groups: dict[tuple[str, str], list[Piece]] = {}
     for piece in missing:
-        if not only or piece.method in only or f"{piece.method}/{piece.schedule}" in only:
+        if not only or any(f"{piece.id}/".startswith(f"{name}/") for name in only):
             groups.setdefault((piece.method, piece.schedule), []).append(piece)
     for group in groups.values():
         runner.run([piece.id for piece in group], console)
@@ -340,7 +340,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the JSON and the plots. Default: benchmarks/results.")
     parser.add_argument("--tune", action="store_true", help="Tune the methods and stop.")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="Run only these: METHOD or METHOD/SCHEDULE; with --tune, entries of the plan."
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="Run only these: METHOD, METHOD/SCHEDULE, mmlg/SCHEDULE/FAMILY, scratch/SCHEDULE/i2-t2; with --tune, entries of the plan.",
     )
     parser.add_argument("--parallel", type=int, default=None, help="Pieces side by side. Default: as many as fit here; on a cluster eight.")
     parser.add_argument(
