@@ -214,7 +214,7 @@ def run_seed(plan: Plan, seed: int, out: Path, results: Path, place: Place, only
     console.print(f"seed {seed}: {len(pieces)} pieces, {len(pieces) - len(missing)} in {target.name}", highlight=False)
     groups: dict[tuple[str, str], list[Piece]] = {}
     for piece in missing:
-        if not only or any(f"{piece.id}/".startswith(f"{name}/") for name in only):
+        if is_wanted(piece.id, only):
             groups.setdefault((piece.method, piece.schedule), []).append(piece)
     for group in groups.values():
         runner.run([piece.id for piece in group], console)
@@ -229,6 +229,11 @@ def run_seed(plan: Plan, seed: int, out: Path, results: Path, place: Place, only
         }
         write_text_atomic(target, json.dumps(content, indent=1) + "\n")
     return target
+
+
+def is_wanted(identifier: str, only: Sequence[str]) -> bool:
+    """Whether a piece is in `only`, whose names end anywhere in those of pieces where these have a slash."""
+    return not only or any(f"{identifier}/".startswith(f"{name}/") for name in only)
 
 
 def tuned_settings(plan: Plan, results: Path) -> dict[str, Settings]:

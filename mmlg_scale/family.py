@@ -230,11 +230,13 @@ def check(settings: recipe.Recipe, runtime: Runtime, out: Path) -> dict[str, Any
     """
     pairs = pairs_of(settings.data) if settings.data.is_given else None
     check_metric(settings.evaluation.metric, has_classes=pairs is None or pairs.classes is not None)
-    config = recipe_config(settings)
-    if config is None:
-        if settings.model.weights is None:
-            raise UserError("recipe key model: has no architecture and no weights. Name an open_clip configuration, or give weights.")
-        config = towers.load_clip(Path(settings.model.weights)).spec.config
+    config, weights = recipe_config(settings), settings.model.weights
+    if config is None and weights is None:
+        raise UserError("recipe key model: has no architecture and no weights. Name an open_clip configuration, or give weights.")
+    if weights is not None and (config is None or pairs is not None):  # read once: they may be large
+        ancestor = load_ancestor(settings, Path(weights), pairs) if pairs is not None else towers.load_clip(Path(weights))
+        config = config or ancestor.spec.config
+    assert config is not None
     for index, size in enumerate(settings.family.sizes):
         try:
             towers.with_sizes(config, **size.sizes())
@@ -246,8 +248,6 @@ def check(settings: recipe.Recipe, runtime: Runtime, out: Path) -> dict[str, Any
     _check_batches(settings, runtime)
     require_budgets(settings, config, runtime.teacher_pool_bytes)
     if pairs is not None:
-        if settings.model.weights is not None:
-            load_ancestor(settings, Path(settings.model.weights), pairs)
         for member in Plan(settings, runtime, out, image_size=towers.image_size(config)).members:
             if member.role is not None:
                 member.role.check(pairs)

@@ -113,6 +113,26 @@ def test_an_untrained_model_at_the_target_costs_nothing_and_a_learngene_is_charg
     assert family_frontier.notes(seed, "two") == ["uniform layer selection, distilled, long: ends below its start at i4-t4"]
 
 
+def test_only_names_pieces_down_to_any_slash() -> None:
+    every = [
+        "scratch/short/i2-t2",
+        "scratch/short/i2-t2w48",
+        "mmlg/short/five/learngene",
+        "mmlg/short-pool/five/i2-t2",
+        "mmlg_adapted/short/five/i2-t2",
+    ]
+    for only, wanted in (
+        ([], every),
+        (["scratch"], every[:2]),
+        (["scratch/short/i2-t2"], every[:1]),
+        (["mmlg"], every[2:4]),
+        (["mmlg/short"], every[2:3]),
+        (["mmlg/short-pool/five", "mmlg_adapted"], every[3:]),
+        (["mml"], []),
+    ):
+        assert [name for name in every if family_cost.is_wanted(name, only)] == wanted
+
+
 def test_what_is_out_of_another_training_of_the_ancestor_is_noted() -> None:
     """Which of two it is goes by the digests of what was read; what a learngene was written from, by the learngene's."""
 

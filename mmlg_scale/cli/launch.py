@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import shlex
 import sys
@@ -352,17 +353,19 @@ def _run_folder(args: Any, command: list[str]) -> Path:
     out = _out(command)
     if out is not None:
         return out.with_name(f"{out.name}.launch")
-    number = 1
-    while True:
-        folder = Path("runs/launch") / str(number)
-        try:
-            if not getattr(args, "dry_run", False):
-                folder.mkdir(parents=True)
-            elif folder.exists():
-                raise FileExistsError
-            return folder
-        except FileExistsError:
-            number += 1
+    folders = (Path("runs/launch") / str(number) for number in itertools.count(1))
+    return next(folder for folder in folders if _is_free(folder, take=not getattr(args, "dry_run", False)))
+
+
+def _is_free(folder: Path, *, take: bool) -> bool:
+    """Whether there is nothing at `folder`; made at once where it is to be taken, since another launch may look for one too."""
+    if not take:
+        return not folder.exists()
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _out(command: list[str]) -> Path | None:
