@@ -31,7 +31,7 @@ def ranks() -> Iterator[torch.device]:
 
 @pytest.mark.parametrize("text", ["cut", "packed"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["ancestor", "extraction", "students", "siglip_extraction"])
+@pytest.mark.parametrize("kind", ["ancestor", "extraction", "students", "in_place", "siglip_extraction"])
 def test_a_step_does_not_wait(kind: str, precision: str, text: TextMode, ranks: torch.device) -> None:
     """After the first steps, which compile kernels and fill caches."""
     stage = build_stage(kind, ranks)
