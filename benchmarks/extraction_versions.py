@@ -53,8 +53,9 @@ if getattr(settings.extraction.loss, "teacher_pool", None):
     settings.extraction.loss.teacher_pool = None  # the ancestor runs in every step, as in versions without pools
 session = build_session(settings, ExtractionRole(settings, Path(ancestor)), runtime=Runtime(cache_decoded=False, **runtime))
 form, arrays = next(iter(session.stream())), np.load(batches)
+texts_field = "text_NT" if hasattr(form, "text_NT") else "text_BT"  # of versions without several captions an image
 batches = [
-    dataclasses.replace(form, image_uint8_BCHW=torch.from_numpy(images), text_BT=torch.from_numpy(texts))
+    dataclasses.replace(form, image_uint8_BCHW=torch.from_numpy(images), **{texts_field: torch.from_numpy(texts)})
     for images, texts in zip(arrays["images"], arrays["texts"])
 ]
 steps = len(batches)

@@ -74,13 +74,13 @@ def compare(task: Task, role: RoleName, folder: Path, pairs: int) -> dict[str, A
             found = _timed(work(mode), task.steps, sessions[mode].engine.device)
             if pair:
                 spent[mode].append(found)
-    lengths = [lengths_of(batch.text_BT) for batch in kept]
-    row: dict[str, Any] = {"model": task.name, "role": role, "batch_size": len(kept[0].text_BT), "predicted": PREDICTED[task.name, role]}
+    lengths = [lengths_of(batch.text_NT) for batch in kept]
+    row: dict[str, Any] = {"model": task.name, "role": role, "batch_size": len(kept[0].text_NT), "predicted": PREDICTED[task.name, role]}
     row["tokens_packed"] = statistics.mean(float(each.float().mean()) for each in lengths)
-    row["tokens_cut"] = statistics.mean(cut_length(batch.text_BT) for batch in kept)
+    row["tokens_cut"] = statistics.mean(cut_length(batch.text_NT) for batch in kept)
     stage = sessions["cut"].stage
     costs = [
-        (sum(stage.flops(0, int(cut_length(batch.text_BT)))), sum(stage.flops(0, each.tolist())))
+        (sum(stage.flops(0, int(cut_length(batch.text_NT)))), sum(stage.flops(0, each.tolist())))
         for batch, each in zip(kept, lengths, strict=True)
     ]
     row["flops_ratio"] = sum(cut for cut, _ in costs) / sum(packed for _, packed in costs)

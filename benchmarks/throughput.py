@@ -132,7 +132,7 @@ class Ours:
     def loss(self, batch: Batch) -> float:
         """Of the weights as they are; their gradients are dropped."""
         stage, engine = self.session.stage, self.session.engine
-        inputs = Inputs(batch.image_uint8_BCHW, batch.text_BT, samples=batch.samples_B2).to(engine.device)
+        inputs = Inputs(batch.image_uint8_BCHW, batch.text_NT, samples=batch.samples_BS).to(engine.device)
         with torch.no_grad(), engine.autocast():
             outputs = engine.model(stage.spec.preprocess(inputs.image), inputs.text)
             return float(stage.objective(outputs, None, inputs.text)[0])
@@ -170,7 +170,7 @@ class Theirs:
 
     def prepared(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """A batch of ours as their loader would give it: normalised fp32 images (on the CPU, as theirs) and token ids."""
-        return self._preprocess(batch.image_uint8_BCHW), batch.text_BT
+        return self._preprocess(batch.image_uint8_BCHW), batch.text_NT
 
     def _batches(self, session: Session) -> Iterator[Any]:
         """Their loader over our shards, epoch after epoch."""

@@ -40,10 +40,11 @@ def forward_flops(
     image_layers: int | None = None,
     text_layers: int | None = None,
     text_length: int | None = None,
+    captions: int = 1,
     drops_patches: bool = False,
     pooled: Collection[str] = (),
 ) -> dict[str, int]:
-    """FLOPs of one sample's forward pass: {"image", "text", "total"}; a multiply-add counts as two.
+    """FLOPs of one sample's forward pass: {"image", "text", "total"}, the image's and its captions'; a multiply-add counts as two.
 
     Counted: patch embedding, all matrix products of the blocks, attention scores and their product with the values, projections.
     Not counted: norms, activations, softmax, additions, table look-ups. Causal attention is charged in full, as is usual (Chowdhery et al.
@@ -53,6 +54,7 @@ def forward_flops(
         config: an open_clip configuration of a VisionTransformer and a TextTransformer.
         image_layers, text_layers: depths in place of the configuration's; 0 leaves the blocks out.
         text_length: tokens of a caption that are computed, where captions are cut; None: the context length.
+        captions: of the image.
         drops_patches: whether the configuration's patch dropout acts: blocks see the patches that stay, the embedding all.
         pooled: towers ("image", "text") whose last block computes only the position at which the tower is pooled (`towers.run_block`);
             without effect on an image tower that averages over its patches.
@@ -68,16 +70,18 @@ def forward_flops(
     width, length = text.get("width", 512), text.get("context_length", 77) if text_length is None else text_length
     layers = text.get("layers", 12) if text_layers is None else text_layers
     caption = _blocks_flops(layers, length, width, text.get("mlp_ratio", 4.0), one_row="text" in pooled) + 2 * width * embed
-    return {"image": int(image), "text": int(caption), "total": int(image + caption)}
+    return {"image": int(image), "text": captions * int(caption), "total": int(image) + captions * int(caption)}
 
 
-def training_flops(config: Mapping[str, Any], *, text_length: int | None = None, pooled: Collection[str] = ("image", "text")) -> int:
+def training_flops(
+    config: Mapping[str, Any], *, text_length: int | None = None, captions: int = 1, pooled: Collection[str] = ("image", "text")
+) -> int:
     """FLOPs of one sample's forward and backward pass: three times the forward pass, with patch dropout where the configuration has it.
 
     What is computed again in the backward pass (activation checkpointing) or for it (accumulation) is not counted. Arguments as for
     `forward_flops`; a tower whose last hidden state nothing is compared with is `pooled`.
     """
-    return 3 * forward_flops(config, text_length=text_length, drops_patches=True, pooled=pooled)["total"]
+    return 3 * forward_flops(config, text_length=text_length, captions=captions, drops_patches=True, pooled=pooled)["total"]
 
 
 def over_lengths(flops: Callable[[int | None], int], text_length: TextLength) -> int:

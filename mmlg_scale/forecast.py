@@ -240,7 +240,7 @@ class _Costs:
 
     def __init__(self, plan: Plan, config: dict[str, Any]) -> None:
         self.plan, self.config, self.settings, self.runtime = plan, config, plan.settings, plan.runtime
-        self.bf16 = self.settings.engine.precision == "bf16"
+        self.bf16, self.captions = self.settings.engine.precision == "bf16", self.settings.data.captions_per_image
         self._params = functools.cache(
             lambda sizes: parameter_counts(towers.build_meta(towers.with_sizes(config, **dict(sizes))).state_dict())
         )
@@ -297,7 +297,7 @@ class _Costs:
             told,
             steps=training.steps,
             batch_size=training.batch_size,
-            flops=samples * training_flops(config, pooled=pooled_towers(config, compared_depths(weights))),
+            flops=samples * training_flops(config, captions=self.captions, pooled=pooled_towers(config, compared_depths(weights))),
             teacher_flops=self._teacher_flops(weights, training),
             memory=self._memory(params + maps, config, training, weights, params) if training.steps else None,
             checkpoint_bytes=self._while_it_runs(params + maps, training, weights) if training.steps else 0,
@@ -324,7 +324,7 @@ class _Costs:
             f"{name}'s blocks: {blocks}",
             steps=training.steps,
             batch_size=training.batch_size,
-            flops=training.batch_size * draw.total_flops(training.steps),
+            flops=training.batch_size * draw.total_flops(training.steps, self.captions),
             teacher_flops=self._teacher_flops(loss, training),
             memory=memory,
             checkpoint_bytes=self._while_it_runs(trained, training, loss),
@@ -356,7 +356,8 @@ class _Costs:
         samples = training.steps * training.batch_size
         if loss.teacher_pool is not None:
             samples = min(samples, loss.teacher_pool)
-        return samples * forward_flops(self.config, pooled=pooled_towers(self.config, compared_depths(loss)))["total"]
+        pooled = pooled_towers(self.config, compared_depths(loss))
+        return samples * forward_flops(self.config, captions=self.captions, pooled=pooled)["total"]
 
     def _while_it_runs(self, params: int, training: recipe.Training, loss: recipe.DistillationLoss | None) -> int:
         """The checkpoints that are kept, the one being written, and the ancestor's outputs for a pool."""
@@ -379,9 +380,10 @@ class _Costs:
         with_ancestor = compared is not None and not self.settings.engine.keep_features
         batch = training.batch_size / ranks
         rows = batch / training.accumulation
-        per_sample = activation_bytes(config, bf16=self.bf16, checkpointing=runtime.activation_checkpointing)
+        checkpointing, captions = runtime.activation_checkpointing, self.captions
+        per_sample = activation_bytes(config, bf16=self.bf16, checkpointing=checkpointing, captions=captions)
         if compared is not None and compared.hidden:
-            per_sample += compared_bytes(self.config, len(compared.hidden_depths))
+            per_sample += compared_bytes(self.config, len(compared.hidden_depths), captions=captions)
         found = peak_bytes(
             params,
             zero_stage=runtime.zero_stage,
@@ -395,7 +397,7 @@ class _Costs:
         if with_ancestor:
             found["ancestor"] = BYTES_PER_PARAMETER * self.params({}) / (ranks if runtime.shard_ancestor else 1)
         if found["activations"]:
-            found["loss"] = loss_bytes(training.batch_size, int(self.config["embed_dim"]), teacher=compared is not None)
+            found["loss"] = loss_bytes(training.batch_size, int(self.config["embed_dim"]), teacher=compared is not None, captions=captions)
         return found
 
 

@@ -70,8 +70,8 @@ def checkpoint_bytes(params: int) -> int:
     return 3 * BYTES_PER_PARAMETER * params
 
 
-def activation_bytes(config: Mapping[str, Any], *, bf16: bool, checkpointing: bool) -> int:
-    """About what one sample's forward pass keeps for the backward pass, in bytes.
+def activation_bytes(config: Mapping[str, Any], *, bf16: bool, checkpointing: bool, captions: int = 1) -> int:
+    """About what the forward pass on one image and its captions keeps for the backward pass, in bytes.
 
     A block keeps for each token the inputs of its norms and products: 8 + 2 x mlp_ratio numbers a channel, of which the two inputs of the
     norms are fp32 and the others are of the precision. With checkpointing, a block's input, and one block at a time whole. Captions and the
@@ -84,23 +84,24 @@ def activation_bytes(config: Mapping[str, Any], *, bf16: bool, checkpointing: bo
     total = 3 * 4 * height * width  # the image itself
     for key, tower, default in (("vision_cfg", vision, 768), ("text_cfg", text, 512)):
         channels, layers = tokens[key] * tower.get("width", default), tower.get("layers", 12)
+        channels *= captions if key == "text_cfg" else 1
         per_block = channels * (8 + (2 if bf16 else 4) * (6 + 2 * tower.get("mlp_ratio", 4.0)))
         total += 4 * channels * layers + per_block if checkpointing else per_block * layers
     return int(total)
 
 
-def compared_bytes(config: Mapping[str, Any], depths: int) -> int:
-    """About what comparing one sample's hidden states at so many depths keeps: the teacher's, the student's mapped ones, differences."""
+def compared_bytes(config: Mapping[str, Any], depths: int, *, captions: int = 1) -> int:
+    """About what comparing one image's and its captions' hidden states at so many depths keeps: the teacher's, the student's mapped ones, differences."""
     vision, text = config["vision_cfg"], config["text_cfg"]
     height, width = height_and_width(vision.get("image_size", 224))
     patch = vision.get("patch_size", 16)
     image = ((height // patch) * (width // patch) + 1) * vision.get("width", 768)
-    return 3 * BYTES_PER_PARAMETER * depths * int(image + text.get("context_length", 77) * text.get("width", 512))
+    return 3 * BYTES_PER_PARAMETER * depths * int(image + captions * text.get("context_length", 77) * text.get("width", 512))
 
 
-def loss_bytes(batch_size: int, embed_dim: int, *, teacher: bool) -> int:
+def loss_bytes(batch_size: int, embed_dim: int, *, teacher: bool, captions: int = 1) -> int:
     """What the loss keeps of the whole batch on each rank: both towers' gathered features and their gradients, and a teacher's features.
 
-    No matrix of similarities: the kernels hold a tile of it at a time.
+    No matrix of similarities: the kernels hold a tile of it at a time. Several captions of an image are as many losses.
     """
-    return BYTES_PER_PARAMETER * batch_size * embed_dim * (6 if teacher else 4)
+    return BYTES_PER_PARAMETER * batch_size * captions * embed_dim * (6 if teacher else 4)

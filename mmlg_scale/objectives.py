@@ -1,8 +1,8 @@
 """Losses over tower outputs: contrastive, and the terms that compare a student with the frozen ancestor.
 
-All of them take the dictionaries that the towers' forward passes return: ``image_features`` / ``text_features`` [B, D] (not
-normalised), ``image_hidden`` / ``text_hidden`` (lists of [B, T, d]), ``logit_scale`` (the multiplier) and, for
-SigLIP, ``logit_bias``.
+All of them take the dictionaries that the towers' forward passes return: ``image_features`` [B, D] and ``text_features`` [B k, D] (not
+normalised), ``image_hidden`` / ``text_hidden`` (lists of [B, T, d] and [B k, T, d]), ``logit_scale`` (the multiplier) and, for SigLIP,
+``logit_bias``. Each image has k captions, one after the other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,23 @@ def contrastive(outputs: Outputs) -> Tensor:
 
     Under several ranks the mean of the returned values over ranks is the global batch's loss, and gradients are right after the
     engine has averaged them over ranks.
+
+    Of k captions an image, the mean of k such losses, each between the images and one caption of each (as LaCLIP-MT: Fan et al.
+    2023).
     """
+    found = [_contrastive(part) for part in _one_caption_each(outputs)]
+    return found[0] if len(found) == 1 else torch.stack(found).mean()
+
+
+def _one_caption_each(outputs: Outputs) -> list[Outputs]:
+    """What the contrastive losses need of the outputs, with the first, the second, ... caption of each image."""
+    captions = len(outputs["text_features"]) // len(outputs["image_features"])
+    if captions == 1:
+        return [outputs]
+    return [{**outputs, "text_features": outputs["text_features"][number::captions]} for number in range(captions)]
+
+
+def _contrastive(outputs: Outputs) -> Tensor:
     features = _unit(outputs, _kernel_dtype(outputs))
     if "logit_bias" in outputs:
         return sigmoid_loss(*features, outputs["logit_bias"].float(), group=_group())
@@ -38,6 +54,12 @@ def contrastive_with_affinity(student: Outputs, teacher: Outputs, weights: Disti
 
     SigLIP's loss, which is no softmax, takes a pass of its own.
     """
+    parts = zip(_one_caption_each(student), _one_caption_each(teacher), strict=True)
+    found = [_with_affinity(*part, weights) for part in parts]
+    return found[0] if len(found) == 1 else torch.stack(found).mean()
+
+
+def _with_affinity(student: Outputs, teacher: Outputs, weights: DistillationLoss) -> Tensor:
     own_pass, dtype = "logit_bias" in student, _kernel_dtype(student)
     loss = contrastive_distillation_loss(
         *_unit(student, dtype),
@@ -46,7 +68,7 @@ def contrastive_with_affinity(student: Outputs, teacher: Outputs, weights: Disti
         distillation_weight=weights.affinity,
         group=_group(),
     )
-    return loss + weights.contrastive * contrastive(student) if own_pass else loss
+    return loss + weights.contrastive * _contrastive(student) if own_pass else loss
 
 
 def _kernel_dtype(outputs: Outputs) -> torch.dtype:
@@ -103,12 +125,12 @@ def _moments(hidden_BTd: Tensor, weight_BT: Tensor | None) -> Tensor:
     return torch.stack([count, first, second])
 
 
-def distillation(student: Outputs, teacher: Outputs, text_BT: Tensor, weights: DistillationLoss) -> tuple[Tensor, dict[str, Tensor]]:
+def distillation(student: Outputs, teacher: Outputs, text_NT: Tensor, weights: DistillationLoss) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the terms in `weights`, and each term by name.
 
     Args:
         student, teacher: outputs of the towers on the same batch; hidden states are needed only where their weight is not 0.
-        text_BT: token ids; every token up to and including the end token (the highest id) counts as valid.
+        text_NT: token ids, N = B k; every token up to and including the end token (the highest id) counts as valid.
     """
     terms: dict[str, Tensor] = {}
     if weights.affinity:
@@ -123,10 +145,10 @@ def distillation(student: Outputs, teacher: Outputs, text_BT: Tensor, weights: D
         )
         loss = loss + weights.feature * terms["feature"]
     if weights.hidden:
-        positions = torch.arange(text_BT.shape[1], device=text_BT.device)
-        valid_BT = positions <= text_BT.argmax(dim=-1, keepdim=True)
+        positions = torch.arange(text_NT.shape[1], device=text_NT.device)
+        valid_NT = positions <= text_NT.argmax(dim=-1, keepdim=True)
         terms["hidden"] = hidden_distance(student["image_hidden"], teacher["image_hidden"]) + hidden_distance(
-            student["text_hidden"], teacher["text_hidden"], valid_BT
+            student["text_hidden"], teacher["text_hidden"], valid_NT
         )
         loss = loss + weights.hidden * terms["hidden"]
     return loss, terms

@@ -98,7 +98,7 @@ class Training:
     steps: Steps = 400
     """Optimiser steps; for adaptation 0 is allowed and means: use the model untrained."""
     batch_size: BatchSize = 128
-    """Pairs per step over all ranks."""
+    """Pairs per step over all ranks; with data.captions_per_image, images."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     """Optimiser and schedule."""
     eval_every: PositiveInt = 50
@@ -395,6 +395,8 @@ class Recipe:
             if pool is not None:
                 _require(pool % size == 0, key, f"{pool} is not a multiple of batch_size {size}", f"Use {-(-pool // size) * size}.")
                 _require(not self.engine.keep_features, key, "is given beside engine.keep_features", "Keep one of the two.")
+                problem = f"keeps one caption of each sample, data.captions_per_image is {self.data.captions_per_image}"
+                _require(self.data.captions_per_image == 1, key, problem, "Use no pool, or one caption.")
 
     def learngenes(self) -> dict[str, Elastic]:
         """The settings of every learngene that is asked for, by the dotted key of their section, ours first."""
@@ -421,7 +423,7 @@ class Recipe:
             names = [sorted(captions) if captions is not None else None for captions in self.data.rules()]
             return {"engine": {"precision": self.engine.precision}} | ({"data": {"captions": names}} if any(names) else {})
         found = {key: whole[key] for key in ("seed", "engine", "model")}
-        found["data"] = {key: given for key, given in whole["data"].items() if key in ("augment", "aug_cfg", "check")}
+        found["data"] = {key: given for key, given in whole["data"].items() if key in ("augment", "aug_cfg", "check", "captions_per_image")}
         found["data"] |= {"captions": self.data.captions} if self.data.captions is not None else {}
         if self.data.sources is not None:
             # Which sets they are goes by digest.

@@ -39,6 +39,9 @@ class Data:
     """Which captions of a sample are trained on: names of keys of its JSON (txt: its text), each a caption or a list of them, with the
     weight by which one is drawn for each sample in every epoch: {alt: 0.5, synthetic: 0.5}. A name that a sample does not have is left out
     of its draw; one that has none of them gives its ordinary captions; both are counted. null: the ordinary captions, as in evaluation."""
+    captions_per_image: PositiveInt = field(default=1, metadata=LATER)
+    """Captions of a sample that a batch reads. Several share one pass of their image; the contrastive loss is the mean of those with one
+    caption of each image. batch_size counts images. Where a sample has fewer, captions are read again, and counted."""
     evaluate_on: str | None = field(default=None, metadata=LATER)
     """The data set whose validation and test splits are used; null: path, or the first of sources."""
     cache_dir: str | None = None

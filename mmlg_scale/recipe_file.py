@@ -154,7 +154,7 @@ def load_recipe(name: str, **options: Any) -> tuple[Recipe, Runtime]:
     parser = new_parser("load_recipe", "")
     add_recipe_options(parser)
     try:
-        words, config_options = take_config_options([f"--{key}={value}" for key, value in options.items()])
+        words, config_options = take_config_options([f"--{key}={'null' if value is None else value}" for key, value in options.items()])
         args = parser.parse_args(["--recipe", str(path), *words])
     except argparse.ArgumentError as error:
         raise UserError(f"recipe {name}: {' '.join(str(error).split())}") from error

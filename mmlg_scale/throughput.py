@@ -210,7 +210,8 @@ def _window(session: Session, batches: Iterable[Batch], steps: Iterator[int], *,
                 break
             step = next(steps)
             session.train_step(batch, step)
-            flops += sum(session.stage.flops(step, text_length(batch, session.engine.text))) * len(batch.text_BT)
+            length = text_length(batch, session.engine.text)
+            flops += sum(session.stage.flops(step, length, batch.captions_per_image)) * len(batch)
             count += 1
     _wait(session)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu

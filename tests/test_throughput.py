@@ -127,6 +127,6 @@ def test_open_clip_train_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for kind in ("", "_step", "_loader"):
         assert found[f"ratio{kind}_cpu"] == pytest.approx(found[f"theirs{kind}_cpu_seconds"] / found[f"ours{kind}_cpu_seconds"])
     prepared = throughput.Theirs.prepared
-    monkeypatch.setattr(throughput.Theirs, "prepared", lambda self, batch: (prepared(self, batch)[0].flip(-1), batch.text_BT))
+    monkeypatch.setattr(throughput.Theirs, "prepared", lambda self, batch: (prepared(self, batch)[0].flip(-1), batch.text_NT))
     with pytest.raises(RuntimeError, match="not the same model or data"):
         throughput.compare(task, Runtime(cache_decoded=False), pairs=1)

@@ -1,4 +1,4 @@
-"""Captions -> token ids, a batch at a time: one caption of each sample, drawn by (seed, epoch, sample).
+"""Captions -> token ids, a batch at a time: one caption of each sample or several, drawn by (seed, epoch, sample).
 
 The ids of all captions of a sample are kept until they take TOKEN_CACHE_BYTES: of a small set every epoch asks for them again. All others
 are tokenised with their batch, and nothing grows with the data set.
@@ -22,6 +22,8 @@ _OVERHEAD = 400
 """Bytes that a kept sample takes besides its ids: a tensor, a number, a place in a dictionary."""
 _NAMES = 0x94D049BB133111EB
 """Keeps the draw of a name apart from that of a caption under it."""
+_FURTHER = 0xD1342543DE82EF95
+"""Keeps the draws of a sample's second, third, ... caption apart from that of the first."""
 
 
 def drawn_caption(seed: int, epoch: int, sample: int, num_captions: int) -> int:
@@ -29,6 +31,25 @@ def drawn_caption(seed: int, epoch: int, sample: int, num_captions: int) -> int:
     if num_captions == 1:
         return 0
     return (_mixed(seed, epoch, sample) >> 33) % num_captions
+
+
+def drawn_captions(seed: int, epoch: int, sample: int, parts: Sequence[int], rule: CaptionRule | None, count: int) -> list[int]:
+    """Which `count` of a sample's captions an epoch reads: different ones, as long as there are any that were not drawn yet.
+
+    Args:
+        parts: how many captions each name of `rule` has; without a rule one number, of all captions.
+    """
+    chosen: list[int] = []
+    left: list[list[int]] = []
+    starts = [sum(parts[:name]) for name in range(len(parts))]
+    for number in range(count):
+        if not any(left):
+            left = [list(range(start, start + size)) for start, size in zip(starts, parts, strict=True)]
+        own = seed ^ (number * _FURTHER & (2**64 - 1))
+        sizes = [len(captions) for captions in left]
+        name = rule.draw_name(own, epoch, sample, sizes) if rule is not None else 0
+        chosen.append(left[name].pop(drawn_caption(own, epoch, sample, sizes[name])))
+    return chosen
 
 
 def _mixed(seed: int, epoch: int, sample: int) -> int:
@@ -73,41 +94,42 @@ class CaptionRule:
         found = [text for texts in named for text in texts]
         return Texts(found or ordinary, tuple(map(len, named)))
 
-    def draw(self, seed: int, epoch: int, sample: int, parts: Sequence[int]) -> int:
-        """Which of a sample's captions an epoch reads, by how many each name has, not all being 0."""
+    def draw_name(self, seed: int, epoch: int, sample: int, parts: Sequence[int]) -> int:
+        """Which name's caption is read, by its place, given how many each name has, not all being 0."""
         there = [place for place, count in enumerate(parts) if count]
         total = sum(self.weights[place] for place in there)
         mixed = _mixed(seed ^ _NAMES, epoch, sample)
-        left, name = ((mixed ^ (mixed >> 29)) >> 11) * 2.0**-53 * total, there[-1]
+        left = ((mixed ^ (mixed >> 29)) >> 11) * 2.0**-53 * total
         for place in there:
             left -= self.weights[place]
             if left < 0:
-                name = place
-                break
-        return sum(parts[:name]) + drawn_caption(seed, epoch, sample, parts[name])
+                return place
+        return there[-1]
 
 
 class Drawn(NamedTuple):
-    """A caption of each sample of a batch.
+    """The captions that are read of B samples, k of each.
 
     Attributes:
-        ids_BT: token ids.
-        captions: which of each sample's captions it is.
-        cut: rows that are cut to the context length.
-        parts: of rows whose sample does not have a name of its rule: row -> how many captions each name has.
+        ids_NT: token ids, N = B k, those of a sample one after the other.
+        captions: which of each sample's captions they are, [B] lists of k.
+        cut: of each sample, how many are cut to the context length.
+        repeated: of each sample, how many it has read already, having fewer than k.
+        parts: of samples that do not have a name of their rule: row -> how many captions each name has.
     """
 
-    ids_BT: Tensor
-    captions: list[int]
+    ids_NT: Tensor
+    captions: list[list[int]]
     cut: list[int]
+    repeated: list[int]
     parts: dict[int, tuple[int, ...]]
 
 
 class CaptionTokens:
-    """Token ids of drawn captions."""
+    """Token ids of drawn captions, `per_image` of each sample."""
 
-    def __init__(self, tokenizer: Tokenizer, context_length: int, seed: int) -> None:
-        self.tokenizer, self.context_length, self.seed = tokenizer, context_length, seed
+    def __init__(self, tokenizer: Tokenizer, context_length: int, seed: int, per_image: int = 1) -> None:
+        self.tokenizer, self.context_length, self.seed, self.per_image = tokenizer, context_length, seed, per_image
         self._kept: dict[int, Tensor] = {}
         self._parts: dict[int, tuple[int, ...]] = {}
         # (sample, caption) of the kept captions that are cut.
@@ -125,7 +147,7 @@ class CaptionTokens:
         texts: Mapping[int, Texts],
         rules: Sequence[CaptionRule | None] | None = None,
     ) -> Drawn:
-        """A caption of each of B samples.
+        """The captions of B samples.
 
         Args:
             texts: all captions of the samples whose ids are not kept.
@@ -135,25 +157,32 @@ class CaptionTokens:
             self._keep(texts)
         kept = [self._kept.get(sample) for sample in samples]
         counts = [len(texts[sample].captions) if ids is None else len(ids) for sample, ids in zip(samples, kept, strict=True)]
-        chosen = [drawn_caption(self.seed, *of) for of in zip(epochs, samples, counts, strict=True)]
-        lacking = dict[int, tuple[int, ...]]()
-        for row, rule in enumerate(rules or ()):
+        chosen, lacking = list[list[int]](), dict[int, tuple[int, ...]]()
+        for row, (epoch, sample, count) in enumerate(zip(epochs, samples, counts, strict=True)):
+            rule, parts = rules[row] if rules is not None else None, (count,)
             if rule is not None:
-                sample = samples[row]
-                parts = texts[sample].parts if kept[row] is None else self._parts[sample]
-                chosen[row] = rule.draw(self.seed, epochs[row], sample, parts) if any(parts) else chosen[row]
-                if not all(parts):
-                    lacking[row] = parts
-        cut = [row for row, place in enumerate(zip(samples, chosen, strict=True)) if place in self._cut] if self._cut else []
-        rows = [row for row, ids in enumerate(kept) if ids is None]
-        new_NT = torch.zeros(0, self.context_length, dtype=torch.long)
-        if rows:  # one call for all: a call each costs five times as much
-            words = [texts[samples[row]].captions[chosen[row]] for row in rows]
-            new_NT = self.tokenizer(words, self.context_length)
-            cut = sorted([*cut, *(rows[position] for position in truncated(self.tokenizer, words, new_NT))])
-        new = iter(new_NT)
-        found = [next(new) if ids is None else ids[caption] for ids, caption in zip(kept, chosen, strict=True)]
-        return Drawn(torch.stack(found), chosen, cut, lacking)
+                named = texts[sample].parts if kept[row] is None else self._parts[sample]
+                if not all(named):
+                    lacking[row] = named
+                rule, parts = (rule, named) if any(named) else (None, parts)
+            chosen.append(self._chosen(epoch, sample, parts, rule))
+        cut = [sum((sample, place) in self._cut for place in places) if self._cut else 0 for sample, places in zip(samples, chosen, strict=True)]
+        new = [(row, place) for row, ids in enumerate(kept) if ids is None for place in chosen[row]]
+        new_MT = torch.zeros(0, self.context_length, dtype=torch.long)
+        if new:  # one call for all: a call each costs five times as much
+            words = [texts[samples[row]].captions[place] for row, place in new]
+            new_MT = self.tokenizer(words, self.context_length)
+            for number in truncated(self.tokenizer, words, new_MT):
+                cut[new[number][0]] += 1
+        rest = iter(new_MT)
+        found = [next(rest) if ids is None else ids[place] for ids, places in zip(kept, chosen, strict=True) for place in places]
+        repeated = [self.per_image - len(set(places)) for places in chosen]
+        return Drawn(torch.stack(found), chosen, cut, repeated, lacking)
+
+    def _chosen(self, epoch: int, sample: int, parts: Sequence[int], rule: CaptionRule | None) -> list[int]:
+        if self.per_image == 1 and rule is None:  # most often: this runs for every sample of every batch
+            return [drawn_caption(self.seed, epoch, sample, parts[0])]
+        return drawn_captions(self.seed, epoch, sample, parts, rule, self.per_image)
 
     def _keep(self, texts: Mapping[int, Texts]) -> None:
         """Tokenise all captions of samples that are met for the first time; stop keeping where that takes too much."""

@@ -49,7 +49,9 @@ class EpochReport:
         num_truncated: those of them that are longer than the context length.
         context_length: tokens per caption.
         source: the name of the mixture's source, if it is of one.
-        lacking: captions of samples that lack a name of data.captions, by name.
+        lacking: samples that lack a name of data.captions, by name.
+        captions_per_image: that are read of a sample.
+        num_repeated: captions that were read twice in a batch, because their sample has fewer than that.
     """
 
     epoch: int
@@ -61,6 +63,8 @@ class EpochReport:
     context_length: int
     source: str = ""
     lacking: dict[str, int] = field(default_factory=dict)
+    captions_per_image: int = 1
+    num_repeated: int = 0
 
     @property
     def _which(self) -> str:
@@ -78,7 +82,12 @@ class EpochReport:
     def told_lacking(self) -> str:
         """The captions that are not of the name that might have been drawn, in words."""
         causes = ", ".join(f"{shown(name)!r} in {count}" for name, count in sorted(self.lacking.items()))
-        return f"{self._which}: of {self.num_captions} samples, there are no captions named {causes}; their others were read"
+        return f"{self._which}: of {self.num_captions // self.captions_per_image} samples, there are no captions named {causes}; their others were read"
+
+    def told_repeated(self) -> str:
+        """The captions that were read again, in words."""
+        told = f"{self.num_repeated} of {self.num_captions} captions were read twice in a batch"
+        return f"{self._which}: {told}: their samples have fewer than data.captions_per_image {self.captions_per_image}"
 
 
 def told_truncation(num_truncated: int, num_captions: int, context_length: int) -> str:
@@ -91,13 +100,15 @@ def _causes(counts: dict[str, int]) -> str:
 
 
 def print_report(report: EpochReport) -> None:
-    """One line on the console where something was skipped, and one, of the first rank's captions, where some were cut or lack a name."""
+    """One line on the console where something was skipped, and, of the first rank's captions, where some were cut or repeated or lack a name."""
     if report.skipped:
         print(report.told_skipped(), flush=True)
     if report.num_truncated and is_first_rank():
         print(report.told_cut(), flush=True)
     if report.lacking and is_first_rank():
         print(report.told_lacking(), flush=True)
+    if report.num_repeated and is_first_rank():
+        print(report.told_repeated(), flush=True)
 
 
 def check_limit(
@@ -126,7 +137,7 @@ class FaultLog:
         num_samples: of the split; `share` of them, and of `known`, fall to this rank.
         file: where the list goes; null: nowhere.
         what: the split, which starts messages.
-        source: as in the reports.
+        source, captions_per_image: as in the reports.
     """
 
     def __init__(
@@ -141,13 +152,15 @@ class FaultLog:
         on_epoch: Callable[[EpochReport], None],
         what: str,
         source: str = "",
+        captions_per_image: int = 1,
     ) -> None:
         self.known, self.num_samples, self.share, self.what = known, num_samples, share, what
         self.max_bad_fraction, self.file, self.on_epoch = max_bad_fraction, file, on_epoch
-        self.context_length, self.source = context_length, source
+        self.context_length, self.source, self.captions_per_image = context_length, source, captions_per_image
         self._met: dict[int, list[Fault]] = {}
         self._captions: Counter[int] = Counter()
         self._cut: Counter[int] = Counter()
+        self._repeated: Counter[int] = Counter()
         self._lacking: dict[int, Counter[str]] = {}
 
     def add(self, epoch: int, step: int, faults: Iterable[Fault]) -> None:
@@ -166,10 +179,11 @@ class FaultLog:
             counts = Counter(fault.cause for fault in met) + self.known.counts
             check_limit(counts, chain(met, self.known), 0.0, self.max_bad_fraction, self.file, f"{self.what}, epoch {epoch}")
 
-    def add_captions(self, epoch: int, read: int, cut: int, lacking: Mapping[str, int]) -> None:
-        """Count captions that were read, those of them that were cut, and those of samples that lack a name, by name."""
-        self._captions[epoch] += read
+    def add_captions(self, epoch: int, samples: int, cut: int, repeated: int, lacking: Mapping[str, int]) -> None:
+        """Count captions of samples that were read, those that were cut, those that were repeated, and samples that lack a name, by name."""
+        self._captions[epoch] += samples * self.captions_per_image
         self._cut[epoch] += cut
+        self._repeated[epoch] += repeated
         if lacking:
             self._lacking.setdefault(epoch, Counter()).update(lacking)
 
@@ -179,8 +193,21 @@ class FaultLog:
         counts = dict(self.known.counts + Counter(fault.cause for fault in met))
         captions, cut = self._captions.pop(epoch, 0), self._cut.pop(epoch, 0)
         lacking = dict(self._lacking.pop(epoch, {}))
-        intact = self.num_samples - len(self.known)
-        self.on_epoch(EpochReport(epoch, intact, counts, self.file, captions, cut, self.context_length, self.source, lacking))
+        self.on_epoch(
+            EpochReport(
+                epoch,
+                self.num_samples - len(self.known),
+                counts,
+                self.file,
+                captions,
+                cut,
+                self.context_length,
+                self.source,
+                lacking,
+                self.captions_per_image,
+                self._repeated.pop(epoch, 0),
+            )
+        )
 
 
 def known_faults(

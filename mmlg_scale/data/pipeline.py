@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +59,7 @@ class StreamSettings:
     """What a stream of batches is a function of, and how it is read.
 
     Attributes:
-        global_batch_size: pairs per step over all ranks.
+        global_batch_size: samples per step over all ranks.
         rank, world_size: the part of each batch that is read here.
         num_workers: processes that decode; 0 decodes here. The batches are the same.
         augment: `none`; `crop` (a random square of 80 to 100 % of the side of the image as the model sees it); `resized_crop` (open_clip's:
@@ -70,6 +70,7 @@ class StreamSettings:
         max_bad_fraction: fraction of the samples of an epoch above which damage stops the run.
         cache_decoded: keep decoded images where they fit into memory.
         pool: samples that are walked through again and again, in a new order each time, in place of epochs; a multiple of the batch.
+        captions_per_image: captions that are read of each sample in a batch.
 
     Raises:
         UserError: the batch is not a multiple of the ranks, `augment` is unknown, or `max_bad_fraction` is no fraction.
@@ -86,6 +87,7 @@ class StreamSettings:
     max_bad_fraction: float = MAX_BAD_FRACTION
     cache_decoded: bool = True
     pool: int | None = None
+    captions_per_image: int = 1
 
     def __post_init__(self) -> None:
         if self.augment not in AUGMENTATIONS:
@@ -98,23 +100,32 @@ class StreamSettings:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of a global batch."""
+    """One rank's share of a global batch: B images with k captions each."""
 
     image_uint8_BCHW: Tensor
-    text_BT: Tensor
-    samples_B2: Tensor
-    """Each pair's sample, by its number among those of all sources, and which of its captions was drawn."""
+    text_NT: Tensor
+    """Token ids, N = B k: those of an image one after the other."""
+    samples_BS: Tensor
+    """[B, 1 + k], each image's sample, by its number among those of all sources, and which of its captions were drawn."""
     places_B: Tensor | None = None
-    """Each pair's place in the order, or in the pool; always given by a stream."""
+    """Each image's place in the order, or in the pool; always given by a stream."""
+
+    def __len__(self) -> int:
+        return len(self.image_uint8_BCHW)
+
+    @property
+    def captions_per_image(self) -> int:
+        """k."""
+        return len(self.text_NT) // len(self)
 
     @property
     def indices_B(self) -> Tensor:
         """Only the samples."""
-        return self.samples_B2[:, 0]
+        return self.samples_BS[:, 0]
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader where a GPU is used."""
-        return Batch(self.image_uint8_BCHW.pin_memory(), self.text_BT.pin_memory(), self.samples_B2, self.places_B)
+        return Batch(self.image_uint8_BCHW.pin_memory(), self.text_NT.pin_memory(), self.samples_BS, self.places_B)
 
 
 class _News(NamedTuple):
@@ -123,11 +134,13 @@ class _News(NamedTuple):
     faults: list[tuple[Epoch, Fault]]
     """What failed."""
     read: dict[Epoch, int]
-    """Captions."""
+    """Samples."""
     cut: dict[Epoch, int]
-    """Those of them that are cut to the context length."""
+    """Their captions that are cut to the context length."""
+    repeated: dict[Epoch, int]
+    """Their captions that the batch has already, because the sample has too few."""
     lacking: dict[Epoch, dict[str, int]]
-    """Those of them whose sample does not have a name that its rule draws, by name."""
+    """Those of them that do not have a name that their rule draws, by name."""
 
 
 class _Pairs(Dataset[tuple[Batch, _News]]):
@@ -142,7 +155,7 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
         # Made at the first image, so that it is made inside a worker process and does not travel there.
         self._cached: np.ndarray | None = None
         self._known: np.ndarray | None = None
-        self._captions = CaptionTokens(spec.tokenizer, spec.context_length, settings.seed)
+        self._captions = CaptionTokens(spec.tokenizer, spec.context_length, settings.seed, settings.captions_per_image)
 
     def __getitem__(self, places_B3: np.ndarray) -> tuple[Batch, _News]:
         met: list[tuple[Epoch, Fault]] = []
@@ -165,10 +178,9 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
             assert rule is not None
             lacking.setdefault(of[row], Counter()).update(name for name, count in zip(rule.names, parts, strict=True) if not count)
         # No Counter: torch's loader copies mappings by `update`, which would add.
-        counts, cut = dict(Counter(of)), dict(Counter(of[row] for row in drawn.cut))
-        news = _News(met, counts, cut, {key: dict(found) for key, found in lacking.items()})
-        samples_B2, places_B = torch.tensor([indices, drawn.captions]).T, torch.from_numpy(places_B3[:, 2].copy())
-        return Batch(torch.from_numpy(images), drawn.ids_BT, samples_B2, places_B), news
+        news = _News(met, dict(Counter(of)), _sums(of, drawn.cut), _sums(of, drawn.repeated), {key: dict(found) for key, found in lacking.items()})
+        samples_BS = torch.tensor([[index, *captions] for index, captions in zip(indices, drawn.captions, strict=True)])
+        return Batch(torch.from_numpy(images), drawn.ids_NT, samples_BS, torch.from_numpy(places_B3[:, 2].copy())), news
 
     def _readable(self, epoch: int, wanted: int, texts: dict[int, Texts], met: list[tuple[Epoch, Fault]]) -> tuple[int, np.ndarray]:
         """The sample, or the first of its substitutes that can be read, with its image; captions that are needed go to `texts`."""
@@ -202,6 +214,15 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
 
     def _drafted(self, index: int) -> np.ndarray:
         return self.reader.image(index, self.image_size, preprocess=self.preprocess, draft=True)
+
+
+def _sums(keys: Iterable[Epoch], counts: Iterable[int]) -> dict[Epoch, int]:
+    """The counts of each key together, where they are not 0."""
+    found = dict[Epoch, int]()
+    for key, count in zip(keys, counts, strict=True):
+        if count:
+            found[key] = found.get(key, 0) + count
+    return found
 
 
 class _Steps(Sampler[np.ndarray]):
@@ -300,8 +321,8 @@ class TrainStream:
         rank, world_size, batch_size = settings.rank, settings.world_size, settings.global_batch_size
         self.sources = (Source(sources),) if isinstance(sources, Path) else tuple(sources)
         reader, shared = JoinedReader.of(self.sources), several_ranks() and dist.get_world_size() == world_size
-        share, image = batch_size // world_size, 3 * spec.image_size**2
-        need = functools.partial(require_shared_memory, settings.num_workers, [share * image, share * 8 * spec.context_length, share * 16])
+        share, image, captions = batch_size // world_size, 3 * spec.image_size**2, settings.captions_per_image
+        need = functools.partial(require_shared_memory, settings.num_workers, [share * image, share * captions * 8 * spec.context_length, share * 8 * (1 + captions)])
         on_first_rank(need) if shared else need()
         splits = [own.shards for own in reader.readers]
         require_cache(splits)
@@ -330,6 +351,7 @@ class TrainStream:
                 on_epoch=on_epoch if rank == 0 else _only_new(on_epoch, known),
                 what=splits[source].where,
                 source=self.sources[source].name,
+                captions_per_image=captions,
             )
             for source, known in enumerate(findings)
         ]
@@ -414,7 +436,7 @@ class TrainStream:
     def _note_captions(self, step: int, news: _News) -> None:
         for (source, epoch), count in news.read.items():
             of = (source, epoch)
-            self._logs[source].add_captions(epoch, count, news.cut.get(of, 0), news.lacking.get(of, {}))
+            self._logs[source].add_captions(epoch, count, news.cut.get(of, 0), news.repeated.get(of, 0), news.lacking.get(of, {}))
         before, whole = self._order.epochs(self._seen(step)), self._order.epochs(self._seen(step + 1))
         for source in np.flatnonzero(whole > before).tolist():
             for epoch in range(before[source], whole[source]):

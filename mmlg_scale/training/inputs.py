@@ -16,15 +16,15 @@ from mmlg_scale.runtime import TextMode
 
 @dataclass(frozen=True)
 class Inputs:
-    """Some pairs of a batch.
+    """Some images of a batch, each with k captions.
 
     Attributes:
         image: [B, 3, H, W], normalised.
-        text: token ids [B, T]; T is the context length, or that of the longest caption.
-        lengths: int64 [B], each caption's tokens up to its end token, where captions are packed; on the CPU.
+        text: token ids [B k, T], those of an image one after the other; T is the context length, or that of the longest caption.
         patches: [B, P'] positions of the patches that stay (patch dropout); None: all stay.
-        samples: [B, 2], each pair's place in the training split, (sample, caption), by which cached features are found; on the CPU.
-        places: int64 [B], each pair's place in the order, or in the pool, by which a pool's outputs are found; on the CPU.
+        samples: [B, 1 + k], each image's place in the training split and its captions', by which cached features are found; on the CPU.
+        lengths: int64 [B k], each caption's tokens up to its end token, where captions are packed; on the CPU.
+        places: int64 [B], each image's place in the order, or in the pool, by which a pool's outputs are found; on the CPU.
     """
 
     image: Tensor
@@ -40,37 +40,57 @@ class Inputs:
         return None if self.lengths is None else towers.Packing.of(self.lengths, self.text.shape[1], self.text.device)
 
     def __len__(self) -> int:
-        return len(self.text)
+        return len(self.image)
+
+    @property
+    def captions_per_image(self) -> int:
+        """k."""
+        return len(self.text) // len(self)
 
     def to(self, device: torch.device) -> Inputs:
         """On `device`; copies from pinned memory do not wait."""
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
-        return replace(moved, samples=self.samples, lengths=self.lengths, places=self.places)
+        image, text, patches = (
+            None if tensor is None else tensor.to(device, non_blocking=True) for tensor in (self.image, self.text, self.patches)
+        )
+        assert image is not None
+        assert text is not None
+        return replace(self, image=image, text=text, patches=patches)
 
     def split(self, size: int) -> list[Inputs]:
-        """Consecutive parts of `size` pairs, the last one smaller where it does not divide."""
+        """Consecutive parts of `size` images, the last one smaller where it does not divide."""
         return [self.rows(slice(start, start + size)) for start in range(0, len(self), size)]
 
     def rows(self, rows: slice | Tensor) -> Inputs:
-        """Some of the pairs."""
-        return self._map(lambda tensor: tensor[rows])
+        """Some of the images, with their captions."""
+        captions = self.captions_per_image
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        rest = (self.patches, self.samples, self.lengths, self.places)
-        return Inputs(change(self.image), change(self.text), *(None if tensor is None else change(tensor) for tensor in rest))
+        def of_image(tensor: Tensor) -> Tensor:
+            return tensor[rows]
+
+        def of_text(tensor: Tensor) -> Tensor:
+            return tensor[rows] if captions == 1 else tensor.unflatten(0, (len(self), captions))[rows].flatten(0, 1)
+
+        return Inputs(
+            of_image(self.image),
+            of_text(self.text),
+            patches=None if self.patches is None else of_image(self.patches),
+            samples=None if self.samples is None else of_image(self.samples),
+            lengths=None if self.lengths is None else of_text(self.lengths),
+            places=None if self.places is None else of_image(self.places),
+        )
 
 
 def text_length(batch: Batch, text: TextMode) -> int | tuple[int, ...]:
     """Tokens of every caption that are computed, or of each where they are packed: known on the host, so that no device is waited for."""
     if text == "packed":
-        return tuple(towers.lengths_of(batch.text_BT).tolist())
-    return towers.cut_length(batch.text_BT) if text == "cut" else batch.text_BT.shape[1]
+        return tuple(towers.lengths_of(batch.text_NT).tolist())
+    return towers.cut_length(batch.text_NT) if text == "cut" else batch.text_NT.shape[1]
 
 
 def inputs_of(batch: Batch, preprocess: Callable[[Tensor], Tensor], device: torch.device, *, text: TextMode) -> Inputs:
     """A rank's batch on its device: images preprocessed, captions cut to one length, or packed, where `text` says so (`runtime.text`)."""
-    length = batch.text_BT.shape[1] if text == "full" else towers.cut_length(batch.text_BT)
-    lengths = towers.lengths_of(batch.text_BT) if text == "packed" else None
-    inputs = Inputs(batch.image_uint8_BCHW, batch.text_BT, samples=batch.samples_B2, lengths=lengths, places=batch.places_B).to(device)
+    length = batch.text_NT.shape[1] if text == "full" else towers.cut_length(batch.text_NT)
+    lengths = towers.lengths_of(batch.text_NT) if text == "packed" else None
+    inputs = Inputs(batch.image_uint8_BCHW, batch.text_NT, samples=batch.samples_BS, lengths=lengths, places=batch.places_B).to(device)
     # Cut on the device: a part of a pinned tensor would be copied before it is moved.
     return replace(inputs, image=preprocess(inputs.image), text=inputs.text[:, :length])

@@ -133,7 +133,7 @@ def train(
             batch = next(stream)
         loss, terms = train_step(stage, engine, batch, step)
         progress.step += 1
-        spent.add(stage.flops(step, text_length(batch, engine.text)), len(batch.text_BT))
+        spent.add(stage.flops(step, text_length(batch, engine.text), batch.captions_per_image), len(batch))
         health.note(progress.step, batch.indices_B)
         keep.trained(batch)
         due = _is_due(progress.step, training)

@@ -63,6 +63,7 @@ class Session:
             check=data.check,
             max_bad_fraction=data.max_bad_fraction,
             pool=self.stage.pool,
+            captions_per_image=data.captions_per_image,
         )
         return self.corpus.stream(settings, start_step, record=record)
 

@@ -47,7 +47,9 @@ class SizeDraw:
         self.settings, self.config, self.seed = settings, config, seed
         self.max_layers = most_layers(settings, config)
         self._depths_compared = compared_depths(getattr(settings, "loss", None))
-        self._flops = functools.cache(lambda length, *sizes: self._student_flops(towers.with_sizes(config, **dict(sizes)), length))
+        self._flops = functools.cache(
+            lambda length, captions, *sizes: self._student_flops(towers.with_sizes(config, **dict(sizes)), length, captions)
+        )
 
     def sizes(self, step: int) -> list[dict[str, int]]:
         """The sizes of the students at `step`: the same on every rank, and after every resume."""
@@ -80,24 +82,26 @@ class SizeDraw:
         heads = towers.width(self.config, tower) // head
         return head * max(1, int(share * heads + 0.5))
 
-    def flops(self, step: int, text_length: TextLength = None) -> int:
-        """FLOPs per sample of the students' forward and backward passes at `step`, on captions of that many tokens (None: all)."""
+    def flops(self, step: int, text_length: TextLength = None, captions: int = 1) -> int:
+        """FLOPs per image of the students' forward and backward passes at `step`, on captions of that many tokens (None: all)."""
         whole = towers.context_length(self.config)
 
         def flops(size: Mapping[str, int]) -> int:
-            return over_lengths(lambda length: self._flops(whole if length is None else length, *size.items()), text_length)
+            return over_lengths(lambda length: self._flops(whole if length is None else length, captions, *size.items()), text_length)
 
         return sum(flops(size) for size in self.sizes(step))
 
-    def total_flops(self, steps: int) -> int:
-        """FLOPs per sample of `steps` steps on whole captions: exact up to COUNTED_STEPS, from as many steps evenly apart beyond."""
+    def total_flops(self, steps: int, captions: int = 1) -> int:
+        """FLOPs per image of `steps` steps on whole captions: exact up to COUNTED_STEPS, from as many steps evenly apart beyond."""
         if steps <= COUNTED_STEPS:
-            return sum(self.flops(step) for step in range(steps))
-        return sum(self.flops(position * steps // COUNTED_STEPS) for position in range(COUNTED_STEPS)) * steps // COUNTED_STEPS
+            return sum(self.flops(step, None, captions) for step in range(steps))
+        counted = sum(self.flops(position * steps // COUNTED_STEPS, None, captions) for position in range(COUNTED_STEPS))
+        return counted * steps // COUNTED_STEPS
 
-    def _student_flops(self, config: Mapping[str, Any], length: int) -> int:
-        embedding = 3 * product_flops(length, self.settings.embedding_rank, towers.width(config, "text"))
-        return training_flops(config, text_length=length, pooled=pooled_towers(config, self._depths_compared)) + embedding
+    def _student_flops(self, config: Mapping[str, Any], length: int, captions: int) -> int:
+        embedding = 3 * captions * product_flops(length, self.settings.embedding_rank, towers.width(config, "text"))
+        pooled = pooled_towers(config, self._depths_compared)
+        return training_flops(config, text_length=length, captions=captions, pooled=pooled) + embedding
 
     def evaluated(self) -> dict[str, dict[str, int]]:
         """The sizes to evaluate, by name: the least, middle and greatest depth, and the least width where several are drawn."""

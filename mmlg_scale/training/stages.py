@@ -71,15 +71,16 @@ class Stage(Protocol):
         """What the step's next student is compared with, after one that gave `outputs` on the whole local batch and had `targets`."""
         ...
 
-    def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
+    def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_NT: Tensor) -> tuple[Tensor, Terms]:
         """The loss, and its terms by name, of one student's outputs on the whole local batch."""
         ...
 
-    def flops(self, step: int, text_length: TextLength = None) -> tuple[int, int]:
-        """FLOPs per sample that this step costs: (student forward and backward, teacher forward), the mean over captions.
+    def flops(self, step: int, text_length: TextLength = None, captions: int = 1) -> tuple[int, int]:
+        """FLOPs per image that this step costs: (student forward and backward, teacher forward), the mean over the batch.
 
         Args:
             text_length: tokens of each caption that are computed, see `accounting.TextLength`.
+            captions: of each image.
         """
         ...
 
@@ -255,18 +256,18 @@ class ClipStage:
     def next_targets(self, targets: dict[str, Any] | None, outputs: Mapping[str, Any]) -> dict[str, Any] | None:
         return targets
 
-    def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
+    def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_NT: Tensor) -> tuple[Tensor, Terms]:
         if targets is None or self.weights is None:
             loss = contrastive(outputs)
             return loss, {"contrastive": loss}
-        return distillation(outputs, targets, text_BT, self.weights)
+        return distillation(outputs, targets, text_NT, self.weights)
 
-    def flops(self, step: int, text_length: TextLength = None) -> tuple[int, int]:
+    def flops(self, step: int, text_length: TextLength = None, captions: int = 1) -> tuple[int, int]:
         depths = self._hidden_depths
         pooled = pooled_towers(self.config, depths)
-        own = over_lengths(lambda length: training_flops(self.config, text_length=length, pooled=pooled), text_length)
+        own = over_lengths(lambda length: training_flops(self.config, text_length=length, captions=captions, pooled=pooled), text_length)
         runs = _in_first_pass(step, self.training, self.pool)
-        return own, self.teacher.flops(depths, text_length) if self.teacher is not None and runs else 0
+        return own, self.teacher.flops(depths, text_length, captions) if self.teacher is not None and runs else 0
 
     def evaluated_sizes(self) -> dict[str, dict[str, int]]:
         return {"": {}}
@@ -363,7 +364,7 @@ class ElasticStage:
             return {f"{tower}_features": outputs[f"{tower}_features"].detach() for tower in TOWERS}
         return targets
 
-    def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
+    def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_NT: Tensor) -> tuple[Tensor, Terms]:
         loss = contrastive(outputs)
         terms = {"contrastive": loss}
         if targets is not None:
@@ -372,8 +373,8 @@ class ElasticStage:
             loss = loss + self.in_place * terms["in_place"]
         return loss, terms
 
-    def flops(self, step: int, text_length: TextLength = None) -> tuple[int, int]:
-        return self.draw.flops(step, text_length), 0
+    def flops(self, step: int, text_length: TextLength = None, captions: int = 1) -> tuple[int, int]:
+        return self.draw.flops(step, text_length, captions), 0
 
     def evaluated_sizes(self) -> dict[str, dict[str, int]]:
         return self.draw.evaluated()
@@ -438,13 +439,14 @@ class ExtractionStage(ElasticStage):
     def targets(self, autocast: Autocast, inputs: Inputs) -> dict[str, Any] | None:
         return self.teacher(inputs, autocast, self._hidden_depths)
 
-    def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, Terms]:
+    def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_NT: Tensor) -> tuple[Tensor, Terms]:
         assert targets is not None
-        return distillation(outputs, targets, text_BT, self.settings.loss)
+        return distillation(outputs, targets, text_NT, self.settings.loss)
 
-    def flops(self, step: int, text_length: TextLength = None) -> tuple[int, int]:
+    def flops(self, step: int, text_length: TextLength = None, captions: int = 1) -> tuple[int, int]:
         runs = _in_first_pass(step, self.training, self.pool)
-        return self.draw.flops(step, text_length), self.teacher.flops(self._hidden_depths, text_length) if runs else 0
+        teacher = self.teacher.flops(self._hidden_depths, text_length, captions) if runs else 0
+        return self.draw.flops(step, text_length, captions), teacher
 
 
 def _in_first_pass(step: int, training: recipe.Training, pool: int | None) -> bool:

@@ -23,7 +23,7 @@ from mmlg_scale.training.inputs import Inputs
 from mmlg_scale.training.stages import Stage, Terms
 
 Outputs = dict[str, Any]
-_PER_BATCH = ("logit_scale", "logit_bias")  # every other output has a row for each sample
+_PER_BATCH = ("logit_scale", "logit_bias")  # every other output has a row for each image or caption
 
 
 def compute_gradients(stage: Stage, engine: Engine, inputs: Inputs, step: int) -> tuple[Tensor, Terms]:
@@ -32,7 +32,7 @@ def compute_gradients(stage: Stage, engine: Engine, inputs: Inputs, step: int) -
     The result does not depend on `training.accumulation`: every sum over the batch is taken over the whole of it.
 
     Args:
-        inputs: this rank's part of the batch, on the engine's device; ranks hold consecutive rows. Patch dropout is drawn here.
+        inputs: this rank's part of the batch, on the engine's device; ranks hold consecutive images. Patch dropout is drawn here.
 
     Raises:
         UserError: the part cannot be cut into the recipe's number of micro-batches.
@@ -87,13 +87,13 @@ def _direct(
     engine: Engine,
     micro_batches: Sequence[Inputs],
     targets: Outputs | None,
-    text_BT: Tensor,
+    text_NT: Tensor,
     student: Mapping[str, Any],
     share: float,
 ) -> tuple[Tensor, Terms, Outputs]:
     """Gradients of `share` times one student's loss, the batch in one piece; also returns the student's outputs."""
     outputs = _forward(engine, micro_batches[0], student)
-    loss, terms = stage.objective(outputs, targets, text_BT)
+    loss, terms = stage.objective(outputs, targets, text_NT)
     engine.backward(loss * share)
     return loss.detach(), _figures(terms, outputs), outputs
 
@@ -103,7 +103,7 @@ def _cached(
     engine: Engine,
     micro_batches: Sequence[Inputs],
     targets: Outputs | None,
-    text_BT: Tensor,
+    text_NT: Tensor,
     student: Mapping[str, Any],
     share: float,
 ) -> tuple[Tensor, Terms, Outputs]:
@@ -112,18 +112,16 @@ def _cached(
         whole = _join([_forward(engine, micro_batch, student) for micro_batch in micro_batches])
     for _, tensor in _tensors(whole):
         tensor.requires_grad_()
-    loss, terms = stage.objective(whole, targets, text_BT)
+    loss, terms = stage.objective(whole, targets, text_NT)
     (loss * share).backward()
-    first = 0
-    for micro_batch in micro_batches:
+    for number, micro_batch in enumerate(micro_batches):
         outputs = _forward(engine, micro_batch, student)
-        rows = slice(first, first + len(micro_batch))
-        first += len(micro_batch)
         carriers = []
         for (name, output), (_, leaf) in zip(_tensors(outputs), _tensors(whole), strict=True):
             if leaf.grad is not None:
-                # Of what is one number for the batch, each micro-batch has its share.
-                grad = leaf.grad / len(micro_batches) if name in _PER_BATCH else leaf.grad[rows]
+                # Of what is one number for the batch, each micro-batch has its share. All have as many images, and captions.
+                parts = len(micro_batches)
+                grad = leaf.grad / parts if name in _PER_BATCH else leaf.grad.chunk(parts)[number]
                 carriers.append((output.float() * grad.float()).sum())
         engine.backward(torch.stack(carriers).sum())  # a number with the loss's gradients, whatever its value
     return loss.detach(), _figures(terms, whole), whole

@@ -62,8 +62,8 @@ class Teacher(Protocol):
 
     spec: towers.ModelSpec
 
-    def flops(self, depths: Sequence[float], text_length: TextLength = None) -> int:
-        """Of one sample's pass in every step; hidden states at `depths` are compared, captions have that many tokens (None: all)."""
+    def flops(self, depths: Sequence[float], text_length: TextLength = None, captions: int = 1) -> int:
+        """Of one image's pass in every step; hidden states at `depths` are compared, its captions have that many tokens (None: all)."""
         ...
 
     @property
@@ -105,10 +105,14 @@ class LiveTeacher:
     def forget(self) -> None:
         pass
 
-    def flops(self, depths: Sequence[float], text_length: TextLength = None) -> int:
+    def flops(self, depths: Sequence[float], text_length: TextLength = None, captions: int = 1) -> int:
         config = self.spec.config
         pooled = pooled_towers(config, depths)
-        return over_lengths(lambda length: forward_flops(config, text_length=length, pooled=pooled)["total"], text_length)
+
+        def flops(length: int | None) -> int:
+            return forward_flops(config, text_length=length, captions=captions, pooled=pooled)["total"]
+
+        return over_lengths(flops, text_length)
 
     @torch.no_grad()
     def __call__(self, inputs: Inputs, autocast: Autocast, depths: Sequence[float]) -> dict[str, Any]:
@@ -158,15 +162,15 @@ class CachedTeacher:
         on_first_rank(lambda: check_features(folder, result))
         self._image, self._text, self._starts = open_features(folder)
 
-    def flops(self, depths: Sequence[float], text_length: TextLength = None) -> int:
+    def flops(self, depths: Sequence[float], text_length: TextLength = None, captions: int = 1) -> int:
         return 0
 
     def __call__(self, inputs: Inputs, autocast: Autocast, depths: Sequence[float]) -> dict[str, Any]:
         """What the ancestor computes on these pairs, looked up by their places in the data set."""
         assert inputs.samples is not None
         assert not depths
-        samples, captions = inputs.samples.numpy().T
-        found = {"image": self._image[samples], "text": self._text[self._starts[samples] + captions]}
+        samples, captions_Bk = inputs.samples.numpy()[:, 0], inputs.samples.numpy()[:, 1:]
+        found = {"image": self._image[samples], "text": self._text[(self._starts[samples][:, None] + captions_Bk).reshape(-1)]}
         bad = np.isnan(found["image"]).any(axis=1)
         if bad.any():
             raise UserError(

@@ -190,8 +190,8 @@ class PooledTeacher:
     def __init__(self, teacher: LiveTeacher, file: PoolFile) -> None:
         self.spec, self.teacher, self.file = teacher.spec, teacher, file
 
-    def flops(self, depths: Sequence[float], text_length: TextLength = None) -> int:
-        return self.teacher.flops(depths, text_length)
+    def flops(self, depths: Sequence[float], text_length: TextLength = None, captions: int = 1) -> int:
+        return self.teacher.flops(depths, text_length, captions)
 
     @torch.no_grad()
     def __call__(self, inputs: Inputs, autocast: Autocast, depths: Sequence[float]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def run_part(folder: Path, case: str, stop_at: int, num_workers: int) -> None:
     step = loop.train_step
 
     def noting(stage: Any, engine: Any, batch: Any, number: int) -> Any:
-        line = {"step": number, "rank": dist.get_rank(), "ranks": dist.get_world_size(), "samples": batch.samples_B2.tolist()}
+        line = {"step": number, "rank": dist.get_rank(), "ranks": dist.get_world_size(), "samples": batch.samples_BS.tolist()}
         with open(folder / f"{case}.rank{dist.get_rank()}.samples", "a") as file:
             file.write(json.dumps(line) + "\n")
         return step(stage, engine, batch, number)

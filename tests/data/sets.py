@@ -95,6 +95,6 @@ def keys(data: Data, found: list[Batch]) -> list[list[str]]:
 def assert_same(found: list[Batch], wanted: list[Batch]) -> None:
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
-        assert torch.equal(one.samples_B2, other.samples_B2)
+        assert torch.equal(one.samples_BS, other.samples_BS)
         assert torch.equal(one.image_uint8_BCHW, other.image_uint8_BCHW)
-        assert torch.equal(one.text_BT, other.text_BT)
+        assert torch.equal(one.text_NT, other.text_NT)

@@ -121,8 +121,8 @@ def test_a_corpus_reads_as_its_model_does(scenes: Path, tmp_path: Path) -> None:
     theirs = list(islice(TrainStream(scenes / "train", spec, settings, start_step=3), 2))
     for left, right in zip(ours, theirs, strict=True):
         assert torch.equal(left.image_uint8_BCHW, right.image_uint8_BCHW)
-        assert torch.equal(left.text_BT, right.text_BT)
-        assert left.text_BT.shape == (10, 12)
+        assert torch.equal(left.text_NT, right.text_NT)
+        assert left.text_NT.shape == (10, 12)
     assert json.loads((tmp_path / "data-skipped.json").read_text())["shards"] == {}
     split = corpus.eval_split("val")
     assert split.images_uint8_NCHW().shape == (20, 3, 24, 24)

@@ -148,7 +148,7 @@ def without_names(index: bytes) -> bytes:
 
 def batches(root: Path) -> list[torch.Tensor]:
     stream = TrainStream(root / "train", spec_for(root), StreamSettings(global_batch_size=24, seed=5, max_bad_fraction=1.0))
-    return [part for batch in islice(stream, 8) for part in (batch.samples_B2, batch.image_uint8_BCHW, batch.text_BT)]
+    return [part for batch in islice(stream, 8) for part in (batch.samples_BS, batch.image_uint8_BCHW, batch.text_NT)]
 
 
 @pytest.mark.parametrize("kind", ["scenes", "indexed"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmlg_scale.data import captions, mixture
-from mmlg_scale.data.captions import CaptionRule
+from mmlg_scale.data.captions import CaptionRule, drawn_caption, drawn_captions
 from mmlg_scale.data.corpus import Corpus, pairs_of
 from mmlg_scale.data.mixture import JoinedReader
 from mmlg_scale.data.pipeline import Batch
@@ -31,7 +31,7 @@ def test_names_are_drawn_by_their_weights_independently_of_order_and_place() -> 
     assert rule is not None
     assert rule.names == ("a", "b", "c")
     for seed in (0, 7, 2**62):
-        drawn = np.array([rule.draw(seed, epoch, sample, (1, 2, 1)) for epoch in range(40) for sample in range(500)])
+        drawn = np.array([drawn_captions(seed, epoch, sample, (1, 2, 1), rule, 1)[0] for epoch in range(40) for sample in range(500)])
         found = np.bincount(drawn, minlength=4) / len(drawn)
         assert found == pytest.approx([1 / 8, 3 / 16, 3 / 16, 1 / 2], abs=0.012)  # four standard errors
         by_epoch = drawn.reshape(40, 500)
@@ -39,16 +39,40 @@ def test_names_are_drawn_by_their_weights_independently_of_order_and_place() -> 
         assert all(count / (39 * 500) == pytest.approx(1 / 4, abs=0.015) for count in pairs.values())  # epochs are independent
         neighbours = Counter(zip((by_epoch[:, :-1] == 3).ravel().tolist(), (by_epoch[:, 1:] == 3).ravel().tolist(), strict=True))
         assert all(count / (40 * 499) == pytest.approx(1 / 4, abs=0.015) for count in neighbours.values())
-    lacking = [rule.draw(0, 0, sample, (1, 0, 1)) for sample in range(4000)]
+    lacking = [drawn_captions(0, 0, sample, (1, 0, 1), rule, 1)[0] for sample in range(4000)]
     assert np.bincount(lacking) / 4000 == pytest.approx([1 / 5, 4 / 5], abs=0.03)  # the others in their own proportions
-    assert {rule.draw(0, 0, sample, (0, 1, 0)) for sample in range(50)} == {0}
+    assert {drawn_captions(0, 0, sample, (0, 1, 0), rule, 1)[0] for sample in range(50)} == {0}
+
+
+@pytest.mark.parametrize("names", [None, {"a": 1.0, "b": 3.0}])
+def test_several_captions_of_a_sample_are_different_ones(names: dict[str, float] | None) -> None:
+    """The first is what one alone would be; any subset is as likely as by drawing without replacement; what is used up comes again."""
+    rule = CaptionRule.of(names)
+    parts = (1, 3) if rule is not None else (4,)
+    drawn = [drawn_captions(7, epoch, sample, parts, rule, 3) for epoch in range(10) for sample in range(2000)]
+    assert all(len(set(found)) == 3 and set(found) <= set(range(4)) for found in drawn)
+    assert [found[:1] for found in drawn] == [drawn_captions(7, *of, parts, rule, 1) for of in np.ndindex(10, 2000)]
+    pairs = Counter((first, second) for first, second, _ in drawn)
+    if rule is None:
+        assert [found[0] for found in drawn] == [drawn_caption(7, *of, 4) for of in np.ndindex(10, 2000)]
+        expected = {(first, second): 1 / 12 for first in range(4) for second in range(4) if first != second}
+    else:  # caption 0 is the only one of its name: once it is read, the other name is drawn
+        expected = {(0, second): 1 / 4 * 1 / 3 for second in (1, 2, 3)} | {(first, 0): 3 / 4 * 1 / 3 * 1 / 4 for first in (1, 2, 3)}
+        expected |= {(first, second): 3 / 4 * 1 / 3 * 3 / 4 * 1 / 2 for first in (1, 2, 3) for second in (1, 2, 3) if first != second}
+    assert set(pairs) == set(expected)
+    for pair, share in expected.items():
+        assert pairs[pair] / len(drawn) == pytest.approx(share, abs=0.009)  # four standard errors
+    for found in (drawn_captions(7, 0, sample, parts, rule, 10) for sample in range(50)):
+        assert [sorted(found[start : start + 4]) for start in (0, 4)] == [[0, 1, 2, 3]] * 2
+        assert len(set(found[8:])) == 2
 
 
 def texts_read(data: Data, root: Path, found: list[Batch]) -> list[str]:
     """Each caption in words, by its number among those of its sample; its ids are those of the words."""
     reader, tokenizer = JoinedReader.of(pairs_of(data).training()), spec_for(root / "small").tokenizer
-    words = [reader.texts(sample).captions[caption] for batch in found for sample, caption in batch.samples_B2.tolist()]
-    assert torch.equal(torch.cat([batch.text_BT for batch in found]), tokenizer(words, 16))
+    rows = [row for batch in found for row in batch.samples_BS.tolist()]
+    words = [reader.texts(sample).captions[caption] for sample, *drawn in rows for caption in drawn]
+    assert torch.equal(torch.cat([batch.text_NT for batch in found]), tokenizer(words, 16))
     return words
 
 
@@ -133,5 +157,5 @@ def test_features_are_of_all_captions_that_may_be_read(root: Path) -> None:
         starts += (starts[-1] + sweep[item].num_captions_N.cumsum(0)).tolist()
     text_MT = torch.cat(texts)
     for batch in batches(data, root, 30):
-        samples, chosen = batch.samples_B2.T
-        assert torch.equal(batch.text_BT, text_MT[torch.tensor(starts)[samples] + chosen])
+        samples, chosen = batch.samples_BS.T
+        assert torch.equal(batch.text_NT, text_MT[torch.tensor(starts)[samples] + chosen])

@@ -28,9 +28,9 @@ def batches(root: Path, count: int, *, start_step: int = 0, **options: object) -
 
 
 def assert_same(left: Batch, right: Batch) -> None:
-    assert torch.equal(left.samples_B2, right.samples_B2)
+    assert torch.equal(left.samples_BS, right.samples_BS)
     assert torch.equal(left.image_uint8_BCHW, right.image_uint8_BCHW)
-    assert torch.equal(left.text_BT, right.text_BT)
+    assert torch.equal(left.text_NT, right.text_NT)
 
 
 def test_resumes_at_the_exact_sample(scenes: Path) -> None:
@@ -80,7 +80,7 @@ def test_every_epoch_reads_every_sample_once_in_another_order(scenes: Path) -> N
 def test_captions_vary_between_epochs(scenes: Path) -> None:
     seen: dict[int, set[tuple[int, ...]]] = {}
     for batch in batches(scenes, 50, augment="none"):
-        for index, text in zip(batch.indices_B.tolist(), batch.text_BT.tolist(), strict=True):
+        for index, text in zip(batch.indices_B.tolist(), batch.text_NT.tolist(), strict=True):
             seen.setdefault(index, set()).add(tuple(text))
     reader, tokenizer = ShardReader(scenes / "train"), spec_for(scenes).tokenizer
     for index, texts in seen.items():
@@ -171,7 +171,7 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sample_rows(root: Path, count: int, **options: object) -> list[list[list[int]]]:
-    return [batch.samples_B2.tolist() for batch in batches(root, count, max_bad_fraction=1.0, **options)]
+    return [batch.samples_BS.tolist() for batch in batches(root, count, max_bad_fraction=1.0, **options)]
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(3, marks=pytest.mark.slow)])

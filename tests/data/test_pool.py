@@ -47,7 +47,7 @@ def rows(found: list[Batch]) -> list[tuple[int, ...]]:
     every = []
     for batch in found:
         assert batch.places_B is not None
-        for place, sample, image, text in zip(batch.places_B, batch.samples_B2, batch.image_uint8_BCHW, batch.text_BT, strict=True):
+        for place, sample, image, text in zip(batch.places_B, batch.samples_BS, batch.image_uint8_BCHW, batch.text_NT, strict=True):
             every.append((int(place), *sample.tolist(), hash(image.numpy().tobytes()), hash(text.numpy().tobytes())))
     return every
 

@@ -355,7 +355,7 @@ def test_a_set_in_a_bucket_gives_the_batches_of_the_disk(s3: None, scenes: Path,
     wanted, found = (
         next(iter(Corpus(pairs, spec_for(scenes)).stream(StreamSettings(global_batch_size=50, seed=2)))) for pairs in (disk, remote)
     )
-    assert torch.equal(found.samples_B2, wanted.samples_B2)
+    assert torch.equal(found.samples_BS, wanted.samples_BS)
     assert torch.equal(found.image_uint8_BCHW, wanted.image_uint8_BCHW)
     with pytest.raises(UserError, match=r"^s3://pears/scenes/dataset.json: .*Check the bucket's and the folder's name.$"):
         open_pairs("s3://pears/scenes", CacheSettings(tmp_path / "cache", 10**8, attempts=1, timeout=20.0))

@@ -44,6 +44,7 @@ class Case:
     shard: bool = False
     packed: bool = False
     compiled: bool = False
+    captions: int = 1
     change: str | None = None
 
     @property
@@ -56,6 +57,7 @@ class Case:
         parts += ["sharded-teacher"] if self.shard else []
         parts += ["packed"] if self.packed else []
         parts += ["compiled"] if self.compiled else []
+        parts += [f"c{self.captions}"] if self.captions > 1 else []
         return "-".join([*parts, *([self.change] if self.change else [])])
 
 
@@ -81,6 +83,9 @@ EXACT = [
     *(Case("extraction", zero, parts, dropout, shard=True) for zero, parts, dropout in ((0, 1, 0.0), (3, 4, 0.5))),
     *(Case("extraction", zero, parts, checkpointing=zero == 3, shard=zero == 3, packed=True) for zero, parts in ((1, 1), (3, 2))),
     Case("ancestor", 0, change="own_gather"),
+    *(Case("ancestor", zero, parts, captions=3) for zero, parts in ((1, 1), (3, 4))),
+    *(Case("extraction", zero, 2, 0.5, packed=zero == 0, captions=2) for zero in (0, 2)),
+    Case("affinity", 0, captions=2),
     *COMPILED,
 ]
 WRONG = [
@@ -111,7 +116,7 @@ class OwnContrastive(ClipStage):
 
     detached = False
 
-    def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def objective(self, outputs: Mapping[str, Any], targets: Mapping[str, Any] | None, text_NT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         image, text = (F.normalize(outputs[f"{tower}_features"], dim=-1) for tower in ("image", "text"))
         labels = torch.arange(len(image)) + dist.get_rank() * len(image)
         logits = [outputs["logit_scale"] * one @ self._gather(other).T for one, other in ((image, text), (text, image))]
@@ -183,12 +188,11 @@ def make(case: Case, device: torch.device, name: str = "sgd") -> tuple[Stage, En
     return changed(stage, case.change), engine
 
 
-def advance(stage: Stage, engine: Engine, steps: range, *, packed: bool = False) -> None:
-    share = BATCH // dist.get_world_size()
-    rows = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+def advance(stage: Stage, engine: Engine, steps: range, *, packed: bool = False, captions: int = 1) -> None:
+    share, rank = BATCH // dist.get_world_size(), dist.get_rank()
     for step in steps:
-        images, texts = batch(step, CONTEXT)
-        text = texts[rows]
+        images, texts = batch(step, CONTEXT, captions)
+        rows, text = slice(rank * share, (rank + 1) * share), texts[rank * share * captions : (rank + 1) * share * captions]
         # The first rank's captions are short, and cut; the second's are not: each rank decides for itself.
         text = text[:, : towers.cut_length(text)]
         assert text.shape[1] == (8 if dist.get_rank() == 0 else CONTEXT)
@@ -229,7 +233,7 @@ def main(out: Path, more: bool) -> None:
         if (case in MORE) != more:
             continue
         stage, engine = make(case, device)
-        advance(stage, engine, range(STEPS), packed=case.packed)
+        advance(stage, engine, range(STEPS), packed=case.packed, captions=case.captions)
         (out / f"{case.name}-rank{dist.get_rank()}.norm").write_text(str(float(engine.gradient_norm)))
         finish(engine, out / f"{case.name}.safetensors")
     for kind, zero_stage in () if more else MUON:

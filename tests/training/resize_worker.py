@@ -32,7 +32,7 @@ def run_parts(folder: Path, stop_at: int, stages: Mapping[str, int]) -> None:
             stage: Any, engine: Any, batch: Any, number: int, step: Any = step, case: str = case, zero_stage: int = zero_stage
         ) -> Any:
             assert engine.zero_stage == zero_stage
-            line = {"step": number, "rank": dist.get_rank(), "ranks": dist.get_world_size(), "samples": batch.samples_B2.tolist()}
+            line = {"step": number, "rank": dist.get_rank(), "ranks": dist.get_world_size(), "samples": batch.samples_BS.tolist()}
             with open(folder / f"{case}.rank{dist.get_rank()}.samples", "a") as file:
                 file.write(json.dumps(line) + "\n")
             return step(stage, engine, batch, number)

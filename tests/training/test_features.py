@@ -104,16 +104,17 @@ def folder(data: Path, tmp_path: Path) -> Path:
     return tmp_path / "kept"
 
 
-def test_every_batch_finds_what_the_ancestor_computes(data: Path, folder: Path) -> None:
+@pytest.mark.parametrize("per_image", [1, 2])
+def test_every_batch_finds_what_the_ancestor_computes(per_image: int, data: Path, folder: Path) -> None:
     model = ancestor(data)
     teacher, looked_up, captions = LiveTeacher(model, CPU), kept(data, folder), set()
-    stream = TrainStream(data / "train", model.spec, StreamSettings(global_batch_size=24, seed=3))
+    stream = TrainStream(data / "train", model.spec, StreamSettings(global_batch_size=24, seed=3, captions_per_image=per_image))
     for batch in islice(stream, 9):  # 216 pairs: three epochs of 70, with other captions in each
-        inputs = Inputs(model.spec.preprocess(batch.image_uint8_BCHW), batch.text_BT, samples=batch.samples_B2)
+        inputs = Inputs(model.spec.preprocess(batch.image_uint8_BCHW), batch.text_NT, samples=batch.samples_BS)
         found, expected = looked_up(inputs, nullcontext, ()), teacher(inputs, nullcontext, ())
         for name in ("image_features", "text_features", "logit_scale"):
             assert (found[name].reshape(expected[name].shape) - expected[name]).norm() <= 1e-5 * expected[name].norm()
-        captions |= set(batch.samples_B2[:, 1].tolist())
+        captions |= set(batch.samples_BS[:, 1:].flatten().tolist())
     assert captions == {0, 1, 2}
 
 

@@ -53,13 +53,13 @@ def params(cases: Sequence[Any]) -> list[Any]:
 
 
 @functools.cache
-def expected_updates(kind: str, patch_dropout: float) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
-    return plain_updates(build_stage(kind, torch.device("cpu"), patch_dropout=patch_dropout, context_length=CONTEXT))
+def expected_updates(kind: str, patch_dropout: float, captions: int) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    return plain_updates(build_stage(kind, torch.device("cpu"), patch_dropout=patch_dropout, context_length=CONTEXT), captions)
 
 
 def errors(case: Case, outs: Outs) -> dict[str, float]:
     """Each tensor's relative error of the update of three steps."""
-    before, after, _ = expected_updates(case.kind, case.patch_dropout)
+    before, after, _ = expected_updates(case.kind, case.patch_dropout, case.captions)
     got = load_file(outs(case) / f"{case.name}.safetensors")
     assert set(got) == set(before)
     assert any("logit_scale" in name for name in got)
@@ -81,7 +81,7 @@ def test_two_ranks_equal_one_process(case: Case, outs: Outs) -> None:
 @pytest.mark.parametrize("case", params(EXACT), ids=lambda case: case.name)
 def test_the_gradient_norm_is_the_whole_batch_s(case: Case, outs: Outs) -> None:
     """What a run logs: of all ranks' gradients, on every rank, at every ZeRO stage."""
-    wanted = expected_updates(case.kind, case.patch_dropout)[2]
+    wanted = expected_updates(case.kind, case.patch_dropout, case.captions)[2]
     norms = [float((outs(case) / f"{case.name}-rank{rank}.norm").read_text()) for rank in (0, 1)]
     assert norms == pytest.approx([wanted, wanted], rel=1e-3)
 

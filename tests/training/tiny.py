@@ -26,14 +26,14 @@ ANY_SIZE = {tower: {"layers": [1, 1000], "width": [1, 100_000]} for tower in ("i
 OPTIMIZER = recipe.Optimizer(learning_rate=0.05, weight_decay=0.0, gradient_clipping=0.0)
 
 
-def batch(step: int, context_length: int = 8) -> tuple[Tensor, Tensor]:
-    """Images [32, 3, 16, 16] and token ids [32, T] whose end token (19) is at different places: below 8, in a longer context's second half
+def batch(step: int, context_length: int = 8, captions: int = 1) -> tuple[Tensor, Tensor]:
+    """Images [32, 3, 16, 16] and token ids [32 captions, T] whose end token (19) is at different places: below 8, in a longer context's second half
     of the rows from 8 on."""
     generator = torch.Generator().manual_seed(100 + step)
     images = torch.randn(BATCH, 3, 16, 16, generator=generator)
-    texts = torch.randint(3, 19, (BATCH, context_length), generator=generator)
-    for row in range(BATCH):
-        end = 3 + row % 5 + (6 if context_length > 8 and row >= BATCH // 2 else 0)
+    texts = torch.randint(3, 19, (BATCH * captions, context_length), generator=generator)
+    for row in range(len(texts)):
+        end = 3 + row % 5 + (6 if context_length > 8 and row >= len(texts) // 2 else 0)
         texts[row, end] = 19
         texts[row, end + 1 :] = 0
     return images, texts
@@ -76,9 +76,12 @@ def build_stage(
     return ExtractionStage(settings, auxiliary, LiveTeacher(model, device, shard=shard, compiled=compiled), device, seed=3)
 
 
-def plain_loss(stage: Stage, step: int) -> Tensor:
-    """The loss of a step on the whole batch in one piece, in one process."""
-    images, texts = batch(step, towers.context_length(stage.spec.config))
+def plain_loss(stage: Stage, step: int, captions: int = 1) -> Tensor:
+    """The loss of a step on the whole batch in one piece, in one process; of several captions, without a teacher, one after the other."""
+    images, texts = batch(step, towers.context_length(stage.spec.config), captions)
+    if captions > 1 and stage.teacher is None:
+        parts = [texts[number::captions] for number in range(captions)]
+        return torch.stack([stage.objective(stage.model(images, part), None, part)[0] for part in parts]).mean()
     patches = stage.patches(step, 0, BATCH)
     targets = stage.targets(nullcontext, Inputs(images, texts, patches))
     losses = []
@@ -89,13 +92,13 @@ def plain_loss(stage: Stage, step: int) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def plain_updates(stage: Stage) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+def plain_updates(stage: Stage, captions: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     """Parameters before, and after three plain torch.optim.SGD steps on whole batches; the norm of the last step's gradients."""
     before = {name: tensor.clone() for name, tensor in stage.model.state_dict().items()}
     optimizer = torch.optim.SGD(stage.parameter_groups())
     for step in range(STEPS):
         optimizer.zero_grad()
-        plain_loss(stage, step).backward()
+        plain_loss(stage, step, captions).backward()
         optimizer.step()
     norms = [parameter.grad.norm() for parameter in stage.model.parameters() if parameter.grad is not None]
     return before, stage.model.state_dict(), float(torch.stack(norms).norm())
