@@ -76,7 +76,9 @@ class Cell:
 
     def row(self, settings: recipe.Recipe, ranks: int) -> Row:
         """What a row of figures says of the combination, as JSON gives it back."""
-        return {**asdict(self), "layers": self.layers and list(self.layers), "model": model_name(settings, self), "ranks": ranks}
+        captions = settings.data.captions_per_image
+        several = {"captions_per_image": captions} if captions > 1 else {}
+        return {**asdict(self), "layers": self.layers and list(self.layers), "model": model_name(settings, self), "ranks": ranks, **several}
 
 
 @dataclass(frozen=True)
@@ -304,7 +306,7 @@ def environment(device: torch.device) -> Row:
     }
 
 
-IDENTITY = ("model", "role", "precision", "zero_stage", "batch_size", "layers", "communication", "ranks")
+IDENTITY = ("model", "role", "precision", "zero_stage", "batch_size", "layers", "communication", "captions_per_image", "ranks")
 """Keys of a row that say what was measured."""
 
 
@@ -318,6 +320,8 @@ def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
 
 def _order(row: Row, key: str) -> tuple[float, str]:
     value = row.get(key)
+    if value is None:
+        return -math.inf, ""
     return (float(value), "") if isinstance(value, int) else (math.inf, str(value))
 
 
@@ -344,9 +348,10 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         depth = " {}+{}".format(*row["layers"]) if row.get("layers") else ""
         sent = ", gradients in bf16" if row.get("communication") == "bf16" else ""
+        several = f", {row['captions_per_image']} captions an image" if row.get("captions_per_image") else ""
         known = [
             row["model"],
-            row["role"] + depth,
+            row["role"] + depth + several,
             row["precision"] + sent,
             str(row["zero_stage"]),
             str(row["ranks"]),
@@ -377,7 +382,8 @@ def draw(rows: Sequence[Row], target: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        name = f"{row['model']} {row['role']} {row['precision']} ZeRO-{row['zero_stage']}"
+        several = f" {row['captions_per_image']} captions" if row.get("captions_per_image") else ""
+        name = f"{row['model']} {row['role']} {row['precision']} ZeRO-{row['zero_stage']}{several}"
         lines.setdefault(name + (f" {row['local_batch']}/rank" if x == "ranks" else ""), []).append(row)
     for name, mine in lines.items():
         places = [row[x] for row in mine]

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from mmlg_scale import towers
-from mmlg_scale.accounting import training_flops
+from mmlg_scale.accounting import forward_flops, training_flops
 from mmlg_scale.cli import main
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.data.synthetic import WORDS, sample, write_pairs
@@ -70,6 +70,10 @@ def test_generated_pairs(tmp_path: Path) -> None:
         assert (image.format, image.size, image.mode) == ("JPEG", (64, 64), "RGB")
     write_pairs(tmp_path / "pairs", num_train=7, num_val=2, num_test=1, image_size=32, samples_per_shard=4)
     assert [len(ShardReader(tmp_path / "pairs" / split)) for split in ("train", "val", "test")] == [7, 2, 1]
+    several = sample(3, [0, 0], 64, (5, 25), 3)
+    assert several.image == made[3].image
+    assert several.captions[0] == made[3].captions[0]
+    assert len(set(several.captions)) == 3
 
 
 def test_every_role_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +103,24 @@ def test_every_role_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert found["step_mfu"] == pytest.approx(found["flops_per_sample"] * found["step_samples_per_second"] / found["peak_flops"])
         assert 0 < found["loader_stall"] < 1
         assert found["peak_memory_bytes"] > 10 * 2**20
+
+
+def test_several_captions_an_image_are_a_combination_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside the row of one caption, charged for the image once; each image has as many that differ."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump({"model": {"config": CONFIG}}))
+    options = ["--out", str(tmp_path / "out"), "--roles", "ancestor", "--batch-sizes", "8", "--steps", "1", "--repeats", "1", "--warmup", "1"]
+    options += ["--generate", "photos", "--photo-size", "32", "--num-pairs", "24", "--runtime.text", "full"]
+    assert main(["benchmark", str(recipe), *options]) == 0
+    assert main(["benchmark", str(recipe), *options, "--data.captions_per_image=3"]) == 0
+    said = capsys.readouterr()
+    assert "ancestor, 3 captions an image" in said.out
+    assert "were read twice" not in said.out + said.err
+    one, three = json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]
+    assert (one.get("captions_per_image"), three["captions_per_image"]) == (None, 3)
+    flops = forward_flops(towers.model_config(CONFIG), pooled=("image", "text"))
+    assert three["flops_per_sample"] == 3 * (flops["image"] + 3 * flops["text"])
+    assert one["flops_per_sample"] == 3 * flops["total"]
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,8 +192,9 @@ def _data(args: Any, recipe: Recipe, out: Path) -> str | None:
 
     kind = args.generate or ("photos" if args.architectures else "scenes")
     if kind == "photos":
-        folder = out / f"photos-{args.photo_size}-{args.num_pairs}"
-        write = functools.partial(write_pairs, folder, num_train=args.num_pairs, image_size=args.photo_size)
+        captions = recipe.data.captions_per_image
+        folder = out / f"photos-{args.photo_size}-{args.num_pairs}{f'-{captions}-captions' if captions > 1 else ''}"
+        write = functools.partial(write_pairs, folder, num_train=args.num_pairs, image_size=args.photo_size, captions=captions)
     else:
         side = image_size(model_config(recipe.model.config if recipe.model.config is not None else recipe.model.architecture))
         folder = out / f"scenes-{side}-{args.num_pairs}"

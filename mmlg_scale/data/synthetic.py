@@ -35,33 +35,35 @@ def write_pairs(
     num_test: int = 16,
     image_size: int = 256,
     words: tuple[int, int] = (5, 25),
+    captions: int = 1,
     seed: int = 0,
     samples_per_shard: int = 500,
     progress: Progress = lambda items: items,
 ) -> None:
-    """Write the set to `out` (see manifest.py): JPEGs, and for each one caption of at least `words[0]` and at most `words[1]` words.
+    """Write the set to `out` (see manifest.py): JPEGs, and for each as many captions of at least `words[0]` and at most `words[1]` words.
 
     Raises:
         UserError: `out` holds something else, or a count is not positive.
     """
-    if min(num_train, num_val, num_test, words[0]) < 1 or words[1] < words[0] or image_size < 16:
+    if min(num_train, num_val, num_test, captions, words[0]) < 1 or words[1] < words[0] or image_size < 16:
         raise UserError("generated pairs: counts must be positive, image_size at least 16, and the words a range.")
     args = {"num_train": num_train, "num_val": num_val, "num_test": num_test, "image_size": image_size, "words": list(words), "seed": seed}
+    args |= {"captions": captions} if captions > 1 else {}  # which came later: sets of one caption are still recognised
     with new_dataset(out, "generated pairs", {**args, "samples_per_shard": samples_per_shard}) as root:
         if root is None:
             return
         for number, (split, count) in enumerate((("train", num_train), ("val", num_val), ("test", num_test))):
-            samples = (sample(position, [seed, number], image_size, words) for position in progress(range(count)))
+            samples = (sample(position, [seed, number], image_size, words, captions) for position in progress(range(count)))
             write_split(root, split, samples, samples_per_shard=samples_per_shard)
 
 
-def sample(position: int, seed: list[int], image_size: int, words: tuple[int, int]) -> Sample:
-    """One pair, by its position and the seed alone."""
+def sample(position: int, seed: list[int], image_size: int, words: tuple[int, int], captions: int = 1) -> Sample:
+    """One image with its captions, by its position and the seed alone."""
     generator = np.random.default_rng([*seed, position])
     buffer = io.BytesIO()
     Image.fromarray(_picture(image_size, generator)).save(buffer, "JPEG", quality=QUALITY)
-    count = int(generator.integers(words[0], words[1], endpoint=True))
-    return Sample(f"{position:08d}", buffer.getvalue(), "jpg", [" ".join(generator.choice(WORDS, size=count))])
+    counts = (int(generator.integers(words[0], words[1], endpoint=True)) for _ in range(captions))
+    return Sample(f"{position:08d}", buffer.getvalue(), "jpg", [" ".join(generator.choice(WORDS, size=count)) for count in counts])
 
 
 def _picture(side: int, generator: np.random.Generator) -> np.ndarray:
