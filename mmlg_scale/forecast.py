@@ -27,7 +27,7 @@ from mmlg_scale.family import Member, Plan, check, check_folder, num_parallel, s
 from mmlg_scale.hardware import Hardware
 from mmlg_scale.learngene.file import tensor_bytes
 from mmlg_scale.learngene.structure import TOWERS, Structure
-from mmlg_scale.memory import activation_bytes, checkpoint_bytes, compared_bytes, loss_bytes, peak_bytes
+from mmlg_scale.memory import activation_bytes, backward_bytes, checkpoint_bytes, compared_bytes, loss_bytes, peak_bytes
 from mmlg_scale.report import NAMES, seconds, si
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.checkpoint import Checkpoints
@@ -381,7 +381,9 @@ class _Costs:
         batch = training.batch_size / ranks
         rows = batch / training.accumulation
         checkpointing, captions = runtime.activation_checkpointing, self.captions
-        per_sample = activation_bytes(config, bf16=self.bf16, checkpointing=checkpointing, captions=captions)
+        pooled = pooled_towers(config, compared_depths(compared))
+        per_sample = activation_bytes(config, bf16=self.bf16, checkpointing=checkpointing, captions=captions, pooled=pooled)
+        per_sample += backward_bytes(config, bf16=self.bf16, captions=captions)
         if compared is not None and compared.hidden:
             per_sample += compared_bytes(self.config, len(compared.hidden_depths), captions=captions)
         found = peak_bytes(

@@ -54,7 +54,10 @@ def test_training_flops_are_what_torch_counts_forward_and_backward() -> None:
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(("width", "mlp_ratio"), [(64, 4.0), (128, 2.0)])
-def test_activations_are_what_autograd_keeps(bf16: bool, width: int, mlp_ratio: float) -> None:
+@pytest.mark.parametrize("pooled", [("image", "text"), ()])
+def test_activations_are_what_autograd_keeps(bf16: bool, width: int, mlp_ratio: float, pooled: tuple[str, ...]) -> None:
+    """Without its last hidden state a tower computes of its last block one position."""
+    taps = () if pooled else (6,)
     tower = {"width": width, "mlp_ratio": mlp_ratio, "layers": 6}
     config = towers.model_config(
         {
@@ -76,13 +79,12 @@ def test_activations_are_what_autograd_keeps(bf16: bool, width: int, mlp_ratio: 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        # With its last hidden state a tower computes its last block whole, as the estimate has it.
-        image = towers.encode_image_with_hidden(clip, torch.randn(32, 3, 32, 32), (6,))[0]
-        text = towers.encode_text_with_hidden(clip, torch.randint(1, 20, (32, 16)), (6,))[0]
+        image = towers.encode_image_with_hidden(clip, torch.randn(32, 3, 32, 32), taps)[0]
+        text = towers.encode_text_with_hidden(clip, torch.randint(1, 20, (32, 16)), taps)[0]
     assert image.requires_grad
     assert text.requires_grad
     params = sum(parameter.numel() for parameter in clip.parameters())
-    estimated = 32 * activation_bytes(config, bf16=bf16, checkpointing=False) + (2 * params if bf16 else 0)
+    estimated = 32 * activation_bytes(config, bf16=bf16, checkpointing=False, pooled=pooled) + (2 * params if bf16 else 0)
     assert sum(kept.values()) == pytest.approx(estimated, rel=0.12)
     assert activation_bytes(config, bf16=bf16, checkpointing=True) < 0.4 * activation_bytes(config, bf16=bf16, checkpointing=False)
 

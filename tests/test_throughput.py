@@ -109,7 +109,20 @@ def test_several_captions_an_image_are_a_combination_of_their_own(tmp_path: Path
     """Beside the row of one caption, charged for the image once; each image has as many that differ."""
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(yaml.safe_dump({"model": {"config": CONFIG}}))
-    options = ["--out", str(tmp_path / "out"), "--roles", "ancestor", "--batch-sizes", "8", "--steps", "1", "--repeats", "1", "--warmup", "1"]
+    options = [
+        "--out",
+        str(tmp_path / "out"),
+        "--roles",
+        "ancestor",
+        "--batch-sizes",
+        "8",
+        "--steps",
+        "1",
+        "--repeats",
+        "1",
+        "--warmup",
+        "1",
+    ]
     options += ["--generate", "photos", "--photo-size", "32", "--num-pairs", "24", "--runtime.text", "full"]
     assert main(["benchmark", str(recipe), *options]) == 0
     assert main(["benchmark", str(recipe), *options, "--data.captions_per_image=3"]) == 0

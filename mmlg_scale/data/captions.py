@@ -159,14 +159,18 @@ class CaptionTokens:
         counts = [len(texts[sample].captions) if ids is None else len(ids) for sample, ids in zip(samples, kept, strict=True)]
         chosen, lacking = list[list[int]](), dict[int, tuple[int, ...]]()
         for row, (epoch, sample, count) in enumerate(zip(epochs, samples, counts, strict=True)):
-            rule, parts = rules[row] if rules is not None else None, (count,)
+            rule: CaptionRule | None = rules[row] if rules is not None else None
+            parts: tuple[int, ...] = (count,)
             if rule is not None:
                 named = texts[sample].parts if kept[row] is None else self._parts[sample]
                 if not all(named):
                     lacking[row] = named
                 rule, parts = (rule, named) if any(named) else (None, parts)
             chosen.append(self._chosen(epoch, sample, parts, rule))
-        cut = [sum((sample, place) in self._cut for place in places) if self._cut else 0 for sample, places in zip(samples, chosen, strict=True)]
+        cut = [
+            sum((sample, place) in self._cut for place in places) if self._cut else 0
+            for sample, places in zip(samples, chosen, strict=True)
+        ]
         new = [(row, place) for row, ids in enumerate(kept) if ids is None for place in chosen[row]]
         new_MT = torch.zeros(0, self.context_length, dtype=torch.long)
         if new:  # one call for all: a call each costs five times as much

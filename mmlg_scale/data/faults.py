@@ -82,7 +82,8 @@ class EpochReport:
     def told_lacking(self) -> str:
         """The captions that are not of the name that might have been drawn, in words."""
         causes = ", ".join(f"{shown(name)!r} in {count}" for name, count in sorted(self.lacking.items()))
-        return f"{self._which}: of {self.num_captions // self.captions_per_image} samples, there are no captions named {causes}; their others were read"
+        samples = self.num_captions // self.captions_per_image
+        return f"{self._which}: of {samples} samples, there are no captions named {causes}; their others were read"
 
     def told_repeated(self) -> str:
         """The captions that were read again, in words."""
@@ -100,7 +101,7 @@ def _causes(counts: dict[str, int]) -> str:
 
 
 def print_report(report: EpochReport) -> None:
-    """One line on the console where something was skipped, and, of the first rank's captions, where some were cut or repeated or lack a name."""
+    """A line on the console where something was skipped; of the first rank's captions, where some were cut, were repeated or lack a name."""
     if report.skipped:
         print(report.told_skipped(), flush=True)
     if report.num_truncated and is_first_rank():
@@ -180,7 +181,7 @@ class FaultLog:
             check_limit(counts, chain(met, self.known), 0.0, self.max_bad_fraction, self.file, f"{self.what}, epoch {epoch}")
 
     def add_captions(self, epoch: int, samples: int, cut: int, repeated: int, lacking: Mapping[str, int]) -> None:
-        """Count captions of samples that were read, those that were cut, those that were repeated, and samples that lack a name, by name."""
+        """Count samples that were read, captions of them that were cut or repeated, and those of them that lack a name, by name."""
         self._captions[epoch] += samples * self.captions_per_image
         self._cut[epoch] += cut
         self._repeated[epoch] += repeated

@@ -178,7 +178,9 @@ class _Pairs(Dataset[tuple[Batch, _News]]):
             assert rule is not None
             lacking.setdefault(of[row], Counter()).update(name for name, count in zip(rule.names, parts, strict=True) if not count)
         # No Counter: torch's loader copies mappings by `update`, which would add.
-        news = _News(met, dict(Counter(of)), _sums(of, drawn.cut), _sums(of, drawn.repeated), {key: dict(found) for key, found in lacking.items()})
+        news = _News(
+            met, dict(Counter(of)), _sums(of, drawn.cut), _sums(of, drawn.repeated), {key: dict(found) for key, found in lacking.items()}
+        )
         samples_BS = torch.tensor([[index, *captions] for index, captions in zip(indices, drawn.captions, strict=True)])
         return Batch(torch.from_numpy(images), drawn.ids_NT, samples_BS, torch.from_numpy(places_B3[:, 2].copy())), news
 
@@ -322,7 +324,11 @@ class TrainStream:
         self.sources = (Source(sources),) if isinstance(sources, Path) else tuple(sources)
         reader, shared = JoinedReader.of(self.sources), several_ranks() and dist.get_world_size() == world_size
         share, image, captions = batch_size // world_size, 3 * spec.image_size**2, settings.captions_per_image
-        need = functools.partial(require_shared_memory, settings.num_workers, [share * image, share * captions * 8 * spec.context_length, share * 8 * (1 + captions)])
+        need = functools.partial(
+            require_shared_memory,
+            settings.num_workers,
+            [share * image, share * captions * 8 * spec.context_length, share * 8 * (1 + captions)],
+        )
         on_first_rank(need) if shared else need()
         splits = [own.shards for own in reader.readers]
         require_cache(splits)

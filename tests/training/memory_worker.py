@@ -22,7 +22,7 @@ STEPS = 2
 """The last of them is looked at: moments are there then."""
 
 
-def peak_bytes(config: dict[str, Any], runtime: Runtime, batch_size: int) -> int:
+def peak_bytes(config: dict[str, Any], runtime: Runtime, batch_size: int, captions: int) -> int:
     """The most bytes of tensors that this rank holds at once in the last step."""
     gc.collect()  # what another case has left would be freed, but not allocated, before the profiler's eyes
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -35,7 +35,7 @@ def peak_bytes(config: dict[str, Any], runtime: Runtime, batch_size: int) -> int
         for step in range(STEPS):
             with torch.profiler.record_function(f"step {step}"):
                 size = towers.image_size(config)
-                inputs = Inputs(torch.randn(rows, 3, size, size), torch.randint(1, 50, (rows, towers.context_length(config))))
+                inputs = Inputs(torch.randn(rows, 3, size, size), torch.randint(1, 50, (rows * captions, towers.context_length(config))))
                 loss, _ = compute_gradients(stage, engine, inputs, step)
                 engine.step(1.0, loss)
         del inputs, loss
@@ -55,7 +55,8 @@ def main(file: Path, content: str) -> None:
     found = []
     start_ranks(Runtime())
     for case in json.loads(content):
-        found.append(peak_bytes(towers.model_config(case["config"]), Runtime(**case["runtime"]), case["batch_size"]))
+        runtime = Runtime(**case["runtime"])
+        found.append(peak_bytes(towers.model_config(case["config"]), runtime, case["batch_size"], case["captions"]))
         dist.barrier()
     if dist.get_rank() == 0:
         file.write_text(json.dumps(found))

@@ -16,8 +16,8 @@ from mmlg_scale import recipe
 from mmlg_scale.accounting import forward_flops
 from mmlg_scale.cli import main
 from mmlg_scale.data.faults import EpochReport
-from mmlg_scale.data.pipeline import StreamSettings, TrainStream
 from mmlg_scale.data.mixture import JoinedReader, Source
+from mmlg_scale.data.pipeline import StreamSettings, TrainStream
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.objectives import contrastive, distillation
 from mmlg_scale.recipe_file import load_recipe
@@ -30,7 +30,9 @@ from mmlg_scale.training.stages import ClipStage
 from tests.data.specs import spec_for
 
 TRAIN, BATCH, STEPS = 48, 12, 4
-NO_POOLS = [f"--{name}.teacher_pool=null" for name in ("extraction.loss", "baselines.tleg.loss", "baselines.distil_loss", "baselines.even_loss")]
+NO_POOLS = [
+    f"--{name}.teacher_pool=null" for name in ("extraction.loss", "baselines.tleg.loss", "baselines.distil_loss", "baselines.even_loss")
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,11 @@ def test_an_image_comes_with_different_captions_of_its_own(scenes: Path, count: 
         assert torch.equal(batch.text_NT[::count], one.text_NT)
         drawn = batch.samples_BS[:, 1:].tolist()
         assert all(len(set(captions)) == min(count, 3) for captions in drawn)
-        words = [reader.texts(sample).captions[place] for (sample, *_), places in zip(batch.samples_BS.tolist(), drawn, strict=True) for place in places]
+        words = [
+            reader.texts(sample).captions[place]
+            for (sample, *_), places in zip(batch.samples_BS.tolist(), drawn, strict=True)
+            for place in places
+        ]
         assert torch.equal(batch.text_NT, spec.tokenizer(words, spec.context_length))
         for name in ("samples_BS", "text_NT", "image_uint8_BCHW"):
             assert torch.equal(torch.cat([half[step].__dict__[name] for half in halves]), getattr(batch, name))

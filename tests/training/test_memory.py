@@ -12,7 +12,7 @@ from mmlg_launchers import LocalLauncher, Resources
 
 from mmlg_scale import towers
 from mmlg_scale.accounting import parameter_counts
-from mmlg_scale.memory import activation_bytes, peak_bytes
+from mmlg_scale.memory import activation_bytes, backward_bytes, peak_bytes
 from mmlg_scale.runtime import Runtime
 
 
@@ -27,14 +27,15 @@ def config(width: int, layers: int, vocabulary: int) -> dict[str, Any]:
 SMALL, LARGE = config(128, 4, 500), config(256, 6, 2000)
 
 
-def case(size: dict[str, Any], batch_size: int, **runtime: Any) -> dict[str, Any]:
-    return {"config": size, "batch_size": batch_size, "runtime": runtime}
+def case(size: dict[str, Any], batch_size: int, captions: int = 1, **runtime: Any) -> dict[str, Any]:
+    return {"config": size, "batch_size": batch_size, "captions": captions, "runtime": runtime}
 
 
 CASES = [
     *(case(SMALL, 64, zero_stage=stage) for stage in (0, 1, 2)),  # more activations than gradients
     *(case(LARGE, 16, zero_stage=stage) for stage in (0, 1, 2)),  # fewer
     case(SMALL, 64, zero_stage=0, activation_checkpointing=True),
+    case(SMALL, 64, captions=3, zero_stage=1),
     case(LARGE, 16, zero_stage=1, overlap=False, bucket_size=2_500_000),
     case(LARGE, 16, zero_stage=2, bucket_size=2_500_000),
 ]
@@ -51,12 +52,13 @@ def measured(cases: list[dict[str, Any]], ranks: int, folder: Path) -> list[int]
 
 def planned(given: dict[str, Any], ranks: int) -> float:
     sizes, runtime = towers.model_config(given["config"]), Runtime(**given["runtime"])
-    per_sample = activation_bytes(sizes, bf16=False, checkpointing=runtime.activation_checkpointing)
+    checkpointing, captions = runtime.activation_checkpointing, given["captions"]
+    per_sample = activation_bytes(sizes, bf16=False, checkpointing=checkpointing, captions=captions)
     found = peak_bytes(
         parameter_counts(towers.build_meta(sizes).state_dict())["total"],
         zero_stage=runtime.zero_stage,
         ranks=ranks,
-        activations=given["batch_size"] / ranks * per_sample,
+        activations=given["batch_size"] / ranks * (per_sample + backward_bytes(sizes, bf16=False, captions=captions)),
         bucket_size=runtime.bucket_size,
         overlap=runtime.overlap,
     )
@@ -69,7 +71,9 @@ def test_planned_memory_is_what_steps_take(tmp_path: Path) -> None:
     ranks = 2
     apart = {}
     for given, peak in zip(CASES, measured(CASES, ranks, tmp_path), strict=True):
-        name = f"width {given['config']['vision_cfg']['width']}, batch {given['batch_size']}, {given['runtime']}"
+        name = (
+            f"width {given['config']['vision_cfg']['width']}, batch {given['batch_size']}, {given['captions']} captions, {given['runtime']}"
+        )
         apart[name] = planned(given, ranks) / peak - 1
     print(json.dumps(apart, indent=1))
     assert all(abs(error) < 0.1 for error in apart.values()), apart

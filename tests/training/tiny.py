@@ -27,8 +27,8 @@ OPTIMIZER = recipe.Optimizer(learning_rate=0.05, weight_decay=0.0, gradient_clip
 
 
 def batch(step: int, context_length: int = 8, captions: int = 1) -> tuple[Tensor, Tensor]:
-    """Images [32, 3, 16, 16] and token ids [32 captions, T] whose end token (19) is at different places: below 8, in a longer context's second half
-    of the rows from 8 on."""
+    """Images [32, 3, 16, 16] and token ids [32 captions, T] whose end token (19) is at different places: below 8, in a longer context's
+    second half of the rows from 8 on."""
     generator = torch.Generator().manual_seed(100 + step)
     images = torch.randn(BATCH, 3, 16, 16, generator=generator)
     texts = torch.randint(3, 19, (BATCH * captions, context_length), generator=generator)
