@@ -101,7 +101,7 @@ def _causes(counts: dict[str, int]) -> str:
 
 
 def print_report(report: EpochReport) -> None:
-    """A line on the console where something was skipped; of the first rank's captions, where some were cut, were repeated or lack a name."""
+    """A line on the console where something was skipped; of the first rank's captions, where some were cut or repeated or lack a name."""
     if report.skipped:
         print(report.told_skipped(), flush=True)
     if report.num_truncated and is_first_rank():
