@@ -99,6 +99,25 @@ def test_captions_have_the_names_that_are_asked_for(
     )
 
 
+@pytest.mark.parametrize("kept_bytes", [captions.TOKEN_CACHE_BYTES, 2000])
+def test_several_captions_an_image_follow_the_rule(
+    kept_bytes: int, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of the three that most samples have; the only one of the others twice, which is counted."""
+    monkeypatch.setattr(captions, "TOKEN_CACHE_BYTES", kept_bytes)
+    data = Data(path=str(root / "large"), captions=RULE)
+    found = batches(data, root, 13, captions_per_image=2)  # an epoch of 147, and some more
+    words = texts_read(data, root, found)
+    samples = [sample for batch in found for sample in batch.indices_B.tolist()]
+    pairs = list(zip(samples, words[::2], words[1::2], strict=True))
+    assert all((first == second) == (sample % 3 == 0) for sample, first, second in pairs)
+    assert {text.partition(" ")[0] for sample, *texts in pairs if sample % 3 for text in texts} == {"alternative", "made", "once"}
+    lacking = len(range(3, 150, 3))
+    said = capsys.readouterr().out
+    assert f"epoch 0: of 147 samples, there are no captions named 'synthetic' in {lacking}" in said
+    assert f"epoch 0: {lacking} of 294 captions were read twice in a batch" in said
+
+
 def test_each_source_follows_its_own_rule_and_texts_are_a_name_too(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = mixture_of(root)
     assert data.sources is not None
