@@ -27,8 +27,8 @@ def contrastive(outputs: Outputs) -> Tensor:
     Under several ranks the mean of the returned values over ranks is the global batch's loss, and gradients are right after the
     engine has averaged them over ranks.
 
-    Of k captions an image, the mean of k such losses, each between the images and one caption of each (as LaCLIP-MT: Fan et al.
-    2023).
+    Of k captions an image, the mean of k such losses, each between the images and one caption of each (in the manner of
+    LaCLIP-MT, Fan et al. 2023).
     """
     found = [_contrastive(part) for part in _one_caption_each(outputs)]
     return found[0] if len(found) == 1 else torch.stack(found).mean()
