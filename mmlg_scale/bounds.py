@@ -19,6 +19,8 @@ MAX_PARAMETERS = 50_000_000_000
 MAX_BLOCKS = 256
 """Multimodal blocks of a learngene, and unimodal blocks of a tower."""
 MAX_KNOTS = 1000
+MAX_CAPTIONS_PER_IMAGE = 64
+"""Of a sample in a batch."""
 MAX_STUDENTS = 1000
 """Sizes that share a step of the extraction."""
 MAX_STEPS = 1_000_000_000

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from mmlg_scale.bounds import (
     MAX_BATCH,
     MAX_BLOCKS,
+    MAX_CAPTIONS_PER_IMAGE,
     MAX_IMAGE_SIZE,
     MAX_KNOTS,
     MAX_LAYERS,
@@ -25,6 +26,7 @@ _BOUNDED = {
     "Knots": (2, MAX_KNOTS),
     "Rank": (1, MAX_WIDTH),
     "Students": (1, MAX_STUDENTS),
+    "CaptionCount": (1, MAX_CAPTIONS_PER_IMAGE),
     "Steps": (0, MAX_STEPS),
     "BatchSize": (2, MAX_BATCH),
     "Parts": (1, MAX_BATCH),
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     Knots: TypeAlias = int
     Rank: TypeAlias = int
     Students: TypeAlias = int
+    CaptionCount: TypeAlias = int
     Steps: TypeAlias = int
     BatchSize: TypeAlias = int
     Parts: TypeAlias = int
@@ -102,6 +105,7 @@ __all__ = [
     "IN_WORDS",
     "BatchSize",
     "Blocks",
+    "CaptionCount",
     "ClosedUnitInterval",
     "Fraction",
     "ImageSize",

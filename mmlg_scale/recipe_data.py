@@ -7,7 +7,7 @@ from typing import Literal
 
 from mmlg_scale.augmentation import Augmentation
 from mmlg_scale.errors import require_key as _require
-from mmlg_scale.ranges import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt, SceneCount
+from mmlg_scale.ranges import CaptionCount, ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt, SceneCount
 from mmlg_scale.recipe_identity import LATER
 from mmlg_scale.sources import Source, check_captions, check_sources
 
@@ -39,7 +39,7 @@ class Data:
     """Which captions of a sample are trained on: names of keys of its JSON (txt: its text), each a caption or a list of them, with the
     weight by which one is drawn for each sample in every epoch: {alt: 0.5, synthetic: 0.5}. A name that a sample does not have is left out
     of its draw; one that has none of them gives its ordinary captions; both are counted. null: the ordinary captions, as in evaluation."""
-    captions_per_image: PositiveInt = field(default=1, metadata=LATER)
+    captions_per_image: CaptionCount = field(default=1, metadata=LATER)
     """Captions of a sample that a batch reads. Several share one pass of their image; the contrastive loss is the mean of those with one
     caption of each image. batch_size counts images. Where a sample has fewer, captions are read again, and counted."""
     evaluate_on: str | None = field(default=None, metadata=LATER)

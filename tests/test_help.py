@@ -102,7 +102,7 @@ def test_a_section_says_type_default_and_meaning(capsys: pytest.CaptureFixture[s
     assert main(["recipe", "--help", "extraction.training"]) == 0
     said = capsys.readouterr().out
     assert "  extraction.training.batch_size\n" in said
-    assert "default: 128\n      Pairs per step over all ranks.\n" in said
+    assert "default: 128\n      Pairs per step over all ranks; with data.captions_per_image, images.\n" in said
     assert "extraction.training.optimizer.beta2\n      a number from 0 to below 1; default: 0.98\n" in said
     assert main(["recipe", "--help", "adaptation.loss"]) == 0
     assert "adaptation.loss.feature\n      a number of 0 or more; default: 4.0\n" in capsys.readouterr().out  # not the class's 8.0

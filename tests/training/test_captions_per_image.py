@@ -170,6 +170,7 @@ def test_the_plan_counts_them(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--data.captions_per_image=2"], "recipe key extraction.loss.teacher_pool: keeps one caption of each sample"),
         ([*NO_POOLS, "--data.captions_per_image=0"], "data.captions_per_image"),
+        ([*NO_POOLS, "--data.captions_per_image=1000000000"], "a whole number from 1 to 64"),
     ],
 )
 def test_what_does_not_go_together(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
