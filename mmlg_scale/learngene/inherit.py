@@ -27,6 +27,8 @@ from mmlg_scale.learngene.structure import TOWERS, Structure
 
 Layer = dict[str, Tensor]
 NUM_ROUNDS, NUM_ITERATIONS = 4, 30
+RIDGE = 1e-2
+"""Of the mean squared column, where coefficients are not determined: see `_Fit`."""
 MAX_THREADS = 8
 """Layers aligned at the same time; each takes the memory of a few square matrices as wide as the MLP."""
 PATIENCE = 5.0
@@ -215,6 +217,11 @@ class _Fit:
 
     The numbers of the wider tower that the narrower one has too (`places`) are fitted to both towers' layers, the rest to the wider's.
     Only Gram matrices of the layers enter the iteration, so that its cost does not grow with the model's width.
+
+    Beside blocks of one tower, the coefficients of shared blocks beyond the first are not determined: any combination of the towers' own
+    may be added to them, and be taken off again by the towers' own blocks. Least squares then ends in large terms that cancel (with four
+    blocks of each kind 150 where 1 is usual, with eight shared ones 10^5), and training out of them diverges. A ridge (Hoerl & Kennard
+    1970) takes the smallest coefficients and blocks, at the same distance from the layers.
     """
 
     def __init__(
@@ -222,6 +229,7 @@ class _Fit:
     ) -> None:
         num_m, num_u = structure.num_multimodal, structure.num_unimodal
         self.num_m, self.num_u, self.wide, self.narrower = num_m, num_u, wide, narrower
+        self.ridge = RIDGE if num_m > 1 and num_u else 0.0
         self.rows = {wide: slice(0, depths[wide]), narrower: slice(depths[wide], depths[wide] + depths[narrower])}
         self.columns = {
             tower: [*range(num_m), *range(num_m + place * num_u, num_m + (place + 1) * num_u)]
@@ -252,7 +260,13 @@ class _Fit:
 
     def _inverse(self, region: int) -> Tensor:
         rows, columns, _ = self.regions[region]
-        return torch.linalg.pinv(self.weights[rows][:, columns])
+        weights = self.weights[rows][:, columns]
+        return self._gram_inverse(weights.T @ weights) @ weights.T if self.ridge else torch.linalg.pinv(weights)
+
+    def _gram_inverse(self, gram: Tensor) -> Tensor:
+        if not self.ridge:
+            return torch.linalg.pinv(gram, hermitian=True)
+        return torch.linalg.inv(gram + self.ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype))
 
     def solve(self) -> None:
         """Alternate; then scale each block to the layers' mean norm, so that coefficients are near 1."""
@@ -271,9 +285,7 @@ class _Fit:
                 columns = self.columns[tower]
                 left = sum(of_blocks[:count])[np.ix_(columns, columns)]  # type: ignore[index]
                 right = sum(with_layers[:count])[rows][:, columns]  # type: ignore[index]
-                self.weights[rows] = self.weights[rows].index_copy(
-                    1, torch.tensor(columns), right @ torch.linalg.pinv(left, hermitian=True)
-                )
+                self.weights[rows] = self.weights[rows].index_copy(1, torch.tensor(columns), right @ self._gram_inverse(left))
         norm = torch.cat([values.norm(dim=1) for values in self.values.values()]).mean()
         blocks = self.blocks()
         scales = torch.cat([blocks[name].norm(dim=1) for name in ("multimodal", self.wide, self.narrower)]) / norm

@@ -161,3 +161,44 @@ def test_the_fitted_start_is_nearer_to_the_ancestor_than_a_random_one() -> None:
             distance[fitted is not None] = (auxiliary(images, image_layers=3)["image_features"] - expected).norm() / expected.norm()
     assert distance[True] < 0.7 * distance[False]
     assert COEFFICIENT_NOISE > 0
+
+
+DEEP = {key: {**value, "layers": 6} if isinstance(value, dict) else value for key, value in CONFIG.items()}
+MANY = [(1, 1), (3, 0), (0, 4), (2, 1), (2, 2), (4, 4), (8, 1), (6, 6)]
+
+
+@pytest.mark.parametrize(("num_multimodal", "num_unimodal"), MANY)
+@pytest.mark.parametrize("width", [16, 32])
+def test_more_blocks_are_no_large_terms_that_cancel(
+    width: int, num_multimodal: int, num_unimodal: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Coefficients stay near 1, at as small a distance from the layers as without a ridge; where it is not needed it changes no bit."""
+    config = towers.model_config(DEEP | {"vision_cfg": {**DEEP["vision_cfg"], "width": width}})  # type: ignore[dict-item]
+    structure = Structure(config, num_knots=6, num_multimodal=num_multimodal, num_unimodal=num_unimodal)
+    layers = {tower: layers_of(config, tower, 10 + place) for place, tower in enumerate(TOWERS)}
+    for tower in TOWERS:  # every layer has a part that changes slowly with depth, as a trained model's do
+        for index in range(1, 6):
+            for name, tensor in layers[tower][index].items():
+                layers[tower][index][name] = 0.5 * tensor + 0.8 * layers[tower][index - 1][name]
+
+    def fitted() -> tuple[dict[str, torch.Tensor], float, float]:
+        found = fit(structure, layers)
+        errors = [
+            (tensor - layer[name]).square().sum() / layer[name].square().sum()
+            for tower in TOWERS
+            for made, layer in zip(rebuilt(structure, found, tower, 6), layers[tower], strict=True)
+            for name, tensor in made.items()
+        ]
+        return found, max(float(found[f"coefficients_{tower}"].abs().max()) for tower in TOWERS), float(torch.stack(errors).mean().sqrt())
+
+    found, largest, error = fitted()
+    monkeypatch.setattr(module, "RIDGE", 0.0)
+    plain, without, least = fitted()
+    assert largest < 5
+    assert error < least + 0.05
+    if num_multimodal > 1 and num_unimodal:
+        assert largest < min(2, without)
+    else:
+        assert all(torch.equal(found[name], plain[name]) for name in plain)
+    if (num_multimodal, num_unimodal) == (4, 4):
+        assert without > 10, "nothing cancels: the comparison would show nothing"
