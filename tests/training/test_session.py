@@ -112,11 +112,11 @@ def test_a_resumed_extraction_is_not_fitted_again(options: dict[str, Any], tmp_p
     role, fits, steps = ExtractionRole(settings, tmp_path / "ancestor" / "model"), [], []
     inherit, flops = roles.inherit, ExtractionStage.flops
 
-    def stop_in_the_third(stage: ExtractionStage, step: int, text_length: int | None = None) -> Any:
+    def stop_in_the_third(stage: ExtractionStage, step: int, *rest: Any) -> Any:
         steps.append(step)
         if steps == [0, 1, 2]:
             raise UserError("stopped by the test")
-        return flops(stage, step, text_length)
+        return flops(stage, step, *rest)
 
     monkeypatch.setattr(roles, "inherit", lambda *args: fits.append(1) or inherit(*args))
     run_role(role, tmp_path / "straight", runtime)
