@@ -27,12 +27,13 @@ SECTIONS = {
     "mmlg_adapted": "adaptation",
     "tleg_adapted": "adaptation",
     "sws_adapted": "adaptation",
+    "direct_adapted": "adaptation.direct",
 }
 """Where the recipe has the settings of a method."""
 LEARNGENES = ("mmlg", "tleg", "sws", "direct")
-ADAPTED = {"mmlg_adapted": "mmlg", "tleg_adapted": "tleg", "sws_adapted": "sws"}
+ADAPTED = {"mmlg_adapted": "mmlg", "tleg_adapted": "tleg", "sws_adapted": "sws", "direct_adapted": "direct"}
 """Short training of what is written from a learngene, whose schedule is named as theirs: the pieces of those methods."""
-NEEDS_ANCESTOR = ("distil", "even", "even_plain", "mmlg", "tleg", "sws", *ADAPTED)
+NEEDS_ANCESTOR = ("distil", "even", "even_plain", "mmlg", "tleg", "sws", "mmlg_adapted", "tleg_adapted", "sws_adapted")
 Size = tuple[int, ...]
 """Layers of the image and the text tower, then their width where it is not the ancestor's."""
 Settings = dict[str, Any]
@@ -107,7 +108,7 @@ def recipe_size(size: Size, modality: str = "both") -> recipe.Size:
 def options_of(method: str, settings: Mapping[str, Any]) -> Settings:
     """A method's settings by the recipe's dotted keys."""
     section = SECTIONS[method]
-    nested = method in LEARNGENES or method in ADAPTED
+    nested = method in LEARNGENES or section == "adaptation"
     training = f"{section}.training" if nested else section
     loss = f"{section}.loss" if nested else f"{section}_loss"
     places = {key.name: f"{section}.{key.name}" for key in dataclasses.fields(recipe.Extraction)} if method in LEARNGENES else {}
@@ -214,7 +215,8 @@ class Pieces:
         """A size trained after it is written from the learngene of a schedule; `name` replaces the schedule's in the piece's."""
         words = ("train", "--init", ADAPTED[method], "--modality", "both", *_size_words(size))
         identifier = f"{method}/{name or schedule}/{family}/{size_name(size)}"
-        more: Settings = {"needs": ("ancestor", self.learngene_of(method, schedule, family).id), "family": family, "size": size}
+        ancestor = ("ancestor",) if method in NEEDS_ANCESTOR else ()
+        more: Settings = {"needs": (*ancestor, self.learngene_of(method, schedule, family).id), "family": family, "size": size}
         return self._piece(identifier, method, name or schedule, words, options_of(method, settings), **more)
 
     def learngene_of(self, method: str, schedule: str, family: str) -> Piece:

@@ -150,22 +150,19 @@ class Plan:
     def _descend(self, init: str, size: recipe.Size) -> None:
         settings, counted = self.settings, size.in_sum and size.modality == "both"
         from_learngene = init in FROM_LEARNGENE
-        training = settings.adaptation.training if from_learngene else getattr(settings.baselines, init)
-        if training is None or (init != "mmlg" and not counted):
+        if (not from_learngene and getattr(settings.baselines, init) is None) or (init != "mmlg" and not counted):
             return
-        is_trained = training.steps > 0 and init != "direct"
-        has_target = (
-            is_trained and init != "scratch" and counted and settings.baselines.scratch is not None and settings.family.stop_at_target
-        )
         role = DescendantRole(
             settings,
             init,
             size,
             ancestor=None if init in WITHOUT_ANCESTOR else self.ancestor / "model",
             learngene=self.learngene(init) / "learngene.safetensors" if from_learngene else None,
-            target_of=self.descendant(size, "scratch") if has_target else None,
             features=self._features,
         )
+        has_scratch = init != "scratch" and counted and settings.baselines.scratch is not None
+        if role.training.steps and has_scratch and settings.family.stop_at_target:
+            role = dataclasses.replace(role, target_of=self.descendant(size, "scratch"))
         words = ["--init", init, "--modality", size.modality, *(self._model_options() if role.ancestor else ())]
         words += [word for key, value in size.sizes().items() if value for word in (f"--{key.replace('_', '-')}", str(value))]
         needs: tuple[str, ...] = ()
@@ -255,7 +252,8 @@ def check(settings: recipe.Recipe, runtime: Runtime, out: Path) -> dict[str, Any
 
 
 def _check_batches(settings: recipe.Recipe, runtime: Runtime) -> None:
-    trainings = {"ancestor": settings.ancestor, "adaptation.training": settings.adaptation.training}
+    trainings: dict[str, recipe.Training | None] = {"ancestor": settings.ancestor, "adaptation.training": settings.adaptation.training}
+    trainings["adaptation.direct"] = settings.adaptation.direct
     trainings |= {f"baselines.{name}": getattr(settings.baselines, name) for name in ("scratch", "even", "distil")}
     trainings |= {f"{section}.training": found.training for section, found in settings.learngenes().items()}
     for key, training in trainings.items():

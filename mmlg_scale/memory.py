@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmlg_scale.accounting import BYTES_PER_PARAMETER, height_and_width
+from mmlg_scale.towers import num_patches
 
 
 def state_bytes(params: int, *, zero_stage: int, ranks: int) -> dict[str, float]:
@@ -82,8 +83,7 @@ def activation_bytes(
     """
     vision, text = config["vision_cfg"], config["text_cfg"]
     height, width = height_and_width(vision.get("image_size", 224))
-    patch = vision.get("patch_size", 16)
-    tokens = {"vision_cfg": (height // patch) * (width // patch) + 1, "text_cfg": text.get("context_length", 77)}
+    tokens = {"vision_cfg": num_patches(config) + 1, "text_cfg": text.get("context_length", 77)}
     total = 3 * 4 * height * width  # the image itself
     number = 2 if bf16 else 4
     for key, tower, default in (("vision_cfg", vision, 768), ("text_cfg", text, 512)):
@@ -102,9 +102,7 @@ def backward_bytes(config: Mapping[str, Any], *, bf16: bool, captions: int = 1) 
     Of the block's result, and of the input and the output of the MLP's activation: 1 + 2 x mlp_ratio numbers a channel.
     """
     vision, text = config["vision_cfg"], config["text_cfg"]
-    height, width = height_and_width(vision.get("image_size", 224))
-    patch = vision.get("patch_size", 16)
-    image = ((height // patch) * (width // patch) + 1) * vision.get("width", 768) * (1 + 2 * vision.get("mlp_ratio", 4.0))
+    image = (num_patches(config) + 1) * vision.get("width", 768) * (1 + 2 * vision.get("mlp_ratio", 4.0))
     caption = captions * text.get("context_length", 77) * text.get("width", 512) * (1 + 2 * text.get("mlp_ratio", 4.0))
     return int((2 if bf16 else 4) * max(image, caption))
 
@@ -113,9 +111,7 @@ def compared_bytes(config: Mapping[str, Any], depths: int, *, captions: int = 1)
     """About what comparing the hidden states of one image and its captions at so many depths keeps: the teacher's, the student's mapped
     ones, differences."""
     vision, text = config["vision_cfg"], config["text_cfg"]
-    height, width = height_and_width(vision.get("image_size", 224))
-    patch = vision.get("patch_size", 16)
-    image = ((height // patch) * (width // patch) + 1) * vision.get("width", 768)
+    image = (num_patches(config) + 1) * vision.get("width", 768)
     return 3 * BYTES_PER_PARAMETER * depths * int(image + captions * text.get("context_length", 77) * text.get("width", 512))
 
 

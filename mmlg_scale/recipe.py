@@ -251,6 +251,9 @@ class Adaptation:
     """The loop's settings."""
     loss: DistillationLoss = field(default_factory=lambda: DistillationLoss(feature=4.0, hidden=0.0))
     """Terms kept from the ancestor."""
+    direct: Training | None = field(default=None, metadata=LATER)
+    """Training of what is written from a learngene that was pre-trained directly: by the contrastive loss alone, as there is no ancestor.
+    Null: used untrained."""
 
 
 @dataclass
@@ -324,8 +327,8 @@ class Recipe:
     extraction: Extraction = field(default_factory=Extraction)
     """Distilling the learngene."""
     pretraining: Pretraining | None = None
-    """A learngene trained directly on the pairs (mmlg pretrain), without the ancestor; its untrained descendants are listed as direct.
-    Null leaves it out."""
+    """A learngene trained directly on the pairs (mmlg pretrain), without the ancestor; its descendants are listed as direct. Null leaves it
+    out."""
     adaptation: Adaptation = field(default_factory=Adaptation)
     """Training of descendants after they are written."""
     baselines: Baselines = field(default_factory=Baselines)
@@ -358,6 +361,8 @@ class Recipe:
         for name, extraction in self.baselines.learngenes().items():
             extraction.check(f"baselines.{name}")
         self.adaptation.training.check("adaptation.training", allow_zero_steps=True)
+        if self.adaptation.direct is not None:
+            self.adaptation.direct.check("adaptation.direct")
         for name in ("scratch", "even", "distil"):
             training: Training | None = getattr(self.baselines, name)
             if training is not None:
@@ -438,13 +443,15 @@ class Recipe:
         if role == "pretraining":
             del found["engine"]["keep_features"]
             return found | {"pretraining": whole["pretraining"]}
+        direct = whole["adaptation"].pop("direct", None)  # depended on by descendants of direct pre-training, and by them only
         if init == "direct":
-            return found
-        if init in METHODS:
-            section = ("extraction" if init == "mmlg" else f"baselines.{init}") if role == "extraction" else "adaptation"
+            sections = []
+            found |= {"adaptation": {"direct": direct}} if direct is not None else {}
+        elif init in METHODS:
+            sections = [("extraction" if init == "mmlg" else f"baselines.{init}") if role == "extraction" else "adaptation"]
         else:
-            section = f"baselines.{init}"
-        for key in (section, *([f"baselines.{init}_loss"] if init in ("even", "distil") else [])):
+            sections = [f"baselines.{init}", *([f"baselines.{init}_loss"] if init in ("even", "distil") else [])]
+        for key in sections:
             outer, _, inner = key.partition(".")
             found.setdefault(outer, {}).update({inner: whole[outer][inner]} if inner else whole[outer])
         if has_target:

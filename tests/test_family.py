@@ -38,7 +38,10 @@ RECIPE = {
     "ancestor": {"steps": 60, "batch_size": 32, "eval_every": 12},
     "extraction": {"min_layers": 1, "num_knots": 3, "training": {"steps": 60, "batch_size": 32, "eval_every": 12}},
     "pretraining": {"min_layers": 1, "num_knots": 3, "training": {"steps": 8, "batch_size": 32, "eval_every": 4}},
-    "adaptation": {"training": {"steps": 4, "batch_size": 32, "eval_every": 2}},
+    "adaptation": {
+        "training": {"steps": 4, "batch_size": 32, "eval_every": 2},
+        "direct": {"steps": 3, "batch_size": 16, "eval_every": 1},
+    },
     "baselines": {
         "scratch": {"steps": 8, "batch_size": 32, "eval_every": 4},
         "even": {"steps": 8, "batch_size": 32, "eval_every": 4},
@@ -181,9 +184,13 @@ def test_family_json_report_and_metrics(undisturbed: Path) -> None:
     assert family["cost_ratio"] > 0
     assert set(family["cost_ratio_by_baseline"]) == {"even", "distil", "direct"}
     totals = family["totals_by_init"]
-    assert totals["direct"]["flops"] == totals["direct"]["flops_with_ancestor"] == family["rival_learngenes"]["direct"]["flops"] > 0
-    assert family["rival_learngenes"]["direct"]["teacher_flops"] == 0
     by_init = {entry["init"]: entry for entry in family["descendants"] if entry["modality"] == "both"}
+    direct = by_init["direct"]
+    assert [point["step"] for point in direct["curve"]] == [0, 1, 2, 3]
+    results = [json.loads((undisturbed / folder / "result.json").read_text()) for folder in ("direct", "descendants/i2-t2-direct")]
+    assert [result["teacher_flops"] for result in results] == [0, 0]
+    once = family["rival_learngenes"]["direct"]["flops"]
+    assert totals["direct"]["flops"] == totals["direct"]["flops_with_ancestor"] == once + direct["flops_to_target"] > 0
     assert [point["step"] for point in by_init["mmlg"]["curve"]] == [0, 2, 4]
     assert [point["step"] for point in by_init["scratch"]["curve"]] == [4, 8]
     assert by_init["scratch"]["target"] == by_init["scratch"]["curve"][-1]["mean_recall@1"]
@@ -238,8 +245,16 @@ CHANGES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
         {"descendants/i3-t1-mmlg"},
     ),
     "adaptation and baselines": (
-        {"adaptation": {"training": LONGER}, "baselines": {**RECIPE["baselines"], "even": LONGER, "distil": None}},
+        {
+            "adaptation": {**RECIPE["adaptation"], "training": LONGER},
+            "baselines": {**RECIPE["baselines"], "even": LONGER, "distil": None},
+        },
         {"descendants/i2-t2-mmlg", "descendants/i2-t2-even"},
+        set(),
+    ),
+    "adaptation of what is pre-trained directly": (
+        {"adaptation": {**RECIPE["adaptation"], "direct": LONGER}, "baselines": {**RECIPE["baselines"], "distil": None}},
+        {"descendants/i2-t2-direct"},
         set(),
     ),
     "extraction": (

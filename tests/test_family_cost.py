@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import replace
@@ -254,6 +255,22 @@ def test_another_batch_size_sees_as_many_samples() -> None:
     keys = ("baselines.even.steps", "baselines.even.batch_size", "baselines.even.eval_every")
     assert [found["short"][key] for key in keys] == ["1200", "8", "400"]
     assert [found["long"][key] for key in keys] == ["900", "32", "100"]
+
+
+def test_what_is_pre_trained_directly_is_adapted_without_an_ancestor() -> None:
+    methods = {"direct": {"short": {"steps": 30}}, "direct_adapted": {"short": {"steps": 8, "sizes": [[2, 2]]}}}
+    pieces = Pieces(replace(PLAN, methods=methods), 0, {"direct_adapted": {"learning_rate": 1e-3, "batch_size": 64}}).all()
+    (adapted,) = [piece for piece in pieces if piece.method == "direct_adapted"]
+    assert (adapted.id, adapted.needs) == ("direct_adapted/short/two/i2-t2", ("direct/short/two/learngene",))
+    settings, _ = load_recipe("demo", **dict(adapted.options))
+    training = settings.adaptation.direct
+    assert training is not None
+    assert (training.steps, training.batch_size, training.optimizer.learning_rate) == (8, 64, 1e-3)
+    assert settings.used_by("descendant", init="direct")["adaptation"] == {"direct": dataclasses.asdict(training)}
+    # Neither the learngene nor the untrained model depends on it.
+    for piece in pieces:
+        if piece.method == "direct":
+            assert "adaptation.direct" not in " ".join(key for key, _ in piece.options)
 
 
 @pytest.mark.parametrize(("name", "methods"), [("gpu-small", ("scratch", "direct")), ("cluster", ("even", "sws"))])

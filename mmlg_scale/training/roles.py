@@ -283,7 +283,7 @@ class DescendantRole:
     A single tower is written and evaluated together with the ancestor's other tower, and not trained.
 
     Attributes:
-        init: mmlg, direct, tleg, sws, scratch, even or distil. Descendants of direct pre-training are not adapted: there is no ancestor.
+        init: mmlg, direct, tleg, sws, scratch, even or distil. Descendants of direct pre-training are adapted without an ancestor.
         target_of: a finished scratch run: where the recipe says so, training stops once it is at that run's quality in two consecutive
             evaluations.
         features: what `mmlg features` wrote, where the recipe keeps features and this run compares with the ancestor.
@@ -304,18 +304,22 @@ class DescendantRole:
     @property
     def training(self) -> recipe.Training:
         """The loop's settings. Raises UserError where the recipe leaves the baseline out."""
-        if self.init in FROM_LEARNGENE:
-            found: recipe.Training | None = self.settings.adaptation.training
+        adaptation = self.settings.adaptation
+        found: recipe.Training | None
+        if self.init == "direct":
+            found = adaptation.direct or replace(adaptation.training, steps=0)
+        elif self.init in FROM_LEARNGENE:
+            found = adaptation.training
         else:
             found = getattr(self.settings.baselines, self.init)
         if found is None:
             raise UserError(f"recipe key baselines.{self.init} is null: this baseline is left out. Give it settings to train it.")
-        return found if self.size.modality == "both" and self.init != "direct" else replace(found, steps=0)
+        return found if self.size.modality == "both" else replace(found, steps=0)
 
     @property
     def weights(self) -> recipe.DistillationLoss | None:
         """The terms that compare with the ancestor, where training has any."""
-        if not self.training.steps:
+        if not self.training.steps or self.init == "direct":
             return None
         if self.init in FROM_LEARNGENE:
             return self.settings.adaptation.loss
