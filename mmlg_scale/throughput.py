@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import math
 import os
 import platform
@@ -49,6 +50,11 @@ ENDLESS = 10**6
 """Steps of the schedule: its warm-up is then longer than any measurement, and rates stay near zero."""
 KEPT_BATCHES = 4
 """Decoded batches that the windows without the loader go through in turn."""
+SPEED_OPTIONS = (
+    *("threads", "num_workers", "cache_decoded", "persistence_threshold", "bucket_size", "overlap"),
+    *("activation_checkpointing", "text", "compile", "compose_per_layer", "shard_ancestor"),
+)
+"""Runtime options on which figures depend. Rows name those that are not at their defaults."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,16 @@ class Cell:
         """For the console."""
         return f"{self.role}, {self.architecture or 'the recipe'}, {self.precision}, ZeRO-{self.zero_stage}, {self.batch_size} pairs"
 
-    def row(self, settings: recipe.Recipe, ranks: int) -> Row:
+    def row(self, settings: recipe.Recipe, runtime: Runtime, ranks: int) -> Row:
         """What a row of figures says of the combination, as JSON gives it back."""
-        captions = settings.data.captions_per_image
-        several = {"captions_per_image": captions} if captions > 1 else {}
-        return {**asdict(self), "layers": self.layers and list(self.layers), "model": model_name(settings, self), "ranks": ranks, **several}
+        row = {**asdict(self), "layers": self.layers and list(self.layers), "model": model_name(settings, self), "ranks": ranks}
+        if (captions := settings.data.captions_per_image) > 1:
+            row["captions_per_image"] = captions
+        usual = Runtime()
+        options = {name: value for name in SPEED_OPTIONS if (value := getattr(runtime, name)) != getattr(usual, name)}
+        if (parts := role_training(settings, self.role).accumulation) > 1:
+            options["accumulation"] = parts
+        return row | ({"options": options} if options else {})
 
 
 @dataclass(frozen=True)
@@ -126,8 +137,13 @@ def model_name(settings: recipe.Recipe, cell: Cell) -> str:
 
 def recipe_batch(settings: recipe.Recipe, role: RoleName) -> int:
     """The recipe's own batch size of a role, all ranks together."""
+    return role_training(settings, role).batch_size
+
+
+def role_training(settings: recipe.Recipe, role: RoleName) -> recipe.Training:
+    """The recipe's training of a role."""
     training = {"ancestor": settings.ancestor, "extraction": settings.extraction.training, "descendant": settings.adaptation.training}
-    return training[role].batch_size
+    return training[role]
 
 
 def role_of(settings: recipe.Recipe, cell: Cell, pairs: PairSet, folder: Path) -> Role:
@@ -178,7 +194,7 @@ def measure_cell(settings: recipe.Recipe, runtime: Runtime, cell: Cell, windows:
         session.engine.close()
         del session
         gc.collect()
-    return {**cell.row(settings, found["ranks"]), **found}
+    return {**cell.row(settings, runtime, found["ranks"]), **found}
 
 
 def measure(session: Session, windows: Windows) -> Row:
@@ -306,12 +322,12 @@ def environment(device: torch.device) -> Row:
     }
 
 
-IDENTITY = ("model", "role", "precision", "zero_stage", "batch_size", "layers", "communication", "captions_per_image", "ranks")
+IDENTITY = ("model", "role", "precision", "zero_stage", "batch_size", "layers", "communication", "captions_per_image", "options", "ranks")
 """Keys of a row that say what was measured."""
 
 
 def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Rows of several calls: a combination that was measured again has its last figures."""
+    """Rows of several calls: a combination that was measured again, with the same options, has its last figures."""
     found = {tuple(str(row.get(key)) for key in IDENTITY): row for row in [*old, *new]}
     return sorted(
         found.values(), key=lambda row: [str(row["model"]), ROLES.index(row["role"]), *(_order(row, key) for key in IDENTITY[2:])]
@@ -340,6 +356,11 @@ def efficiency(row: Row, rows: Sequence[Row]) -> tuple[str, float] | None:
     return None
 
 
+def _told_options(row: Row) -> str:
+    """Options that are not at their defaults, in words."""
+    return "".join(f", {name} {json.dumps(value).strip(chr(34))}" for name, value in row.get("options", {}).items())
+
+
 def table(rows: Sequence[Row]) -> str:
     """Markdown, one line for each combination."""
     heads = ["model", "role", "precision", "ZeRO", "ranks", "pairs/rank", "samples/s", "without loader", "of it per CPU s and rank"]
@@ -351,7 +372,7 @@ def table(rows: Sequence[Row]) -> str:
         several = f", {row['captions_per_image']} captions an image" if row.get("captions_per_image") else ""
         known = [
             row["model"],
-            row["role"] + depth + several,
+            row["role"] + depth + several + _told_options(row),
             row["precision"] + sent,
             str(row["zero_stage"]),
             str(row["ranks"]),
@@ -383,7 +404,7 @@ def draw(rows: Sequence[Row], target: Path) -> None:
     lines: dict[str, list[Row]] = {}
     for row in rows:
         several = f" {row['captions_per_image']} captions" if row.get("captions_per_image") else ""
-        name = f"{row['model']} {row['role']} {row['precision']} ZeRO-{row['zero_stage']}{several}"
+        name = f"{row['model']} {row['role']} {row['precision']} ZeRO-{row['zero_stage']}{several}{_told_options(row)}"
         lines.setdefault(name + (f" {row['local_batch']}/rank" if x == "ranks" else ""), []).append(row)
     for name, mine in lines.items():
         places = [row[x] for row in mine]

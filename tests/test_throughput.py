@@ -136,6 +136,21 @@ def test_several_captions_an_image_are_a_combination_of_their_own(tmp_path: Path
     assert one["flops_per_sample"] == 3 * flops["total"]
 
 
+def test_other_runtime_options_are_a_combination_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside the row at the defaults, which it does not replace; measured again, it has its last figures."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump({"model": {"config": CONFIG}}))
+    options = ["--out", str(tmp_path / "out"), "--roles", "ancestor", "--batch-sizes", "8", "--steps", "1", "--repeats", "1"]
+    options += ["--warmup", "1", "--num-pairs", "24"]
+    others = ["--runtime.text", "full", "--runtime.activation_checkpointing", "true", "--ancestor.accumulation", "2"]
+    for more in ([], others, others):
+        assert main(["benchmark", str(recipe), *options, *more]) == 0
+    assert "| ancestor, activation_checkpointing true, text full, accumulation 2 |" in capsys.readouterr().out
+    plain, changed = json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]
+    assert "options" not in plain
+    assert changed["options"] == {"activation_checkpointing": True, "text": "full", "accumulation": 2}
+
+
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def said(*words: str) -> str:
         assert main(["benchmark", "demo", *words]) == 2

@@ -110,7 +110,7 @@ def _here(args: Any, recipe: Recipe, runtime: Runtime, out: Path) -> int:
         except torch.OutOfMemoryError:
             if world_size > 1:
                 raise  # the other ranks may not have met it, and wait
-            row = _without_figures(recipe, cell, world_size, "out of memory")
+            row = _without_figures(recipe, runtime, cell, world_size, "out of memory")
         row |= {"environment": environment(device)}
         on_first_rank(lambda row=row: _keep(out, [row]))  # type: ignore[misc]
     if is_first_rank() and not args.quiet:
@@ -145,7 +145,7 @@ def _on_each(args: Any, recipe: Recipe, runtime: Runtime, out: Path) -> int:
             raise
         if job.exit_code:
             failed += 1
-            _keep(out, [_without_figures(recipe, cell, ranks, f"failed with exit code {job.exit_code}")])
+            _keep(out, [_without_figures(recipe, runtime, cell, ranks, f"failed with exit code {job.exit_code}")])
     if not args.quiet:
         _show(out)
     return 1 if failed else 0
@@ -205,8 +205,8 @@ def _data(args: Any, recipe: Recipe, out: Path) -> str | None:
     return str(folder)
 
 
-def _without_figures(recipe: Recipe, cell: Cell, ranks: int, note: str) -> Row:
-    return {**cell.row(recipe, ranks), "local_batch": cell.batch_size // ranks, "note": note}
+def _without_figures(recipe: Recipe, runtime: Runtime, cell: Cell, ranks: int, note: str) -> Row:
+    return {**cell.row(recipe, runtime, ranks), "local_batch": cell.batch_size // ranks, "note": note}
 
 
 def _keep(out: Path, rows: Sequence[Row]) -> None:
