@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from benchmarks import family_cost, family_frontier
-from benchmarks.family_cost import next_trials, run_seed, this_machine, tuned_settings
+from benchmarks.family_cost import next_trials, run_seed, this_machine, tuned_settings, with_needs
 from benchmarks.family_frontier import Cost, Seed
 from benchmarks.family_plan import LEARNGENES, RESULTS, Pieces, Plan, load_plan, size_name
 from mmlg_scale.recipe_file import load_recipe
@@ -255,6 +255,19 @@ def test_another_batch_size_sees_as_many_samples() -> None:
     keys = ("baselines.even.steps", "baselines.even.batch_size", "baselines.even.eval_every")
     assert [found["short"][key] for key in keys] == ["1200", "8", "400"]
     assert [found["long"][key] for key in keys] == ["900", "32", "100"]
+
+
+def test_a_part_of_a_plan_brings_what_it_is_made_of() -> None:
+    methods = {
+        "mmlg": {"short": {"steps": 8}},
+        "mmlg_adapted": {"short": {"steps": 4}},
+        "scratch": {"short": {"steps": 8}},
+    }
+    pieces = Pieces(replace(PLAN, methods=methods), 0, {}).all()
+    found = [piece.id for piece in with_needs(pieces, ["mmlg_adapted/short/two/i4-t4"])]
+    assert found == ["ancestor", "mmlg/short/two/learngene", "mmlg_adapted/short/two/i4-t4"]
+    assert [piece.id for piece in with_needs(pieces, ["scratch/short"])] == ["scratch/short/i2-t2", "scratch/short/i4-t4"]
+    assert with_needs(pieces, []) == pieces
 
 
 def test_what_is_pre_trained_directly_is_adapted_without_an_ancestor() -> None:
