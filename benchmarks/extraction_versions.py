@@ -6,7 +6,8 @@
 
 Each version runs in a process of its own, from its own files, on the same shards, ancestor (random weights), recipe, sizes and batches,
 which are decoded before. They take turns, so that whatever else the machine does falls on both; a ratio is of two neighbouring turns, by
-CPU time. One core, fp32. With --compile, of this version twice: with `runtime.compile` and without.
+CPU time. One core, fp32. With --compile, of this version twice: with `runtime.compile` and without. With --kept, too with the ancestor's
+outputs in a `teacher_pool`: the turn that warms up computes and writes them, the others read them.
 """
 
 from __future__ import annotations
@@ -43,22 +44,27 @@ from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.roles import ExtractionRole
 from mmlg_scale.training.session import build_session
 
-name, ancestor, batches, data, runtime = json.loads(sys.argv[1])
+name, ancestor, batches, data, options = json.loads(sys.argv[1])
 logging.disable(logging.INFO)
 torch.set_num_threads(1)
 answers, sys.stdout = sys.stdout, sys.stderr
 write_scenes(Path(data), num_train=512, num_val=16, num_test=16)  # each version has its own files
 settings, _ = load_recipe(name, **{"data.path": data, "extraction.start": "random"})
-if getattr(settings.extraction.loss, "teacher_pool", None):
-    settings.extraction.loss.teacher_pool = None  # the ancestor runs in every step, as in versions without pools
-session = build_session(settings, ExtractionRole(settings, Path(ancestor)), runtime=Runtime(cache_decoded=False, **runtime))
-form, arrays = next(iter(session.stream())), np.load(batches)
+arrays, kept, more = np.load(batches), options.pop("kept", False), {}
+num_pairs = arrays["texts"].shape[0] * arrays["texts"].shape[1]
+if kept or getattr(settings.extraction.loss, "teacher_pool", None):
+    settings.extraction.loss.teacher_pool = num_pairs if kept else None  # None: the ancestor runs in every step, as before there were pools
+    more = {"folder": Path(data)} if kept else {}
+session = build_session(settings, ExtractionRole(settings, Path(ancestor)), runtime=Runtime(cache_decoded=False, **options), **more)
+form = next(iter(session.stream()))
 texts_field = "text_NT" if hasattr(form, "text_NT") else "text_BT"  # of versions without several captions an image
 batches = [
     dataclasses.replace(form, image_uint8_BCHW=torch.from_numpy(images), **{texts_field: torch.from_numpy(texts)})
     for images, texts in zip(arrays["images"], arrays["texts"])
 ]
 steps = len(batches)
+if kept:
+    batches = [dataclasses.replace(batch, places_B=torch.arange(len(batch)) + step * len(batch)) for step, batch in enumerate(batches)]
 for line in sys.stdin:
     wall, cpu, loss = time.perf_counter(), time.process_time(), None
     for step, batch in enumerate(batches):
@@ -143,12 +149,15 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--steps", type=int, default=12, help="of a turn")
     parser.add_argument("--compile", action="store_true", help="this version compiled, too")
+    parser.add_argument("--kept", action="store_true", help="this version with the ancestor's outputs kept, too")
     parser.add_argument("--out", type=Path, default=None, help="folder for extraction_versions_MODEL.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         task = make_task(args.model, folder, args.steps)
         places: dict[str, tuple[Path, dict[str, Any]]] = {"earlier": (args.earlier.resolve(), {}), "now": (ROOT, {})}
+        if args.kept:
+            places["kept"] = (ROOT, {"kept": True})
         if args.compile:
             places["compiled"] = (ROOT, {"compile": True})
         versions = {name: Version(place, [*task, str(folder / name), runtime]) for name, (place, runtime) in places.items()}

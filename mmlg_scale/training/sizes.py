@@ -58,13 +58,19 @@ class SizeDraw:
     def _size(self, step: int, index: int) -> dict[str, int]:
         """One depth for both towers, scaled down for the one that has fewer layers to draw from, and a width for each."""
         widths = self.settings.width_shares
+        least, most = self.settings.min_layers, self._most(step)
         if self.settings.sampling == "sandwich" and index < 2:
-            least, most = self.settings.min_layers, max(self.max_layers.values())
             return self._even(most, max(widths)) if index == 0 else self._even(least, min(widths))
         draw = generator(self.seed, Stream.SIZES, step, index)
-        layers = self._depths(int(draw.integers(self.settings.min_layers, max(self.max_layers.values()), endpoint=True)))
+        layers = self._depths(int(draw.integers(least, most, endpoint=True)))
         shares = draw.choice(widths, size=2)
         return layers | {f"{tower}_width": self._width(tower, share) for tower, share in zip(TOWERS, shares, strict=True)}
+
+    def _most(self, step: int) -> int:
+        """The greatest depth that `step` draws from: while it grows, each depth is the greatest for equally many steps."""
+        least, most = self.settings.min_layers, max(self.max_layers.values())
+        growing = self.settings.growth * self.settings.training.steps
+        return most if step >= growing else least + int((most - least + 1) * step / growing)
 
     def _even(self, layers: int, share: float) -> dict[str, int]:
         """Both towers at the same depth, as `_depths` has it, and the same share of their widths."""

@@ -17,6 +17,7 @@ from mmlg_scale.errors import UserError
 from mmlg_scale.objectives import contrastive, distillation, feature_distance, hidden_distance
 from mmlg_scale.training.loop import rate_factor
 from mmlg_scale.training.meters import Meters
+from mmlg_scale.training.sizes import SizeDraw
 from mmlg_scale.training.stages import ClipStage, ElasticStage, ExtractionStage, parameter_groups
 from mmlg_scale.training.teacher import LiveTeacher, tap_layers
 from mmlg_scale.training.trackers import JsonLines
@@ -196,6 +197,23 @@ def test_depths_are_drawn_by_seed_and_step_alone() -> None:
     assert set(depths) == {2, 3}
     assert 70 < depths.count(2) < 130
     assert [stage.sizes(step)[0]["text_layers"] for step in (5, 150, 5)] == [depths[5], depths[150], depths[5]]
+
+
+def test_depths_grow_over_a_fraction_of_the_steps() -> None:
+    """Of 100 steps the first 60 have the depths up to 2, 3, 4 and 5 for fifteen each; then all are drawn alike, as without growth."""
+    config = towers.model_config(CONFIG | {name: {**CONFIG[name], "layers": 5} for name in ("vision_cfg", "text_cfg")})  # type: ignore[dict-item]
+    training = recipe.Training(steps=100)
+    grows, whole = (SizeDraw(recipe.Pretraining(training=training, growth=growth), config, 3) for growth in (0.6, 0.0))
+    for first, most in ((0, 2), (15, 3), (30, 4), (45, 5)):
+        depths = [grows.sizes(step)[0]["image_layers"] for step in range(first, first + 15)]
+        assert (min(depths), max(depths)) == (2, most)
+    assert [grows.sizes(step) for step in range(60, 100)] == [whole.sizes(step) for step in range(60, 100)]
+    assert grows.total_flops(100) == sum(grows.flops(step) for step in range(100)) < whole.total_flops(100)
+    assert grows.trained_range() == whole.trained_range()
+
+    sandwich = recipe.Pretraining(training=training, growth=0.6, sampling="sandwich", students_per_step=2)
+    greatest = [sizes[0]["text_layers"] for sizes in map(SizeDraw(sandwich, config, 3).sizes, (0, 14, 15, 30, 44, 45, 99))]
+    assert greatest == [2, 2, 3, 4, 4, 5, 5]
 
 
 def test_a_resumed_run_has_every_line_once(tmp_path: Path) -> None:
