@@ -102,18 +102,19 @@ class Windows:
 
 
 def settings_of(settings: recipe.Recipe, cell: Cell) -> recipe.Recipe:
-    """The recipe of a cell: its model, precision and batch, and a schedule that does not end while it is measured."""
+    """The recipe of a cell: its model, precision and batch, and a schedule that does not end while it is measured, of all depths."""
     model = settings.model
     if cell.architecture is not None:
         model = replace(model, architecture=cell.architecture, config=None)
     model = replace(model, weights=None)
     extraction, adaptation = settings.extraction, settings.adaptation
+    distils = replace(extraction, start="random", growth=0.0, training=_endless(extraction.training, cell), loss=_unpooled(extraction.loss))
     return replace(
         settings,
         model=model,
         engine=replace(settings.engine, precision=cell.precision, communication=cell.communication, keep_features=False),
         ancestor=_endless(settings.ancestor, cell),
-        extraction=replace(extraction, start="random", training=_endless(extraction.training, cell), loss=_unpooled(extraction.loss)),
+        extraction=distils,
         adaptation=replace(adaptation, training=_endless(adaptation.training, cell), loss=_unpooled(adaptation.loss)),
     )
 

@@ -11,12 +11,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from mmlg_scale import towers
+from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import forward_flops, training_flops
 from mmlg_scale.cli import main
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.data.synthetic import WORDS, sample, write_pairs
-from mmlg_scale.throughput import efficiency, merged, table
+from mmlg_scale.throughput import Cell, efficiency, merged, settings_of, table
+from mmlg_scale.training.sizes import SizeDraw
 from tests.artefacts import CONFIG
 
 Row = dict[str, Any]
@@ -103,6 +104,14 @@ def test_every_role_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert found["step_mfu"] == pytest.approx(found["flops_per_sample"] * found["step_samples_per_second"] / found["peak_flops"])
         assert 0 < found["loader_stall"] < 1
         assert found["peak_memory_bytes"] > 10 * 2**20
+
+
+def test_extraction_is_measured_at_all_depths() -> None:
+    """Steps of a recipe whose depths grow are measured as they are at its end."""
+    config = towers.model_config(CONFIG | {name: {**CONFIG[name], "layers": 4} for name in ("vision_cfg", "text_cfg")})  # type: ignore[dict-item]
+    settings = recipe.Recipe(extraction=recipe.Extraction(growth=1.0))
+    draw = SizeDraw(settings_of(settings, Cell("extraction", None, "fp32", zero_stage=0, batch_size=8)).extraction, config, seed=0)
+    assert {draw.sizes(step)[0]["image_layers"] for step in range(30)} == {2, 3, 4}
 
 
 def test_several_captions_an_image_are_a_combination_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
