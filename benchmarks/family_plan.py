@@ -141,8 +141,8 @@ class Pieces:
         self.ancestor = self._piece("ancestor", "ancestor", "whole", ("train",), options)
 
     def tuned_for(self, method: str, schedule: str) -> Settings:
-        """What tuning found for a schedule: for itself, or for the method at pilot length; with a pool the same as without."""
-        return dict(self.tuned.get(f"{method}@{schedule.removesuffix('-pool')}", self.tuned.get(method, {})))
+        """What tuning found for a schedule: for itself, or for the method at pilot length; with a pool or growth the same as without."""
+        return dict(self.tuned.get(f"{method}@{schedule.partition('-')[0]}", self.tuned.get(method, {})))
 
     def _piece(
         self, identifier: str, method: str, schedule: str, command: tuple[str, ...], options: Mapping[str, Any], **more: Any
