@@ -33,7 +33,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from benchmarks.family_plan import ADAPTED, LEARNGENES, NEEDS_ANCESTOR, RESULTS, Plan, Size, load_plan, size_name
-from mmlg_scale.accounting import first_reached
+from mmlg_scale.accounting import first_reached, reaches
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_text_atomic
 
@@ -168,7 +168,7 @@ def _met_by_teacher(piece: Piece) -> int:
 def reaching(curve: Sequence[Mapping[str, Any]], target: float, metric: str) -> Mapping[str, Any] | None:
     """`accounting.first_reached`, where the end of a schedule counts too: nobody trains a schedule one evaluation longer to be sure."""
     point = first_reached(curve, target, metric)
-    return curve[-1] if point is None and curve[-1][metric] >= target else point
+    return curve[-1] if point is None and reaches(curve[-1][metric], target) else point
 
 
 def with_ancestor(way: str, cost: float, ancestor: Piece) -> float:

@@ -131,12 +131,17 @@ def first_reached(curve: Curve, target: float, metric: str) -> Mapping[str, Any]
     None where there is no such point. A curve that is there in its last evaluation only has not reached it: one evaluation may be luck.
     An untrained model at the target needs no training, so nothing that training does to it afterwards counts.
     """
-    if curve[0]["step"] == 0 and curve[0][metric] >= target:
+    if curve[0]["step"] == 0 and reaches(curve[0][metric], target):
         return curve[0]
     for point, following in pairwise(curve):
-        if point[metric] >= target and following[metric] >= target:
+        if reaches(point[metric], target) and reaches(following[metric], target):
             return point
     return None
+
+
+def reaches(quality: float, target: float) -> bool:
+    """Whether a quality is at a target. Two means of as many hits can differ in their last digit, and neither is then below the other."""
+    return quality >= target - 1e-9
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,7 @@ def _charge_of(entry: DescendantEntry, target: float | None, family_metric: str)
     metric = entry.metric or family_metric
     paid = charge(entry.curve, target, metric)
     # Scratch defines the target; where only its last evaluation is there, the full schedule is its cost, and it did get there.
-    reached = paid.reached or (entry.init == "scratch" and entry.curve[-1][metric] >= target)
+    reached = paid.reached or (entry.init == "scratch" and reaches(entry.curve[-1][metric], target))
     return Charge(target, reached, paid.flops, paid.seconds)
 
 

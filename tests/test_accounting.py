@@ -46,6 +46,9 @@ def _curve(*values: float, step: int = 10, start: int = 1, flops: int = 100, sec
         ((0.4,), 0, None),
         ((0.6,), 1, None),  # one evaluation after training is a lone evaluation
         ((float("nan"), 0.6, float("nan"), 0.6), 1, None),
+        ((0.5 - 2**-53, 0.5 - 2**-53), 0, 0),  # as many hits, another last digit
+        ((0.4, 0.5 - 2**-53, 0.5), 0, 10),
+        ((0.4999, 0.4999), 0, None),
     ],
 )
 def test_first_reached(values: tuple[float, ...], start: int, expected_step: int | None) -> None:

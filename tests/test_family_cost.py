@@ -202,7 +202,7 @@ def test_tuning_leaves_no_best_rate_at_an_edge_and_gives_every_method_as_many_tr
 
 
 def _independent(pieces: dict[str, Any], sizes: list[str], metric: str, way: str, family: str, mark: str) -> float | None:
-    """A way's cost at a marked target, written again without the benchmark's code."""
+    """A way's cost at a marked target, written again without the benchmark's code; qualities to nine digits, as hits are counted."""
     targets = {size: pieces[f"scratch/{mark}/{size}"]["curve"][-1][metric] for size in sizes}
     method, _, joint = way.partition("_joint")
     joint = way.endswith("_joint")
@@ -214,10 +214,10 @@ def _independent(pieces: dict[str, Any], sizes: list[str], metric: str, way: str
                 gene = pieces[f"{method}/{schedule}/{family}/learngene"]
                 spent = gene["flops"] + gene["teacher_flops"]
                 for name, size in zip(names, sizes, strict=True):
-                    if pieces[name]["curve"][0][metric] >= targets[size]:
+                    if round(pieces[name]["curve"][0][metric], 9) >= round(targets[size], 9):
                         continue
                     points = pieces.get(f"{method}_adapted/{schedule}/{family}/{size}", {"curve": []})["curve"]
-                    good = [point[metric] >= targets[size] for point in points]
+                    good = [round(point[metric], 9) >= round(targets[size], 9) for point in points]
                     spent += next((points[i]["flops"] for i in range(len(good)) if good[i] and all(good[i : i + 2])), math.inf)
                 options.append([spent if spent < math.inf else None])
             continue
@@ -227,7 +227,7 @@ def _independent(pieces: dict[str, Any], sizes: list[str], metric: str, way: str
             if found is None:
                 break
             points = found["curve"]
-            good = [point[metric] >= targets[size] for point in points]
+            good = [round(point[metric], 9) >= round(targets[size], 9) for point in points]
             at = 0 if points[0]["step"] == 0 and good[0] else next((i for i in range(len(good)) if good[i] and all(good[i : i + 2])), None)
             if at is None:
                 row.append(None)
