@@ -55,6 +55,8 @@ num_pairs = arrays["texts"].shape[0] * arrays["texts"].shape[1]
 if kept or getattr(settings.extraction.loss, "teacher_pool", None):
     settings.extraction.loss.teacher_pool = num_pairs if kept else None  # None: the ancestor runs in every step, as before there were pools
     more = {"folder": Path(data)} if kept else {}
+if hasattr(settings.extraction, "growth"):
+    settings.extraction.growth = 0.0  # the same depths in both versions
 session = build_session(settings, ExtractionRole(settings, Path(ancestor)), runtime=Runtime(cache_decoded=False, **options), **more)
 form = next(iter(session.stream()))
 texts_field = "text_NT" if hasattr(form, "text_NT") else "text_BT"  # of versions without several captions an image

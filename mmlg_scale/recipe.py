@@ -168,8 +168,8 @@ class Elastic:
     sampling: Literal["random", "sandwich"] = field(default="random", metadata=LATER)
     """sandwich: of a step's sizes the first is the greatest, the second the smallest, all others are random (Yu & Huang 2019)."""
     growth: ClosedUnitInterval = field(default=0.0, metadata=LATER)
-    """Fraction of the steps over which the greatest depth drawn grows from min_layers to max_layers, so that early steps cost less; 0: all
-    depths from the start."""
+    """Fraction of the steps over which the greatest depth drawn grows from min_layers to max_layers, so that early steps cost less (after
+    progressive stacking, Gong et al. 2019); 0: all depths from the start."""
     training: Training = field(default_factory=Training)
     """The loop's settings; its learning rate is that of the blocks."""
     coefficient_rate: NonNegativeFloat = 3.0

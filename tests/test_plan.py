@@ -313,7 +313,7 @@ def test_what_does_not_fit_a_gpu_is_named(tmp_path: Path, capsys: pytest.Capture
 def test_the_table_and_its_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "demo", "--flops-per-second", "1e12"]) == 0
     said = capsys.readouterr().out
-    assert "37 steps, 33.5 TFLOP in all" in said
+    assert "37 steps, 31.1 TFLOP in all" in said
     assert "650 × 128" in said
     assert main(["plan", "demo", "--family.sizes", "[{image_width: 17}]"]) == 2
     assert "recipe key family.sizes[0]" in capsys.readouterr().err
