@@ -57,6 +57,8 @@ if kept or getattr(settings.extraction.loss, "teacher_pool", None):
     more = {"folder": Path(data)} if kept else {}
 if hasattr(settings.extraction, "growth"):
     settings.extraction.growth = 0.0  # the same depths in both versions
+settings.extraction.training.steps = 1_200
+settings.extraction.training.optimizer.learning_rate = 7e-3  # and the same schedule, so that losses can be compared
 session = build_session(settings, ExtractionRole(settings, Path(ancestor)), runtime=Runtime(cache_decoded=False, **options), **more)
 form = next(iter(session.stream()))
 texts_field = "text_NT" if hasattr(form, "text_NT") else "text_BT"  # of versions without several captions an image
