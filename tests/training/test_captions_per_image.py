@@ -31,7 +31,8 @@ from tests.data.specs import spec_for
 
 TRAIN, BATCH, STEPS = 48, 12, 4
 NO_POOLS = [
-    f"--{name}.teacher_pool=null" for name in ("extraction.loss", "baselines.tleg.loss", "baselines.distil_loss", "baselines.even_loss")
+    f"--{name}.teacher_pool=null"
+    for name in ("extraction.loss", "adaptation.loss", "baselines.tleg.loss", "baselines.distil_loss", "baselines.even_loss")
 ]
 
 

@@ -322,8 +322,8 @@ def test_the_plan_charges_each_pair_once(capsys: pytest.CaptureFixture[str]) -> 
         return next(step for step in json.loads(capsys.readouterr().out)["steps"] if step["id"] == "learngene")
 
     plain, pool = learngene("--extraction.loss.teacher_pool=null"), learngene("--extraction.loss.teacher_pool=2400")
-    assert pool["teacher_flops"] * 9600 == plain["teacher_flops"] * 2400
+    assert pool["teacher_flops"] * 19_200 == plain["teacher_flops"] * 2400
     assert pool["flops"] == plain["flops"]
     # Features of 2 x 64 numbers, 17 + 16 tokens of width 64 at four depths, in bf16, with a header.
     assert pool["checkpoint_bytes"] - plain["checkpoint_bytes"] == 2400 * (2 * (2 * 64 + 4 * 33 * 64) + 32)
-    assert learngene("--extraction.loss.teacher_pool=9600")["checkpoint_bytes"] == plain["checkpoint_bytes"]  # no pair comes twice
+    assert learngene("--extraction.loss.teacher_pool=19200")["checkpoint_bytes"] == plain["checkpoint_bytes"]  # no pair comes twice
