@@ -183,7 +183,7 @@ class Runner:
             **{key: found[key] for key in keys if found.get(key) is not None},
             "curve": [{key: point[key] for key in point_keys} for point in found["curve"]],
             "test": found["metrics"],
-            **({"test_at_0": found["metrics_at_0"]} if found.get("metrics_at_0") else {}),
+            **({"test_at_0": found["metrics_at_0"]} if found.get("metrics_at_0") and len(found["curve"]) > 1 else {}),
         }
 
 
@@ -228,8 +228,15 @@ def run_seed(plan: Plan, seed: int, out: Path, results: Path, place: Place, only
             "environments": environments,
             "pieces": kept,
         }
-        write_text_atomic(target, json.dumps(content, indent=1) + "\n")
+        write_text_atomic(target, as_text(content))
     return target
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    """A seed's JSON with a line for each piece: a change shows as the pieces that it changed, and indentation does not double the file."""
+    head = json.dumps({key: value for key, value in content.items() if key != "pieces"}, indent=1).removesuffix("\n}")
+    pieces = ",\n".join(f"  {json.dumps(name)}: {json.dumps(piece)}" for name, piece in content["pieces"].items())
+    return f'{head},\n "pieces": {{\n{pieces}\n }}\n}}\n'
 
 
 def is_wanted(identifier: str, only: Sequence[str]) -> bool:
