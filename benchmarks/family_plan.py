@@ -113,7 +113,7 @@ def options_of(method: str, settings: Mapping[str, Any]) -> Settings:
     loss = f"{section}.loss" if nested else f"{section}_loss"
     places = {key.name: f"{section}.{key.name}" for key in dataclasses.fields(recipe.Extraction)} if method in LEARNGENES else {}
     places |= {key.name: f"{loss}.{key.name}" for key in dataclasses.fields(recipe.DistillationLoss)}
-    places |= {"learning_rate": f"{training}.optimizer.learning_rate"}
+    places |= {"learning_rate": f"{training}.optimizer.learning_rate", "reuse_teacher_pool": f"{section}.reuse_teacher_pool"}
     found = {places.get(key, f"{training}.{key}"): value for key, value in settings.items()}
     if method == "even_plain":
         found["baselines.even_loss"] = None
@@ -201,7 +201,21 @@ class Pieces:
         command = ("pretrain",) if method == "direct" else ("extract", "--method", method)
         needs = ("ancestor",) if method in NEEDS_ANCESTOR else ()
         identifier = f"{method}/{schedule}/{family}/learngene" if family else f"{method}/{schedule}"
-        return self._piece(identifier, method, schedule, command, options_of(method, settings), needs=needs, family=family)
+        options = options_of(method, settings) | self._reuse(method, schedule)
+        return self._piece(identifier, method, schedule, command, options, needs=needs, family=family)
+
+    def _reuse(self, origin: str, schedule: str) -> Settings:
+        """What a recipe must say besides, for an extraction as for the adaptation, where this reuses that one's pool; else nothing."""
+        found = [method for method, of in ADAPTED.items() if of == origin]
+        asked = self.plan.methods.get(found[0], {}).get(schedule, {}) if found else {}
+        if not asked.get("reuse_teacher_pool"):
+            return {}
+        chosen = self._chosen(origin, schedule, self.plan.methods[origin][schedule])
+        pool = {"loss.teacher_pool": chosen["teacher_pool"]} | {f"training.{key}": chosen[key] for key in ("steps", "batch_size")}
+        own = {"extraction", SECTIONS[origin]}  # the recipe always has an extraction, which is held to the same
+        others = {SECTIONS[method]: None for method in ("tleg", "sws") if method != origin}
+        adaptation = {key: value for key, value in self._chosen(found[0], schedule, asked).items() if key != "sizes"}
+        return options_of(found[0], adaptation) | {f"{section}.{key}": pool[key] for section in own for key in pool} | others
 
     def _written(self, learngene: Piece, size: Size, modality: str = "both") -> Piece:
         words = ("train", "--init", learngene.method, "--modality", modality, *_size_words(size, modality))
@@ -217,7 +231,8 @@ class Pieces:
         identifier = f"{method}/{name or schedule}/{family}/{size_name(size)}"
         ancestor = ("ancestor",) if method in NEEDS_ANCESTOR else ()
         more: Settings = {"needs": (*ancestor, self.learngene_of(method, schedule, family).id), "family": family, "size": size}
-        return self._piece(identifier, method, name or schedule, words, options_of(method, settings), **more)
+        options = self._reuse(ADAPTED[method], schedule) | options_of(method, settings)
+        return self._piece(identifier, method, name or schedule, words, options, **more)
 
     def learngene_of(self, method: str, schedule: str, family: str) -> Piece:
         """The learngene whose descendants a method of `ADAPTED` trains."""

@@ -249,7 +249,7 @@ class _Costs:
         """What a step does and takes."""
         role = member.role
         if isinstance(role, ExtractionRole):
-            return self._elastic(_NAMES[role.method], role.extraction, role.extraction.loss)
+            return self._elastic(_NAMES[role.method], role.extraction, role.extraction.loss, keeps=self.settings.reuses_teacher_pool)
         if isinstance(role, PretrainingRole):
             return self._elastic(_NAMES["direct"], role.pretraining, None)
         if isinstance(role, AncestorRole):
@@ -281,15 +281,21 @@ class _Costs:
         sizes = role.size.sizes()
         told = f"{_NAMES[role.init]}, {self._sizes(towers.with_sizes(self.config, **sizes), role.size.modality)}"
         if role.size.modality == "both":
-            return self._clip(told, sizes, role.training, role.weights)
+            return self._clip(told, sizes, role.training, role.weights, reuses=role.reuses_teacher_pool)
         counts = self._params(tuple(sorted(sizes.items())))
         params = counts[f"{role.size.modality}_blocks"] + counts[f"{role.size.modality}_stem"]
         return StepCost(f"{told} (not trained)", **self._export(params))
 
     def _clip(
-        self, told: str, sizes: Mapping[str, int | None], training: recipe.Training, weights: recipe.DistillationLoss | None
+        self,
+        told: str,
+        sizes: Mapping[str, int | None],
+        training: recipe.Training,
+        weights: recipe.DistillationLoss | None,
+        *,
+        reuses: bool = False,
     ) -> StepCost:
-        """A plain CLIP, with the ancestor as teacher where `weights` say what is compared."""
+        """A plain CLIP, with the ancestor as teacher where `weights` say what is compared; `reuses`: with outputs that were kept of it."""
         config, params = towers.with_sizes(self.config, **sizes), self.params(sizes)
         samples = training.steps * training.batch_size
         maps = _map_params(config, self.config) if weights is not None and weights.hidden else 0
@@ -298,14 +304,14 @@ class _Costs:
             steps=training.steps,
             batch_size=training.batch_size,
             flops=samples * training_flops(config, captions=self.captions, pooled=pooled_towers(config, compared_depths(weights))),
-            teacher_flops=self._teacher_flops(weights, training),
-            memory=self._memory(params + maps, config, training, weights, params) if training.steps else None,
-            checkpoint_bytes=self._while_it_runs(params + maps, training, weights) if training.steps else 0,
+            teacher_flops=0 if reuses else self._teacher_flops(weights, training),
+            memory=self._memory(params + maps, config, training, weights, params, has_ancestor=not reuses) if training.steps else None,
+            checkpoint_bytes=self._while_it_runs(params + maps, training, None if reuses else weights) if training.steps else 0,
             **self._export(params),
         )
 
-    def _elastic(self, name: str, settings: recipe.Elastic, loss: recipe.DistillationLoss | None) -> StepCost:
-        """A learngene's training, compared with the ancestor where there is a `loss`."""
+    def _elastic(self, name: str, settings: recipe.Elastic, loss: recipe.DistillationLoss | None, *, keeps: bool = False) -> StepCost:
+        """A learngene's training, compared with the ancestor where there is a `loss`; `keeps`: whose outputs for a pool stay on disk."""
         training = settings.training
         structure = Structure(self.config, **{key: getattr(settings, key) for key in Structure.SETTINGS})
         params = sum(torch.Size(shape).numel() for shape in structure.shapes().values())
@@ -320,6 +326,7 @@ class _Costs:
         blocks = f"{settings.num_multimodal} shared, {settings.num_unimodal} a tower"
         if settings.embedding_rank is not None:
             blocks += f"; embedding of rank {settings.embedding_rank}"
+        kept = pool_bytes(self.config, loss, training, keeps=True) if keeps and loss is not None else 0
         return StepCost(
             f"{name}'s blocks: {blocks}",
             steps=training.steps,
@@ -327,9 +334,9 @@ class _Costs:
             flops=training.batch_size * draw.total_flops(training.steps, self.captions),
             teacher_flops=self._teacher_flops(loss, training),
             memory=memory,
-            checkpoint_bytes=self._while_it_runs(trained, training, loss),
+            checkpoint_bytes=self._while_it_runs(trained, training, None if keeps else loss),
             params=params,
-            export_bytes=tensor_bytes(structure, settings.file_dtype),
+            export_bytes=tensor_bytes(structure, settings.file_dtype) + kept,
         )
 
     def _features(self) -> StepCost:
@@ -374,10 +381,11 @@ class _Costs:
         num_cast: int,
         *,
         accumulates: bool = False,
+        has_ancestor: bool = True,
     ) -> dict[str, float]:
         """Bytes by kind at a step's fullest moment; `num_cast` of the parameters are copied to bf16 where autocast runs."""
         runtime, ranks = self.runtime, self.runtime.num_processes
-        with_ancestor = compared is not None and not self.settings.engine.keep_features
+        with_ancestor = compared is not None and has_ancestor and not self.settings.engine.keep_features
         batch = training.batch_size / ranks
         rows = batch / training.accumulation
         checkpointing, captions = runtime.activation_checkpointing, self.captions

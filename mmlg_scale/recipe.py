@@ -254,6 +254,9 @@ class Adaptation:
     """The loop's settings."""
     loss: DistillationLoss = field(default_factory=lambda: DistillationLoss(feature=4.0, hidden=0.0))
     """Terms kept from the ancestor."""
+    reuse_teacher_pool: bool = field(default=False, metadata=LATER)
+    """Compare with the ancestor's outputs that the extraction kept for its own teacher_pool, so that the ancestor does not run again. They
+    stay beside the learngene. loss.teacher_pool pairs of them are walked through."""
     direct: Training | None = field(default=None, metadata=LATER)
     """Training of what is written from a learngene that was pre-trained directly: by the contrastive loss alone, as there is no ancestor.
     Null: used untrained."""
@@ -374,6 +377,8 @@ class Recipe:
         if self.engine.keep_features:
             self._check_kept_features()
         self._check_pools()
+        if self.reuses_teacher_pool:
+            self._check_reuse()
         names = [size.name for size in self.family.sizes]
         _require(len(set(names)) == len(names), "family.sizes", "has the same size twice", "Remove the repeated one.")
 
@@ -405,6 +410,31 @@ class Recipe:
                 _require(not self.engine.keep_features, key, "is given beside engine.keep_features", "Keep one of the two.")
                 problem = f"keeps one caption of each sample, data.captions_per_image is {self.data.captions_per_image}"
                 _require(self.data.captions_per_image == 1, key, problem, "Use no pool, or one caption.")
+
+    @property
+    def reuses_teacher_pool(self) -> bool:
+        """Whether extractions keep the ancestor's outputs for the adaptation of what is written from them."""
+        return self.adaptation.reuse_teacher_pool and self.adaptation.training.steps > 0
+
+    def _check_reuse(self) -> None:
+        loss, key = self.adaptation.loss, "adaptation.loss"
+        wanted = loss.teacher_pool
+        _require(
+            wanted is not None, f"{key}.teacher_pool", "is null beside adaptation.reuse_teacher_pool", "Say how many pairs to walk through."
+        )
+        for name, (other, training) in self.comparisons().items():
+            if name.removesuffix(".loss") not in self.learngenes():
+                continue  # its runs keep nothing
+            kept = min(other.teacher_pool or 0, training.steps * training.batch_size)
+            problem = f"{wanted} pairs are to be reused, {name} keeps the outputs of {kept}"
+            _require(wanted is None or wanted <= kept, f"{key}.teacher_pool", problem, f"Use fewer, or a larger {name}.teacher_pool.")
+            same = loss.teacher_pool_dtype == other.teacher_pool_dtype
+            _require(same, f"{key}.teacher_pool_dtype", f"is not {name}'s {other.teacher_pool_dtype}", "Use the same.")
+            same = not loss.hidden or (bool(other.hidden) and loss.hidden_depths == other.hidden_depths)
+            depths = other.hidden_depths if other.hidden else []
+            _require(
+                same, f"{key}.hidden_depths", f"are to be reused, {name} keeps hidden states at {depths}", "Use the same, or hidden: 0."
+            )
 
     def learngenes(self) -> dict[str, Elastic]:
         """The settings of every learngene that is asked for, by the dotted key of their section, ours first."""

@@ -115,7 +115,9 @@ def settings_of(settings: recipe.Recipe, cell: Cell) -> recipe.Recipe:
         engine=replace(settings.engine, precision=cell.precision, communication=cell.communication, keep_features=False),
         ancestor=_endless(settings.ancestor, cell),
         extraction=distils,
-        adaptation=replace(adaptation, training=_endless(adaptation.training, cell), loss=_unpooled(adaptation.loss)),
+        adaptation=replace(
+            adaptation, training=_endless(adaptation.training, cell), loss=_unpooled(adaptation.loss), reuse_teacher_pool=False
+        ),
     )
 
 

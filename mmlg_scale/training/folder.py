@@ -6,7 +6,7 @@
       incarnation.json            how many times the run was started, and by which process last
       metrics.jsonl, tensorboard/ the curves
       checkpoints/                of a run under way, see `checkpoint`
-      teacher-pool/               likewise, see `teacher_pool`
+      teacher-pool/               likewise, or kept for the adaptation: see `teacher_pool`
       model/, learngene...        what the run exports
       result.json                 written last: with it the run is complete
 

@@ -29,7 +29,7 @@ from mmlg_scale.training.loop import Curve
 from mmlg_scale.training.sizes import most_layers
 from mmlg_scale.training.stages import ClipStage, ElasticStage, ExtractionStage, Stage, TowerStage
 from mmlg_scale.training.teacher import CachedTeacher, LiveTeacher, Teacher
-from mmlg_scale.training.teacher_pool import Layout, PooledTeacher, PoolFile, is_walked_again, require_budget
+from mmlg_scale.training.teacher_pool import KeptTeacher, Layout, PooledTeacher, PoolFile, is_walked_again, require_budget
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,13 @@ def teacher_of(
     if not settings.engine.keep_features:
         live = LiveTeacher(model, context.device, shard=context.runtime.shard_ancestor, compiled=context.runtime.compile)
         loss, training = settings.comparisons()[loss_key]
-        if loss.teacher_pool is None or context.folder is None or not is_walked_again(loss, training):
+        keeps = settings.reuses_teacher_pool and loss_key.removesuffix(".loss") in settings.learngenes()
+        if loss.teacher_pool is None or context.folder is None or not (is_walked_again(loss, training) or keeps):
             return live
         layout = Layout.of(model.spec.config, loss)
         require_budget(layout, loss.teacher_pool, context.runtime.teacher_pool_bytes, loss_key)
-        return PooledTeacher(live, PoolFile(context.folder, layout, loss.teacher_pool))
+        kept_as = pool_identity(settings, context.pairs, ancestor) if keeps else None
+        return PooledTeacher(live, PoolFile(context.folder, layout, loss.teacher_pool, kept_as=kept_as))
     if features is None:
         raise UserError("recipe key engine.keep_features needs --features. Give the folder that mmlg features wrote.")
     return CachedTeacher(features, model.spec, features_identity(settings, context.pairs, ancestor))
@@ -185,6 +187,25 @@ def features_identity(settings: recipe.Recipe, pairs: PairSet, ancestor: Path) -
     """What cached features are of: the ancestor, the data set and how its images are read, the precision."""
     inputs = {"data_set": pairs.digest(), "ancestor": file_digest(ancestor, "--ancestor-model"), "images": READING}
     return {"role": "features", "recipe": settings.used_by("features"), "inputs": inputs}
+
+
+def pool_identity(settings: recipe.Recipe, pairs: PairSet, ancestor: Path) -> dict[str, Any]:
+    """What the ancestor's outputs for a pool are of: cached features' identity, and which pairs, captions and crops are drawn."""
+    identity = features_identity(settings, pairs, ancestor)
+    drawn = settings.used_by("ancestor")
+    return identity | {"role": "teacher pool", "recipe": identity["recipe"] | {key: drawn[key] for key in ("seed", "data")}}
+
+
+def kept_teacher(settings: recipe.Recipe, context: Context, model: towers.Bundle, ancestor: Path, init: str, learngene: Path) -> Teacher:
+    """The ancestor's outputs that the extraction of `learngene`, whose method is `init`, kept beside it.
+
+    Raises:
+        UserError: it kept none, or those of another ancestor, data set, seed or recipe.
+    """
+    loss = (settings.extraction if init == "mmlg" else settings.baselines.learngenes()[init]).loss
+    assert loss.teacher_pool is not None
+    layout, identity = Layout.of(model.spec.config, loss), pool_identity(settings, context.pairs, ancestor)
+    return KeptTeacher(model, PoolFile(learngene.parent, layout, loss.teacher_pool, kept_as=identity, finished=True))
 
 
 @dataclass(frozen=True)
@@ -327,6 +348,11 @@ class DescendantRole:
         return {"distil": baselines.distil_loss, "even": baselines.even_loss}.get(self.init)
 
     @property
+    def reuses_teacher_pool(self) -> bool:
+        """Whether what the extraction kept of the ancestor's outputs takes the ancestor's place."""
+        return self.weights is not None and self.init in FROM_LEARNGENE and self.settings.reuses_teacher_pool
+
+    @property
     def _loss_key(self) -> str:
         return "adaptation.loss" if self.init in FROM_LEARNGENE else f"baselines.{self.init}_loss"
 
@@ -407,7 +433,11 @@ class DescendantRole:
         if weights is not None:
             assert ancestor is not None
             assert self.ancestor is not None
-            teacher = teacher_of(settings, context, ancestor, self.ancestor, self.features, self._loss_key)
+            if self.reuses_teacher_pool:
+                assert self.learngene is not None
+                teacher = kept_teacher(settings, context, ancestor, self.ancestor, self.init, self.learngene)
+            else:
+                teacher = teacher_of(settings, context, ancestor, self.ancestor, self.features, self._loss_key)
         own = towers.Bundle(spec.sized(**self.size.sizes()), state)
         return ClipStage(self.init, own, self.training, context.device, teacher=teacher, weights=weights, seed=settings.seed)
 

@@ -2,12 +2,16 @@
 
     RUN/teacher-pool/
       layout.json    what a row holds
+      run.json       of rows that are kept for the adaptation: what they were computed from
       rows.bin       a row of fixed size for each pair: features of both towers, then the hidden states that are compared
 
 A row is found by the pair's place in the pool, says of which sample, caption and length it is, and has a checksum: one that is missing,
 torn by a crash, damaged or of another pair is computed again. What is written is what is compared, rounded to the pool's type already when
 it is computed, so that a resumed run, whose rows are there, gets the same numbers. Any rank reads and writes any row: the exchange of
 gradients between two steps keeps a rank from asking for a row that another one is about to write.
+
+The rows are removed when the run is complete, unless the recipe's adaptation reuses them. Then run.json beside them says what they are of,
+and descendants of the learngene are compared with what is there (`KeptTeacher`): for them the ancestor does not run at all.
 
 Rows are read and written by offset, not through a memory map: on a full disk writing to a map kills the process, as reading does where the
 file has been cut short. The system's page cache serves both.
@@ -37,6 +41,7 @@ from mmlg_scale.files import make_folder, require_space, writing
 from mmlg_scale.ranks import on_first_rank
 from mmlg_scale.reading import open_regular
 from mmlg_scale.records import read_record, write_record
+from mmlg_scale.training.folder import IDENTITY_FILE, differences
 from mmlg_scale.training.inputs import Inputs
 from mmlg_scale.training.sizes import TOWERS, compared_depths
 from mmlg_scale.training.teacher import Autocast, LiveTeacher
@@ -45,6 +50,7 @@ FOLDER = "teacher-pool"
 _HEADER = np.dtype([("checksum", "<u4"), ("length", "<u4"), ("sample", "<i8"), ("caption", "<i8"), ("place", "<i8")])
 _TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _FORMAT = 1
+REMEDY = "Extract again with adaptation.reuse_teacher_pool, or set that to false: then the ancestor runs for the adaptation too."
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,9 @@ def is_walked_again(loss: recipe.DistillationLoss, training: recipe.Training) ->
     return loss.teacher_pool is not None and loss.teacher_pool < training.steps * training.batch_size
 
 
-def pool_bytes(config: Mapping[str, Any], loss: recipe.DistillationLoss, training: recipe.Training) -> int:
-    """What a run's pool takes on disk while it is under way; 0 where it has none. `config` is the ancestor's."""
-    if loss.teacher_pool is None or not is_walked_again(loss, training):
+def pool_bytes(config: Mapping[str, Any], loss: recipe.DistillationLoss, training: recipe.Training, *, keeps: bool = False) -> int:
+    """What a run's pool takes on disk while it is under way, or after it (`keeps`); 0 where it has none. `config` is the ancestor's."""
+    if loss.teacher_pool is None or not (keeps or is_walked_again(loss, training)):
         return 0
     return loss.teacher_pool * Layout.of(config, loss).row_bytes
 
@@ -101,7 +107,9 @@ def pool_bytes(config: Mapping[str, Any], loss: recipe.DistillationLoss, trainin
 def require_budgets(settings: recipe.Recipe, config: Mapping[str, Any], budget: int) -> None:
     """`require_budget` for every pool of the recipe, before anything runs."""
     for key, (loss, training) in settings.comparisons().items():
-        if pool_bytes(config, loss, training):
+        if key == "adaptation.loss" and settings.reuses_teacher_pool:
+            continue
+        if pool_bytes(config, loss, training, keeps=settings.reuses_teacher_pool and key.removesuffix(".loss") in settings.learngenes()):
             require_budget(Layout.of(config, loss), loss.teacher_pool or 0, budget, key)
 
 
@@ -119,15 +127,37 @@ def require_budget(layout: Layout, num_rows: int, budget: int, key: str) -> None
 class PoolFile:
     """The rows on disk. Made by all ranks together.
 
+    Args:
+        kept_as: what the rows are computed from, where they stay on the disk when the run is complete.
+        finished: read those that a complete run has kept as `kept_as`; nothing is written.
+
     Raises:
-        UserError: the disk has no room for it, or something that is not a folder or a file of ours is in its place.
+        UserError: the disk has no room for it, or something that is not a folder or a file of ours is in its place; no such rows were kept.
     """
 
-    def __init__(self, run_folder: Path, layout: Layout, num_rows: int) -> None:
-        self.folder, self.layout, self.num_rows = run_folder / FOLDER, layout, num_rows
+    def __init__(
+        self, run_folder: Path, layout: Layout, num_rows: int, *, kept_as: Mapping[str, Any] | None = None, finished: bool = False
+    ) -> None:
+        self.folder, self.layout, self.num_rows, self.kept_as = run_folder / FOLDER, layout, num_rows, kept_as
         self.file = self.folder / "rows.bin"
-        on_first_rank(self._prepare)
-        self._opened = os.fdopen(os.open(self.file, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b", buffering=0)
+        on_first_rank(self._require_kept if finished else self._prepare)
+        access = os.O_RDONLY if finished else os.O_RDWR
+        self._opened = os.fdopen(os.open(self.file, access | os.O_NOFOLLOW | os.O_CLOEXEC), "rb" if finished else "r+b", buffering=0)
+
+    def _require_kept(self) -> None:
+        """Raise UserError where what is there is not what a complete run has kept as `kept_as`."""
+        assert self.kept_as is not None
+        differing = differences(self.folder, self.kept_as)
+        if differing is None:
+            raise UserError(f"{self.folder} is not there: this learngene's extraction kept none of the ancestor's outputs. {REMEDY}")
+        if not differing and read_record(self.folder / "layout.json", "layout", REMEDY) != self.layout.to_json(self.num_rows):
+            differing = ["the recipe's extraction.loss asks for others"]
+        if differing:
+            raise UserError(f"{self.folder} has other outputs than this run compares with: {'; '.join(differing)}. {REMEDY}")
+        with open_regular(self.file) as file:
+            found, size = os.fstat(file.fileno()).st_size, self.num_rows * self.layout.row_bytes
+        if found != size:
+            raise UserError(f"{self.file} has {found:,} bytes and should have {size:,}: it is damaged. {REMEDY}")
 
     def _prepare(self) -> None:
         """Keep the file of an earlier start of the run, or make an empty one."""
@@ -150,10 +180,20 @@ class PoolFile:
             with writing(self.file), open(self.file, "xb") as empty:
                 empty.truncate(size)  # what is not written takes no space, and reads as zeros
             write_record(marker, wanted)
+        if self.kept_as is not None:
+            write_record(self.folder / IDENTITY_FILE, self.kept_as)
 
     def remove(self) -> None:
         """Remove the rows from the disk."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def end(self) -> None:
+        """The run is complete: remove the rows, or see that those that are kept are on the disk."""
+        if self.kept_as is None:
+            self.remove()
+        else:
+            with writing(self.file):
+                os.fsync(self._opened.fileno())
 
     def read(self, rows_BR: np.ndarray, headers_B: np.ndarray) -> np.ndarray:
         """Read the rows at the places in `headers_B` into `rows_BR` (uint8); bool [B], which of them are whole and those of these pairs."""
@@ -201,14 +241,7 @@ class PooledTeacher:
         missing = np.flatnonzero(~self.file.read(rows_BR.numpy(), headers_B))
         if self._computes(len(missing)):
             self._compute(inputs, autocast, depths, missing, rows_BR, headers_B)
-        device, length = inputs.text.device, inputs.text.shape[1]
-        views = self.file.layout.views(rows_BR)
-        found: dict[str, Any] = {name: views[name].to(device, non_blocking=True) for name in ("image_features", "text_features")}
-        found["image_hidden"] = [views[f"image_hidden.{number}"].to(device, non_blocking=True) for number in range(len(depths))]
-        found["text_hidden"] = [views[f"text_hidden.{number}"][:, :length].to(device, non_blocking=True) for number in range(len(depths))]
-        if inputs.patches is not None:
-            found["image_hidden"] = [towers.keep_patches(hidden, inputs.patches) for hidden in found["image_hidden"]]
-        return found | self.teacher.logits(device)
+        return _outputs(self.file.layout, rows_BR, inputs, len(depths)) | self.teacher.logits(inputs.text.device)
 
     def _computes(self, num_missing: int) -> bool:
         """Whether the ancestor runs: where its parameters are divided among the ranks, all run it together."""
@@ -240,7 +273,51 @@ class PooledTeacher:
         rows_BR[torch.from_numpy(missing)] = rows_MR
 
     def forget(self) -> None:
-        self.file.remove()
+        self.file.end()
+
+
+class KeptTeacher:
+    """The ancestor's outputs for the pool of a complete extraction, read from beside its learngene: the ancestor itself never runs."""
+
+    cost: None = None
+
+    def __init__(self, model: towers.Bundle, file: PoolFile) -> None:
+        self.spec, self.file = model.spec, file
+        self._logits = {"logit_scale": towers.logit_multiplier(model.state["logit_scale"]).detach().clone()}
+        if "logit_bias" in model.state:
+            self._logits["logit_bias"] = model.state["logit_bias"].detach().clone()
+
+    def flops(self, depths: Sequence[float], text_length: TextLength = None, captions: int = 1) -> int:
+        return 0
+
+    def __call__(self, inputs: Inputs, autocast: Autocast, depths: Sequence[float]) -> dict[str, Any]:
+        """What the extraction compared with for these pairs. Raises UserError where a row is damaged, or of another pair."""
+        headers_B = _headers(inputs)
+        rows_BR = torch.empty(len(inputs), self.file.layout.row_bytes, dtype=torch.uint8)
+        missing = np.flatnonzero(~self.file.read(rows_BR.numpy(), headers_B))
+        if len(missing):
+            header = headers_B[missing[0]]
+            raise UserError(
+                f"{self.file.file}: row {header['place']} is damaged, or not of sample {header['sample']} "
+                f"and caption {header['caption']}. {REMEDY}"
+            )
+        device = inputs.text.device
+        self._logits = {name: value.to(device) for name, value in self._logits.items()}  # once: a copy to a device waits for it
+        return _outputs(self.file.layout, rows_BR, inputs, len(depths)) | self._logits
+
+    def forget(self) -> None:
+        pass
+
+
+def _outputs(layout: Layout, rows_BR: Tensor, inputs: Inputs, num_depths: int) -> dict[str, Any]:
+    """Features and hidden states of these inputs out of their rows, on the inputs' device."""
+    device, length, views = inputs.text.device, inputs.text.shape[1], layout.views(rows_BR)
+    found: dict[str, Any] = {name: views[name].to(device, non_blocking=True) for name in ("image_features", "text_features")}
+    found["image_hidden"] = [views[f"image_hidden.{number}"].to(device, non_blocking=True) for number in range(num_depths)]
+    found["text_hidden"] = [views[f"text_hidden.{number}"][:, :length].to(device, non_blocking=True) for number in range(num_depths)]
+    if inputs.patches is not None:
+        found["image_hidden"] = [towers.keep_patches(hidden, inputs.patches) for hidden in found["image_hidden"]]
+    return found
 
 
 def _headers(inputs: Inputs) -> np.ndarray:

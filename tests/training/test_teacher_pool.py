@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
@@ -327,3 +330,118 @@ def test_the_plan_charges_each_pair_once(capsys: pytest.CaptureFixture[str]) -> 
     # Features of 2 x 64 numbers, 17 + 16 tokens of width 64 at four depths, in bf16, with a header.
     assert pool["checkpoint_bytes"] - plain["checkpoint_bytes"] == 2400 * (2 * (2 * 64 + 4 * 33 * 64) + 32)
     assert learngene("--extraction.loss.teacher_pool=19200")["checkpoint_bytes"] == plain["checkpoint_bytes"]  # no pair comes twice
+
+
+def reusing(root: Path, **adaptation: Any) -> recipe.Recipe:
+    """Extraction of 36 of 48 pairs in three passes, and an adaptation of four steps, into a second pass of its 24 pairs."""
+    settings = settings_for(root)
+    loss = dataclasses.replace(LOSS, teacher_pool=24)
+    training = recipe.Training(steps=4, batch_size=BATCH, eval_every=4)
+    settings.adaptation = recipe.Adaptation(training, loss, **({"reuse_teacher_pool": True} | adaptation))
+    return settings
+
+
+def adapted(settings: recipe.Recipe, root: Path, folder: Path) -> DescendantRole:
+    learngene = folder / "learngene.safetensors"
+    return DescendantRole(settings, "mmlg", recipe.Size(2, 2), ancestor=root / "model", learngene=learngene)
+
+
+@pytest.mark.parametrize("hidden", [1.0, 0.0])
+def test_the_adaptation_reuses_what_extraction_kept(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: float) -> None:
+    """The losses of an adaptation whose ancestor runs, without one, at the student's cost. Extraction is the same run either way."""
+    settings, plain = reusing(made), reusing(made, reuse_teacher_pool=False)
+    for each in (settings, plain):
+        each.adaptation.loss.hidden = hidden
+        each.check()
+    one, other = (
+        run_role(ExtractionRole(each, made / "model"), tmp_path / name, RUNTIME) for each, name in ((settings, "kept"), (plain, "plain"))
+    )
+    assert {key: one[key] for key in ("sha256", "flops", "teacher_flops")} == {
+        key: other[key] for key in ("sha256", "flops", "teacher_flops")
+    }
+    assert (tmp_path / "kept" / "teacher-pool").exists()
+    assert not (tmp_path / "plain" / "teacher-pool").exists()
+    expected = run_role(adapted(plain, made, tmp_path / "plain"), tmp_path / "computed", RUNTIME)
+    with monkeypatch.context() as patched:
+        patched.setattr("mmlg_scale.training.roles.LiveTeacher", None)  # no ancestor is made
+        found = run_role(adapted(settings, made, tmp_path / "kept"), tmp_path / "reused", RUNTIME)
+    assert losses(tmp_path / "reused") == pytest.approx(losses(tmp_path / "computed"), rel=1e-6)
+    assert found["flops"] == expected["flops"]
+    assert found["teacher_flops"] == 0 < expected["teacher_flops"]
+    assert (tmp_path / "kept" / "teacher-pool").exists()  # for the next size
+
+
+def removed(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def cut_short(folder: Path) -> None:
+    os.truncate(folder / "rows.bin", 100)
+
+
+def flip(folder: Path) -> None:
+    raw = bytearray((folder / "rows.bin").read_bytes())
+    raw[200] ^= 1
+    (folder / "rows.bin").write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("damage", "changes", "said"),
+    [
+        (removed, {}, "teacher-pool is not there: this learngene's extraction kept none of the ancestor's outputs. Extract again with"),
+        (cut_short, {}, r"rows\.bin has 100 bytes and should have [\d,]+: it is damaged"),
+        (flip, {}, r"rows\.bin: row 0 is damaged, or not of sample \d+ and caption 0"),
+        (None, {"seed": 1}, "teacher-pool has other outputs than this run compares with: seed was 0, now 1"),
+        (None, {"data.augment": "none"}, "data.augment was .crop., now .none."),
+        (None, {"extraction.loss.teacher_pool": 24}, "the recipe's extraction.loss asks for others"),
+    ],
+)
+def test_outputs_that_are_not_what_extraction_kept_are_refused(
+    made: Path, tmp_path: Path, damage: Any, changes: dict[str, Any], said: str
+) -> None:
+    settings = reusing(made)
+    run_role(ExtractionRole(settings, made / "model"), tmp_path / "learngene", RUNTIME)
+    if damage is not None:
+        damage(tmp_path / "learngene" / "teacher-pool")
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        setattr(functools.reduce(getattr, sections, settings), name, value)
+    with pytest.raises(UserError, match=said):
+        run_role(adapted(settings, made, tmp_path / "learngene"), tmp_path / "adapted", RUNTIME)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--adaptation.loss.teacher_pool=null"], "adaptation.loss.teacher_pool: is null beside adaptation.reuse_teacher_pool"),
+        (
+            ["--extraction.loss.teacher_pool=1600"],
+            "adaptation.loss.teacher_pool: 2400 pairs are to be reused, extraction.loss keeps the outputs of 1600",
+        ),
+        (["--extraction.training.steps=200"], "extraction.loss keeps the outputs of 1600"),
+        (["--baselines.tleg.loss.teacher_pool=null"], "baselines.tleg.loss keeps the outputs of 0"),
+        (["--adaptation.loss.teacher_pool_dtype=fp32"], "adaptation.loss.teacher_pool_dtype: is not extraction.loss's bf16"),
+        (["--extraction.loss.hidden=0"], "adaptation.loss.hidden_depths: are to be reused, extraction.loss keeps hidden states at []"),
+    ],
+)
+def test_a_recipe_whose_extraction_keeps_other_outputs_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "demo", "--adaptation.reuse_teacher_pool=true", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_plan_of_a_reused_pool(capsys: pytest.CaptureFixture[str]) -> None:
+    """No pass of the ancestor in the adaptation, and no ancestor in memory; the outputs stay beside the learngene."""
+
+    def steps(reuse: bool) -> dict[str, Any]:
+        words = ["plan", "demo", "--json", "--flops-per-second=1e9", f"--adaptation.reuse_teacher_pool={str(reuse).lower()}"]
+        assert main(words) == 0
+        return {step["id"]: step for step in json.loads(capsys.readouterr().out)["steps"]}
+
+    plain, reused = steps(False), steps(True)
+    name = next(name for name in plain if name.endswith("-mmlg") and plain[name]["steps"])
+    assert plain[name]["teacher_flops"] > 0 == reused[name]["teacher_flops"]
+    assert reused[name]["memory"] == {key: value for key, value in plain[name]["memory"].items() if key != "ancestor"}
+    pool = 4800 * (2 * (2 * 64 + 4 * 33 * 64) + 32)
+    assert reused["learngene"]["export_bytes"] - plain["learngene"]["export_bytes"] == pool
+    assert plain["learngene"]["checkpoint_bytes"] - reused["learngene"]["checkpoint_bytes"] == pool
+    assert reused["learngene"]["teacher_flops"] == plain["learngene"]["teacher_flops"]
