@@ -23,7 +23,8 @@ class Inputs:
         text: token ids [B k, T], those of an image one after the other; T is the context length, or that of the longest caption.
         patches: [B, P'] positions of the patches that stay (patch dropout); None: all stay.
         samples: [B, 1 + k], each image's place in the training split and its captions', by which cached features are found; on the CPU.
-        lengths: int64 [B k], each caption's tokens up to its end token, where captions are packed; on the CPU.
+        lengths: int64 [B k], each caption's tokens up to its end token; on the CPU.
+        packed: whether captions are packed; they need their lengths.
         places: int64 [B], each image's place in the order, or in the pool, by which a pool's outputs are found; on the CPU.
     """
 
@@ -32,12 +33,16 @@ class Inputs:
     patches: Tensor | None = None
     samples: Tensor | None = None
     lengths: Tensor | None = None
+    packed: bool = False
     places: Tensor | None = None
 
     @functools.cached_property
     def packing(self) -> towers.Packing | None:
         """Where the captions' tokens lie when they are packed."""
-        return None if self.lengths is None else towers.Packing.of(self.lengths, self.text.shape[1], self.text.device)
+        if not self.packed:
+            return None
+        assert self.lengths is not None
+        return towers.Packing.of(self.lengths, self.text.shape[1], self.text.device)
 
     def __len__(self) -> int:
         return len(self.image)
@@ -76,6 +81,7 @@ class Inputs:
             patches=None if self.patches is None else of_image(self.patches),
             samples=None if self.samples is None else of_image(self.samples),
             lengths=None if self.lengths is None else of_text(self.lengths),
+            packed=self.packed,
             places=None if self.places is None else of_image(self.places),
         )
 
@@ -90,7 +96,7 @@ def text_length(batch: Batch, text: TextMode) -> int | tuple[int, ...]:
 def inputs_of(batch: Batch, preprocess: Callable[[Tensor], Tensor], device: torch.device, *, text: TextMode) -> Inputs:
     """A rank's batch on its device: images preprocessed, captions cut to one length, or packed, where `text` says so (`runtime.text`)."""
     length = batch.text_NT.shape[1] if text == "full" else towers.cut_length(batch.text_NT)
-    lengths = towers.lengths_of(batch.text_NT) if text == "packed" else None
-    inputs = Inputs(batch.image_uint8_BCHW, batch.text_NT, samples=batch.samples_BS, lengths=lengths, places=batch.places_B).to(device)
+    known = {"samples": batch.samples_BS, "lengths": towers.lengths_of(batch.text_NT), "places": batch.places_B}
+    inputs = Inputs(batch.image_uint8_BCHW, batch.text_NT, packed=text == "packed", **known).to(device)
     # Cut on the device: a part of a pinned tensor would be copied before it is moved.
     return replace(inputs, image=preprocess(inputs.image), text=inputs.text[:, :length])

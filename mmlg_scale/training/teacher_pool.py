@@ -236,8 +236,7 @@ class PooledTeacher:
     @torch.no_grad()
     def __call__(self, inputs: Inputs, autocast: Autocast, depths: Sequence[float]) -> dict[str, Any]:
         """As the ancestor's own, in the pool's type; hidden states of text are 0 behind a caption's end token, where none is compared."""
-        headers_B = _headers(inputs)
-        rows_BR = torch.empty(len(inputs), self.file.layout.row_bytes, dtype=torch.uint8)
+        headers_B, rows_BR = _headers(inputs), _empty_rows(self.file.layout, inputs)
         missing = np.flatnonzero(~self.file.read(rows_BR.numpy(), headers_B))
         if self._computes(len(missing)):
             self._compute(inputs, autocast, depths, missing, rows_BR, headers_B)
@@ -292,8 +291,7 @@ class KeptTeacher:
 
     def __call__(self, inputs: Inputs, autocast: Autocast, depths: Sequence[float]) -> dict[str, Any]:
         """What the extraction compared with for these pairs. Raises UserError where a row is damaged, or of another pair."""
-        headers_B = _headers(inputs)
-        rows_BR = torch.empty(len(inputs), self.file.layout.row_bytes, dtype=torch.uint8)
+        headers_B, rows_BR = _headers(inputs), _empty_rows(self.file.layout, inputs)
         missing = np.flatnonzero(~self.file.read(rows_BR.numpy(), headers_B))
         if len(missing):
             header = headers_B[missing[0]]
@@ -309,22 +307,28 @@ class KeptTeacher:
         pass
 
 
+def _empty_rows(layout: Layout, inputs: Inputs) -> Tensor:
+    """Room for these inputs' rows; pinned where they go to a GPU, which need not be waited for then."""
+    return torch.empty(len(inputs), layout.row_bytes, dtype=torch.uint8, pin_memory=inputs.text.is_cuda)
+
+
 def _outputs(layout: Layout, rows_BR: Tensor, inputs: Inputs, num_depths: int) -> dict[str, Any]:
-    """Features and hidden states of these inputs out of their rows, on the inputs' device."""
-    device, length, views = inputs.text.device, inputs.text.shape[1], layout.views(rows_BR)
-    found: dict[str, Any] = {name: views[name].to(device, non_blocking=True) for name in ("image_features", "text_features")}
-    found["image_hidden"] = [views[f"image_hidden.{number}"].to(device, non_blocking=True) for number in range(num_depths)]
-    found["text_hidden"] = [views[f"text_hidden.{number}"][:, :length].to(device, non_blocking=True) for number in range(num_depths)]
+    """Features and hidden states of these inputs out of their rows, on the inputs' device, where the rows go in one piece."""
+    length, views = inputs.text.shape[1], layout.views(rows_BR.to(inputs.text.device, non_blocking=True))
+    found: dict[str, Any] = {name: views[name] for name in ("image_features", "text_features")}
+    found["image_hidden"] = [views[f"image_hidden.{number}"] for number in range(num_depths)]
+    found["text_hidden"] = [views[f"text_hidden.{number}"][:, :length] for number in range(num_depths)]
     if inputs.patches is not None:
         found["image_hidden"] = [towers.keep_patches(hidden, inputs.patches) for hidden in found["image_hidden"]]
     return found
 
 
 def _headers(inputs: Inputs) -> np.ndarray:
+    """Of these pairs' rows, from what is on the host: no device is waited for."""
     assert inputs.samples is not None
     assert inputs.places is not None
+    assert inputs.lengths is not None
     headers_B = np.zeros(len(inputs), _HEADER)
-    lengths_B = inputs.lengths if inputs.lengths is not None else inputs.text.argmax(dim=-1).cpu() + 1
-    headers_B["length"], headers_B["place"] = lengths_B.numpy(), inputs.places.numpy()
+    headers_B["length"], headers_B["place"] = inputs.lengths.numpy(), inputs.places.numpy()
     headers_B["sample"], headers_B["caption"] = inputs.samples.numpy().T
     return headers_B

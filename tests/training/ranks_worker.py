@@ -196,7 +196,7 @@ def advance(stage: Stage, engine: Engine, steps: range, *, packed: bool = False,
         # The first rank's captions are short, and cut; the second's are not: each rank decides for itself.
         text = text[:, : towers.cut_length(text)]
         assert text.shape[1] == (8 if dist.get_rank() == 0 else CONTEXT)
-        compute_gradients(stage, engine, Inputs(images[rows], text, lengths=towers.lengths_of(text) if packed else None), step)
+        compute_gradients(stage, engine, Inputs(images[rows], text, lengths=towers.lengths_of(text), packed=packed), step)
         engine.step(rate_factor=1.0)
 
 

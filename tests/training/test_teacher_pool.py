@@ -141,6 +141,19 @@ def test_bf16_rounds_once_and_takes_half(made: Path, tmp_path: Path, one_rank: N
     assert teacher.file.file.stat().st_size == POOL * teacher.file.layout.row_bytes
 
 
+def test_reading_does_not_wait_for_the_device(made: Path, tmp_path: Path, one_rank: None) -> None:
+    """Inputs whose images and captions are on a device without memory: nothing of them is read to find their rows."""
+    teacher, live = pooled(made, tmp_path)
+    batches = [inputs(made, text, steps=1)[0] for text in ("cut", "packed")]  # type: ignore[arg-type]
+    expected = [teacher(batch, nullcontext, DEPTHS) for batch in batches]
+    for batch, computed in zip(batches, expected, strict=True):
+        found = teacher(batch.to(torch.device("meta")), nullcontext, DEPTHS)
+        assert found["image_features"].device.type == "meta"
+        assert found["image_features"].shape == computed["image_features"].shape
+        assert [hidden.shape for hidden in found["text_hidden"]] == [hidden.shape for hidden in computed["text_hidden"]]
+    assert live.computed == [BATCH]
+
+
 def flipped(raw: bytearray, size: int) -> int:
     raw[size + 100] ^= 1
     return 1
