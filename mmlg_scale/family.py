@@ -52,6 +52,7 @@ from mmlg_scale.training.roles import (
     load_ancestor,
     recipe_config,
 )
+from mmlg_scale.training.teacher_pool import FOLDER as TEACHER_POOL
 from mmlg_scale.training.teacher_pool import require_budgets
 
 LEARNGENE_KEYS = ("params", "bytes", "block_params", "stem_params", "flops", "teacher_flops", "seconds", "metrics", "curve")
@@ -305,7 +306,22 @@ def standing(member: Member, plan: Plan) -> list[str] | None:
     """
     if member.identity is None:
         return [] if member.step.marker.exists() else None
-    return differences(member.step.folder, member.identity(pairs_of(plan.settings.data))) if member.step.folder.exists() else None
+    folder = member.step.folder
+    found = differences(folder, member.identity(pairs_of(plan.settings.data))) if folder.exists() else None
+    return ["it kept no outputs of the ancestor, which the adaptation reuses"] if found == [] and _lacks_pool(member, plan) else found
+
+
+def _lacks_pool(member: Member, plan: Plan) -> bool:
+    """Whether a complete extraction is without the ancestor's outputs that a descendant, which is not complete, is to be compared with."""
+    if not isinstance(member.role, ExtractionRole) or (member.step.folder / TEACHER_POOL).exists() or result_of(member.step.folder) is None:
+        return False
+    return any(
+        isinstance(other.role, DescendantRole)
+        and other.role.init == member.role.method
+        and other.role.reuses_teacher_pool
+        and (standing(other, plan) != [] or result_of(other.step.folder) is None)
+        for other in plan.members
+    )
 
 
 def is_complete(member: Member, plan: Plan, console: Console) -> bool:
