@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ from mmlg_scale.records import write_record
 from mmlg_scale.results import FamilyResult
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training import loop
-from mmlg_scale.training.roles import AncestorRole
+from mmlg_scale.training.roles import AncestorRole, ExtractionRole
 from mmlg_scale.training.run import run_role, write_features
 from tests.test_report import raw_family
 from tests.training.tiny import ANY_SIZE
@@ -47,6 +48,7 @@ class Artefacts:
     def __init__(self, root: Path) -> None:
         self.data, self.model, self.gene = root / "data", root / "model", root / "gene"
         self.run, self.under_way, self.features, self.family = (root / name for name in ("run", "under-way", "features", "family"))
+        self.extraction, self.pool = root / "extraction", root / "pool"
         write_scenes(self.data, num_train=24, num_val=4, num_test=6, seed=0, image_size=32, samples_per_shard=12)
         self.settings = settings_for(self.data)
         tokenizer = open_pairs(self.data).tokenizer
@@ -61,10 +63,23 @@ class Artefacts:
         self._train()
         self.keeping = dataclasses.replace(self.settings, engine=recipe.Engine(keep_features=True))
         write_features(self.keeping, self.model, self.features, RUNTIME)
+        run_role(ExtractionRole(self.reusing, self.model), self.extraction, RUNTIME)
+        shutil.copytree(self.extraction / "teacher-pool", self.pool / "teacher-pool")
         self.family.mkdir()
         write_record(self.family / "family.json", summarise(FamilyResult.from_json(raw_family(), "")).to_json())
         shown = [{"caption": "a ring", "results": [{"png_base64": "AA==", "correct": True, "score": 0.5}]}]
         write_record(self.family / "retrieval_samples.json", {"samples": shown})
+
+    @property
+    def reusing(self) -> recipe.Recipe:
+        """An extraction that meets each of the 24 training pairs once, and keeps the ancestor's outputs for the adaptation."""
+        training = recipe.Training(steps=3, batch_size=8, eval_every=3)
+        loss = recipe.DistillationLoss(teacher_pool=24)
+        return dataclasses.replace(
+            self.settings,
+            extraction=recipe.Extraction(min_layers=1, num_knots=2, start="random", training=training, loss=loss),
+            adaptation=recipe.Adaptation(training, loss, reuse_teacher_pool=True),
+        )
 
     def _train(self) -> None:
         """A run to its end, and one that stops after the first of its two steps."""

@@ -13,11 +13,13 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
@@ -25,12 +27,14 @@ from mmlg_scale import load_learngene, towers
 from mmlg_scale.cli import main
 from mmlg_scale.data.corpus import Corpus, open_pairs
 from mmlg_scale.data.faults import known_faults
+from mmlg_scale.data.pipeline import StreamSettings, TrainStream
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.errors import UserError
 from mmlg_scale.records import KEY
 from mmlg_scale.towers.bundle import CONFIG_FILE
 from mmlg_scale.training.folder import result_of
-from mmlg_scale.training.roles import AncestorRole, features_identity
+from mmlg_scale.training.inputs import inputs_of
+from mmlg_scale.training.roles import AncestorRole, Context, features_identity, kept_teacher
 from mmlg_scale.training.run import run_role
 from mmlg_scale.training.teacher import CachedTeacher
 from tests.artefacts import RUNTIME, Artefacts
@@ -67,6 +71,15 @@ def command(*words: str | Path) -> None:
     """A command as the user gives it; its one line is raised again."""
     code = main([*map(str, words), "--debug"])
     assert code in (0, 1), code
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def of_arrays(*arrays: Any) -> str:
@@ -131,6 +144,17 @@ class Readers:
         teacher = CachedTeacher(folder, self.made.spec, features_identity(self.made.keeping, pairs, self.made.model))
         return of_arrays(teacher._image, teacher._text, teacher._starts), teacher.cost, teacher._logits
 
+    def pool(self, folder: Path) -> Any:
+        """Every row, as an adaptation reads them."""
+        settings, pairs, device = self.made.reusing, open_pairs(self.made.data), torch.device("cpu")
+        context, model = Context(pairs, RUNTIME, device), towers.load_clip(self.made.model)
+        with one_rank():
+            teacher = kept_teacher(settings, context, model, self.made.model, "mmlg", folder / "learngene.safetensors")
+            stream = TrainStream(self.made.data / "train", model.spec, StreamSettings(global_batch_size=8, seed=settings.seed, pool=24))
+            inputs = [inputs_of(batch, model.spec.preprocess, device, text="full") for batch in islice(stream, 3)]
+            outputs = [teacher(batch, contextlib.nullcontext, settings.adaptation.loss.hidden_depths) for batch in inputs]
+        return of_arrays(*(hidden.float() for found in outputs for name in ("image_hidden", "text_hidden") for hidden in found[name]))
+
     def family(self, folder: Path) -> Any:
         command("report", folder)
         return (folder / "report.html").read_text()
@@ -159,7 +183,7 @@ def mutate(folder: Path, rng: random.Random) -> str:
     return f"{file.relative_to(folder)}: {kind}"
 
 
-KINDS = ("model", "gene", "data", "run", "under_way", "features", "family")
+KINDS = ("model", "gene", "data", "run", "under_way", "features", "pool", "family")
 
 
 @pytest.fixture(scope="module")
