@@ -196,11 +196,12 @@ def _argv(*words: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "mmlg_scale", *words)
 
 
-def run_seed(plan: Plan, seed: int, out: Path, results: Path, place: Place, only: Sequence[str] = ()) -> Path:
+def run_seed(plan: Plan, seed: int, out: Path, results: Path, place: Place, only: Sequence[str] = (), family: str | None = None) -> Path:
     """Run what is missing of a seed; returns its JSON file. Pieces of another way of counting FLOPs are missing.
 
     Args:
         only: methods, method/schedule, or further down what pieces are named by (their family, their size); empty: all.
+        family: of one of the plan's families only; None: of all.
     """
     target = results / f"family_cost_{plan.name}_seed{seed}.json"
     before = json.loads(target.read_text()) if target.is_file() else {}
@@ -210,12 +211,13 @@ def run_seed(plan: Plan, seed: int, out: Path, results: Path, place: Place, only
     environments = before.get("environments", [before["environment"]] if "environment" in before else [])
     environments += [place.environment] if place.environment not in environments else []
     runner.make_data(console)
-    asked = with_needs(pieces, only)
+    wanted = chosen(plan, pieces, only, family)
+    asked = with_needs(pieces, wanted)
     missing = [piece for piece in asked if kept.get(piece.id, {}).get("digest") != runner.digest(piece.id)]
     console.print(f"seed {seed}: {len(asked)} pieces, {len(asked) - len(missing)} in {target.name}", highlight=False)
     groups: dict[tuple[str, str], list[Piece]] = {}
     for piece in missing:
-        if is_wanted(piece.id, only):
+        if piece.id in wanted:
             groups.setdefault((piece.method, piece.schedule), []).append(piece)
     for group in groups.values():
         runner.run([piece.id for piece in group], console)
@@ -239,16 +241,28 @@ def as_text(content: Mapping[str, Any]) -> str:
     return f'{head},\n "pieces": {{\n{pieces}\n }}\n}}\n'
 
 
-def is_wanted(identifier: str, only: Sequence[str]) -> bool:
-    """Whether a piece is in `only`, whose names end anywhere in those of pieces where these have a slash."""
-    return not only or any(f"{identifier}/".startswith(f"{name}/") for name in only)
+def chosen(plan: Plan, pieces: Sequence[Piece], only: Sequence[str] = (), family: str | None = None) -> set[str]:
+    """The pieces that are asked for: of `only`, whose names end anywhere in those of pieces where these have a slash, and of `family`.
+
+    A family needs its learngene, what is written from it, and every other model of a size that it has.
+    """
+
+    def is_of_family(piece: Piece) -> bool:
+        if family is None or piece.family is not None:
+            return family in (None, piece.family)
+        return piece.size is None or list(piece.size) in plan.families[family]
+
+    def is_named(piece: Piece) -> bool:
+        return not only or any(f"{piece.id}/".startswith(f"{name}/") for name in only)
+
+    return {piece.id for piece in pieces if is_of_family(piece) and is_named(piece)}
 
 
-def with_needs(pieces: Sequence[Piece], only: Sequence[str]) -> list[Piece]:
+def with_needs(pieces: Sequence[Piece], wanted: Iterable[str]) -> list[Piece]:
     """Those that are wanted and what they are made of, in the order of `pieces`: a digest takes a tenth of a second, and plans are long."""
     by_id = {piece.id: piece for piece in pieces}
     found: set[str] = set()
-    left = [piece.id for piece in pieces if is_wanted(piece.id, only)]
+    left = list(wanted)
     while left:
         identifier = left.pop()
         if identifier not in found:
@@ -372,6 +386,9 @@ def main() -> None:
         metavar="NAME",
         help="Run only these: METHOD, METHOD/SCHEDULE, mmlg/SCHEDULE/FAMILY, scratch/SCHEDULE/i2-t2; with --tune, entries of the plan.",
     )
+    parser.add_argument(
+        "--family", default=None, metavar="NAME", help="Run only what one of the plan's families needs: five, ten. Default: all of them."
+    )
     parser.add_argument("--parallel", type=int, default=None, help="Pieces side by side. Default: as many as fit here; on a cluster eight.")
     parser.add_argument(
         "--cluster", default=None, metavar="FILE", help="Run every piece as a job of Slurm: a file as for mmlg launch slurm."
@@ -385,6 +402,8 @@ def main() -> None:
             parser.error(f"--{name} is {number}; it must be 1 or more")
     try:
         plan = load_plan(arguments.plan)
+        if arguments.family is not None and arguments.family not in plan.families:
+            raise UserError(f"--family {arguments.family}: {plan.name} has {', '.join(plan.families)}.")
         asked = {key: getattr(arguments, key) for key in ("nodes", "gpus_per_node", "time", "parallel")}
         place = slurm(plan, arguments.cluster, **asked) if arguments.cluster else this_machine(plan, arguments.parallel)
         arguments.results.mkdir(parents=True, exist_ok=True)
@@ -392,7 +411,7 @@ def main() -> None:
             print(tune(plan, arguments.out.absolute(), arguments.results, place, arguments.only))
             return
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-            print(run_seed(plan, seed, arguments.out.absolute(), arguments.results, place, arguments.only))
+            print(run_seed(plan, seed, arguments.out.absolute(), arguments.results, place, arguments.only, arguments.family))
     except (UserError, LaunchError, StepFailed) as error:
         sys.exit(f"family_cost: error: {error}")
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from benchmarks import family_cost, family_frontier
-from benchmarks.family_cost import next_trials, run_seed, this_machine, tuned_settings, with_needs
+from benchmarks.family_cost import chosen, next_trials, run_seed, this_machine, tuned_settings, with_needs
 from benchmarks.family_frontier import Cost, Seed
 from benchmarks.family_plan import LEARNGENES, RESULTS, Pieces, Plan, load_plan, size_name
 from mmlg_scale.recipe_file import load_recipe
@@ -263,11 +263,20 @@ def test_a_part_of_a_plan_brings_what_it_is_made_of() -> None:
         "mmlg_adapted": {"short": {"steps": 4}},
         "scratch": {"short": {"steps": 8}},
     }
-    pieces = Pieces(replace(PLAN, methods=methods), 0, {}).all()
-    found = [piece.id for piece in with_needs(pieces, ["mmlg_adapted/short/two/i4-t4"])]
-    assert found == ["ancestor", "mmlg/short/two/learngene", "mmlg_adapted/short/two/i4-t4"]
-    assert [piece.id for piece in with_needs(pieces, ["scratch/short"])] == ["scratch/short/i2-t2", "scratch/short/i4-t4"]
-    assert with_needs(pieces, []) == pieces
+    plan = replace(PLAN, methods=methods, families=PLAN.families | {"one": [[3, 3]]})
+    pieces = Pieces(plan, 0, {}).all()
+
+    def names(*only: str, family: str | None = None) -> list[str]:
+        return [piece.id for piece in with_needs(pieces, chosen(plan, pieces, only, family))]
+
+    assert names("mmlg_adapted/short/two/i4-t4") == ["ancestor", "mmlg/short/two/learngene", "mmlg_adapted/short/two/i4-t4"]
+    assert names("scratch/short") == [f"scratch/short/{size}" for size in ("i2-t2", "i4-t4", "i3-t3")]
+    assert names() == [piece.id for piece in pieces]
+    assert names("scratch", "mmlg_adapted", family="two") == [
+        *("ancestor", "mmlg/short/two/learngene", "mmlg_adapted/short/two/i2-t2", "mmlg_adapted/short/two/i4-t4"),
+        *("scratch/short/i2-t2", "scratch/short/i4-t4"),
+    ]
+    assert {piece.id for piece in pieces} == {*names(family="two"), *names(family="one")}
 
 
 def test_what_is_pre_trained_directly_is_adapted_without_an_ancestor() -> None:
