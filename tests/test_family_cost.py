@@ -15,7 +15,7 @@ import yaml
 from benchmarks import family_cost, family_frontier
 from benchmarks.family_cost import chosen, next_trials, run_seed, this_machine, tuned_settings, with_needs
 from benchmarks.family_frontier import Cost, Seed
-from benchmarks.family_plan import LEARNGENES, RESULTS, Pieces, Plan, load_plan, size_name
+from benchmarks.family_plan import LEARNGENES, RESULTS, Piece, Pieces, Plan, load_plan, size_name
 from mmlg_scale.recipe_file import load_recipe
 
 PLAN = Plan(
@@ -122,6 +122,7 @@ def test_only_names_pieces_down_to_any_slash() -> None:
         "mmlg/short-pool/five/i2-t2",
         "mmlg_adapted/short/five/i2-t2",
     ]
+    pieces = [Piece(name, "", "", (), ()) for name in every]
     for only, wanted in (
         ([], every),
         (["scratch"], every[:2]),
@@ -131,7 +132,7 @@ def test_only_names_pieces_down_to_any_slash() -> None:
         (["mmlg/short-pool/five", "mmlg_adapted"], every[3:]),
         (["mml"], []),
     ):
-        assert [name for name in every if family_cost.is_wanted(name, only)] == wanted
+        assert chosen(PLAN, pieces, only) == set(wanted)
 
 
 def test_what_is_out_of_another_training_of_the_ancestor_is_noted() -> None:
