@@ -31,7 +31,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -253,6 +253,12 @@ def compare(task: Task, runtime: Runtime, pairs: int, *, step_alone: bool = Fals
         RuntimeError: the two losses on one batch differ: not the same work.
     """
     ours = Ours(task, runtime)
+    with closing(ours.session):
+        return _compare(task, ours, pairs, step_alone=step_alone)
+
+
+def _compare(task: Task, ours: Ours, pairs: int, *, step_alone: bool) -> Row:
+    """As `compare`, of a session that the caller closes."""
     theirs = Theirs(task, ours.session)
     kept = [next(ours.stream) for _ in range(max(2, task.steps))][: task.steps]
     prepared = [theirs.prepared(batch) for batch in kept]
@@ -269,7 +275,7 @@ def compare(task: Task, runtime: Runtime, pairs: int, *, step_alone: bool = Fals
             "theirs_loader": lambda: _read(theirs.stream, task.steps),
         }
     first = None
-    if runtime.compile:
+    if ours.session.runtime.compile:
         first = _first_steps(ours, kept)
         windows["plain_step"] = lambda: ours.run_plain(kept)
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in windows}
@@ -282,7 +288,6 @@ def compare(task: Task, runtime: Runtime, pairs: int, *, step_alone: bool = Fals
     row = _row(task, spent, training_flops(config), measure_peak_flops(device)) | {"losses": losses}
     if first is not None:
         row |= _cost_of_compiling(row, first, task.steps)
-    ours.session.close()
     return row
 
 
@@ -366,21 +371,21 @@ def table(rows: Sequence[Row]) -> str:
 def profile(task: Task, runtime: Runtime, top: int = 12) -> Row:
     """Which operators the steps of each side spend their time in, as shares of it, and how many a step calls."""
     ours = Ours(task, runtime)
-    theirs = Theirs(task, ours.session)
-    kept = [next(ours.stream) for _ in range(task.steps)]
-    sides = {"ours": lambda: ours.run(kept), "theirs": lambda: theirs.run([theirs.prepared(batch) for batch in kept])}
-    found: Row = {}
-    for name, work in sides.items():
-        work()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+    with closing(ours.session):
+        theirs = Theirs(task, ours.session)
+        kept = [next(ours.stream) for _ in range(task.steps)]
+        sides = {"ours": lambda: ours.run(kept), "theirs": lambda: theirs.run([theirs.prepared(batch) for batch in kept])}
+        found: Row = {}
+        for name, work in sides.items():
             work()
-        events = sorted(recorded.key_averages(), key=lambda event: -event.self_cpu_time_total)
-        whole = sum(event.self_cpu_time_total for event in events)
-        found[name] = {
-            "operators_per_step": sum(event.count for event in events) / task.steps,
-            "share_of_time": {event.key: event.self_cpu_time_total / whole for event in events[:top]},
-        }
-    ours.session.close()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+                work()
+            events = sorted(recorded.key_averages(), key=lambda event: -event.self_cpu_time_total)
+            whole = sum(event.self_cpu_time_total for event in events)
+            found[name] = {
+                "operators_per_step": sum(event.count for event in events) / task.steps,
+                "share_of_time": {event.key: event.self_cpu_time_total / whole for event in events[:top]},
+            }
     return found
 
 

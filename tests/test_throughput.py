@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,4 @@ def test_open_clip_train_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(throughput.Theirs, "prepared", lambda self, batch: (prepared(self, batch)[0].flip(-1), batch.text_NT))
     with pytest.raises(RuntimeError, match="not the same model or data"):
         throughput.compare(task, Runtime(cache_decoded=False), pairs=1)
+    assert "RANK" not in os.environ  # the session is closed: the next process started from here is no rank of it
