@@ -315,13 +315,15 @@ def _lacks_pool(member: Member, plan: Plan) -> bool:
     """Whether a complete extraction is without the ancestor's outputs that a descendant, which is not complete, is to be compared with."""
     if not isinstance(member.role, ExtractionRole) or (member.step.folder / TEACHER_POOL).exists() or result_of(member.step.folder) is None:
         return False
-    return any(
-        isinstance(other.role, DescendantRole)
-        and other.role.init == member.role.method
-        and other.role.reuses_teacher_pool
-        and (standing(other, plan) != [] or result_of(other.step.folder) is None)
-        for other in plan.members
-    )
+
+    def is_left(other: Member, role: DescendantRole) -> bool:
+        # What a descendant is depends on its target: before that is known, it cannot be told from another.
+        waits = role.target_of is not None and result_of(role.target_of) is None
+        return waits or result_of(other.step.folder) is None or standing(other, plan) != []
+
+    method = member.role.method
+    roles = [(other, other.role) for other in plan.members if isinstance(other.role, DescendantRole)]
+    return any(role.init == method and role.reuses_teacher_pool and is_left(other, role) for other, role in roles)
 
 
 def is_complete(member: Member, plan: Plan, console: Console) -> bool:
