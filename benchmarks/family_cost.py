@@ -7,6 +7,7 @@
 PLAN is a file of benchmarks/plans, or a path. Each piece is one `mmlg` command in a folder of its own below OUT. Results go to
 RESULTS/family_cost_PLAN_seedN.json whenever a method and schedule is complete; what is there with the same settings is not run again, so
 that a benchmark of days can be spread over many sittings and machines. Nothing is stopped at a target: costs are read off whole curves.
+Sizes that are at the target untrained are not adapted.
 Where OUT has no ancestor any more it is trained again, and on another processor comes out slightly different: each piece has the digests
 of what it was made of, and the notes say which are of another ancestor.
 
@@ -206,7 +207,8 @@ def run_seed(plan: Plan, seed: int, out: Path, results: Path, place: Place, only
     target = results / f"family_cost_{plan.name}_seed{seed}.json"
     before = json.loads(target.read_text()) if target.is_file() else {}
     kept = before["pieces"] if before.get("accounting") == ACCOUNTING else {}
-    pieces = Pieces(plan, seed, tuned_settings(plan, results)).all()
+    planned = Pieces(plan, seed, tuned_settings(plan, results))
+    pieces = planned.all()
     runner, console = Runner(plan, seed, out, pieces, place), Terminal(stderr=True)
     environments = before.get("environments", [before["environment"]] if "environment" in before else [])
     environments += [place.environment] if place.environment not in environments else []
@@ -219,8 +221,15 @@ def run_seed(plan: Plan, seed: int, out: Path, results: Path, place: Place, only
     for piece in missing:
         if piece.id in wanted:
             groups.setdefault((piece.method, piece.schedule), []).append(piece)
-    for group in groups.values():
-        runner.run([piece.id for piece in group], console)
+    for (method, schedule), group in groups.items():
+        spared = planned.spared(kept)
+        asked_for = [piece.id for piece in group if piece.id not in spared]
+        if len(asked_for) < len(group):
+            at_targets = f"{len(group) - len(asked_for)} of {len(group)} sizes are at the target untrained, and not adapted"
+            console.print(f"{method}/{schedule}: {at_targets}", highlight=False)
+        if not asked_for:
+            continue
+        runner.run(asked_for, console)
         found = {piece.id: figures for piece in missing if (figures := runner.figures(piece)) is not None}
         kept = {piece.id: (kept | found)[piece.id] for piece in pieces if piece.id in found or piece.id in kept}
         content = {
@@ -287,7 +296,12 @@ def tune(plan: Plan, out: Path, results: Path, place: Place, only: Sequence[str]
 
     Args:
         only: of these entries; empty: all.
+
+    Raises:
+        UserError: the plan uses another one's tuning.
     """
+    if plan.like is not None:
+        raise UserError(f"{plan.name} uses the tuning of {plan.like}: run python -m benchmarks.family_cost {plan.like} --tune.")
     target = results / f"family_cost_{plan.name}_tuning.json"
     content: dict[str, Any] = json.loads(target.read_text()) if target.is_file() else {"plan": plan.name, "methods": {}}
     starts = {name: start for name, start in plan.tuning.items() if _method(name) in SECTIONS and (not only or name in only)}

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from mmlg_scale import recipe
+from mmlg_scale.accounting import reaches
 from mmlg_scale.errors import UserError
 
 PLANS = Path(__file__).with_name("plans")
@@ -73,7 +74,7 @@ class Plan:
     eval_samples: int = 3_200
     """Samples between two evaluations."""
     like: str | None = None
-    """Another plan, whose ancestor, folders and tuning this one shares."""
+    """Another plan: this one shares its ancestor, folders and tuning, and all but methods and marks that the file does not name itself."""
 
     @property
     def origin(self) -> str:
@@ -91,7 +92,12 @@ def load_plan(name: str) -> Plan:
     path = Path(name) if name.endswith(".yaml") else PLANS / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"{path}: no such plan. Shipped are {', '.join(sorted(file.stem for file in PLANS.glob('*.yaml')))}.")
-    return Plan(name=path.stem, **yaml.safe_load(path.read_text()))
+    content = yaml.safe_load(path.read_text())
+    if like := content.get("like"):
+        origin = vars(load_plan(like))
+        content["settings"] = origin["settings"] | content.get("settings", {})
+        content = {key: value for key, value in origin.items() if key not in ("name", "like", "methods", "marks")} | content
+    return Plan(name=path.stem, **content)
 
 
 def size_name(size: Size, modality: str = "both") -> str:
@@ -125,6 +131,11 @@ def as_options(settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple((key, "null" if value is None else str(value)) for key, value in sorted(settings.items()))
 
 
+def _of_recipe(settings: Mapping[str, Any]) -> Settings:
+    """An adaptation's settings without those that say which sizes are adapted."""
+    return {key: value for key, value in settings.items() if key not in ("sizes", "until")}
+
+
 class Pieces:
     """The pieces of a plan for one seed.
 
@@ -156,11 +167,11 @@ class Pieces:
         """The pieces of a method's schedule: all that must run, the ancestor apart."""
         chosen = self._chosen(method, schedule, settings)
         if method in ADAPTED:
-            asked = chosen.pop("sizes", self.plan.sizes)
+            asked = chosen.get("sizes", self.plan.sizes)
             for family, members in self.plan.families.items():
                 for size in members:
                     if tuple(size) in map(tuple, asked):
-                        yield self.adapted(method, schedule, chosen, family, tuple(size))
+                        yield self.adapted(method, schedule, _of_recipe(chosen), family, tuple(size))
             return
         if method not in LEARNGENES:
             for size in self.plan.sizes if sizes is None else sizes:
@@ -211,11 +222,14 @@ class Pieces:
         if not asked.get("reuse_teacher_pool"):
             return {}
         chosen = self._chosen(origin, schedule, self.plan.methods[origin][schedule])
-        pool = {"loss.teacher_pool": chosen["teacher_pool"]} | {f"training.{key}": chosen[key] for key in ("steps", "batch_size")}
+        # Where nothing was tuned the batch size is neither's.
+        pool = {"loss.teacher_pool": chosen["teacher_pool"]} | {
+            f"training.{key}": chosen[key] for key in ("steps", "batch_size") if key in chosen
+        }
         own = {"extraction", SECTIONS[origin]}  # the recipe always has an extraction, which is held to the same
         others = {SECTIONS[method]: None for method in ("tleg", "sws") if method != origin}
-        adaptation = {key: value for key, value in self._chosen(found[0], schedule, asked).items() if key != "sizes"}
-        return options_of(found[0], adaptation) | {f"{section}.{key}": pool[key] for section in own for key in pool} | others
+        adaptation = options_of(found[0], _of_recipe(self._chosen(found[0], schedule, asked)))
+        return adaptation | {f"{section}.{key}": pool[key] for section in own for key in pool} | others
 
     def _written(self, learngene: Piece, size: Size, modality: str = "both") -> Piece:
         words = ("train", "--init", learngene.method, "--modality", modality, *_size_words(size, modality))
@@ -240,13 +254,33 @@ class Pieces:
         return self.learngene(origin, schedule, self._chosen(origin, schedule, self.plan.methods[origin][schedule]), family)
 
     def all(self) -> list[Piece]:
-        """Every piece, in the order in which they run: short schedules of all methods before long ones."""
+        """Every piece, in the order in which they run: short schedules of all methods before long ones, and adaptations at the end."""
         schedules = list(dict.fromkeys(name for found in self.plan.methods.values() for name in found))
         found = [self.ancestor]
-        for schedule in sorted(schedules, key=lambda name: name == "converged"):
-            for method, settings in self.plan.methods.items():
-                if schedule in settings:
-                    found += self.of_method(method, schedule, settings[schedule])
+        for is_adapted in (False, True):
+            for schedule in sorted(schedules, key=lambda name: name == "converged"):
+                for method, settings in self.plan.methods.items():
+                    if schedule in settings and (method in ADAPTED) == is_adapted:
+                        found += self.of_method(method, schedule, settings[schedule])
+        return found
+
+    def spared(self, kept: Mapping[str, Mapping[str, Any]]) -> set[str]:
+        """Adaptations that no marked target asks for: of sizes that are at theirs untrained, as far as `kept` (figures by piece) shows.
+
+        An adapted schedule's `until` names the target; without it every marked one is asked for.
+        """
+        metric, found = self.plan.metric, set()
+        for piece in self.all():
+            if piece.method not in ADAPTED or piece.size is None:
+                continue
+            size = size_name(piece.size)
+            until = self.plan.methods[piece.method][piece.schedule].get("until")
+            names = [f"scratch/{mark}/{size}" for mark in ([until] if until else self.plan.marks)]
+            untrained = f"{ADAPTED[piece.method]}/{piece.schedule}/{piece.family}/{size}"
+            if names and all(name in kept for name in (*names, untrained)):
+                quality = kept[untrained]["curve"][-1][metric]
+                if all(reaches(quality, kept[name]["curve"][-1][metric]) for name in names):
+                    found.add(piece.id)
         return found
 
 

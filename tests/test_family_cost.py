@@ -16,6 +16,7 @@ from benchmarks import family_cost, family_frontier
 from benchmarks.family_cost import chosen, next_trials, run_seed, this_machine, tuned_settings, with_needs
 from benchmarks.family_frontier import Cost, Seed
 from benchmarks.family_plan import LEARNGENES, RESULTS, Piece, Pieces, Plan, load_plan, size_name
+from mmlg_scale.errors import UserError
 from mmlg_scale.recipe_file import load_recipe
 
 PLAN = Plan(
@@ -274,8 +275,8 @@ def test_a_part_of_a_plan_brings_what_it_is_made_of() -> None:
     assert names("scratch/short") == [f"scratch/short/{size}" for size in ("i2-t2", "i4-t4", "i3-t3")]
     assert names() == [piece.id for piece in pieces]
     assert names("scratch", "mmlg_adapted", family="two") == [
-        *("ancestor", "mmlg/short/two/learngene", "mmlg_adapted/short/two/i2-t2", "mmlg_adapted/short/two/i4-t4"),
-        *("scratch/short/i2-t2", "scratch/short/i4-t4"),
+        *("ancestor", "mmlg/short/two/learngene", "scratch/short/i2-t2", "scratch/short/i4-t4"),
+        *("mmlg_adapted/short/two/i2-t2", "mmlg_adapted/short/two/i4-t4"),
     ]
     assert {piece.id for piece in pieces} == {*names(family="two"), *names(family="one")}
 
@@ -294,6 +295,44 @@ def test_what_is_pre_trained_directly_is_adapted_without_an_ancestor() -> None:
     for piece in pieces:
         if piece.method == "direct":
             assert "adaptation.direct" not in " ".join(key for key, _ in piece.options)
+
+
+def test_sizes_at_their_target_untrained_are_not_adapted() -> None:
+    adapted = {"steps": 4, "teacher_pool": 8, "reuse_teacher_pool": True}
+    methods = {
+        "mmlg_adapted": {"short": adapted | {"until": "medium"}, "long": adapted},
+        "mmlg": {name: {"steps": 8, "teacher_pool": 8} for name in ("short", "long")},
+        "scratch": {"medium": {"steps": 8}, "long": {"steps": 8}},
+    }
+    pieces = Pieces(replace(PLAN, methods=methods, marks=["medium", "long"]), 0, {})
+    names = [each.id for each in pieces.all()]
+    adaptations = [f"mmlg_adapted/{schedule}/two/{size}" for schedule in ("short", "long") for size in ("i2-t2", "i4-t4")]
+    assert names[-4:] == adaptations  # last, when it is known which sizes miss their targets
+    kept = {
+        f"scratch/{mark}/{size}": {"curve": [{"q": 0.9}, {"q": target}]}
+        for mark, target in (("medium", 0.5), ("long", 0.7))
+        for size in ("i2-t2", "i4-t4")
+    }
+    kept |= {
+        f"mmlg/{schedule}/two/{size}": {"curve": [{"q": quality}]}
+        for schedule in ("short", "long")
+        for size, quality in (("i2-t2", 0.4), ("i4-t4", 0.6))
+    }
+    assert pieces.spared(kept) == {adaptations[1]}
+    assert pieces.spared(kept | {"mmlg/long/two/i4-t4": {"curve": [{"q": 0.7 - 1e-12}]}}) == {adaptations[1], adaptations[3]}
+    for unknown in ("scratch/medium/i4-t4", "mmlg/short/two/i4-t4"):
+        assert pieces.spared({name: found for name, found in kept.items() if name != unknown}) == set()
+    assert all("until" not in key for each in pieces.all() for key, _ in each.options)
+
+
+def test_a_plan_like_another_has_what_it_does_not_name_itself(tmp_path: Path) -> None:
+    (tmp_path / "variant.yaml").write_text("like: scenes\nsettings: {seed: 7}\nmethods: {mmlg: {short: {steps: 5}}}\nmarks: []\n")
+    plan, origin = load_plan(str(tmp_path / "variant.yaml")), load_plan("scenes")
+    assert (plan.name, plan.origin, plan.methods, plan.marks) == ("variant", "scenes", {"mmlg": {"short": {"steps": 5}}}, [])
+    assert plan.settings == origin.settings | {"seed": 7}
+    assert (plan.recipe, plan.metric, plan.families, plan.tuning) == (origin.recipe, origin.metric, origin.families, origin.tuning)
+    with pytest.raises(UserError, match=r"variant uses the tuning of scenes: run python -m benchmarks.family_cost scenes --tune"):
+        family_cost.tune(plan, tmp_path, tmp_path, this_machine(plan))
 
 
 @pytest.mark.parametrize(("name", "methods"), [("gpu-small", ("scratch", "direct")), ("cluster", ("even", "sws"))])
