@@ -416,6 +416,10 @@ class Recipe:
         """Whether extractions keep the ancestor's outputs for the adaptation of what is written from them."""
         return self.adaptation.reuse_teacher_pool and self.adaptation.training.steps > 0
 
+    def keeps_teacher_pool(self, loss_key: str) -> bool:
+        """Whether the training at a key of `comparisons` leaves the ancestor's outputs beside what it trains, a learngene."""
+        return self.reuses_teacher_pool and loss_key.removesuffix(".loss") in self.learngenes()
+
     def _check_reuse(self) -> None:
         loss, key = self.adaptation.loss, "adaptation.loss"
         wanted = loss.teacher_pool
@@ -423,8 +427,8 @@ class Recipe:
             wanted is not None, f"{key}.teacher_pool", "is null beside adaptation.reuse_teacher_pool", "Say how many pairs to walk through."
         )
         for name, (other, training) in self.comparisons().items():
-            if name.removesuffix(".loss") not in self.learngenes():
-                continue  # its runs keep nothing
+            if not self.keeps_teacher_pool(name):
+                continue
             kept = min(other.teacher_pool or 0, training.steps * training.batch_size)
             problem = f"{wanted} pairs are to be reused, {name} keeps the outputs of {kept}"
             _require(wanted is None or wanted <= kept, f"{key}.teacher_pool", problem, f"Use fewer, or a larger {name}.teacher_pool.")

@@ -94,28 +94,27 @@ def _here(args: Any, recipe: Recipe, runtime: Runtime, out: Path) -> int:
 
     from mmlg_scale.ranks import is_first_rank, on_first_rank
     from mmlg_scale.throughput import Windows, check, environment, measure_cell
-    from mmlg_scale.training.engine import start_ranks, stop_ranks
+    from mmlg_scale.training.engine import ranks
 
-    device = start_ranks(runtime)
-    world_size = dist.get_world_size()
-    cells = list(_cells(args, recipe, runtime, world_size))
-    check(cells, world_size)
-    recipe.data.path = on_first_rank(lambda: _data(args, recipe, out))
-    windows = Windows(args.steps, args.repeats, args.warmup)
-    for cell in cells:
-        if is_first_rank():
-            print(f"measuring {cell.in_words()} on {world_size} rank{'s' * (world_size > 1)}", file=sys.stderr, flush=True)
-        try:
-            row = measure_cell(recipe, runtime, cell, windows, out / "models")
-        except torch.OutOfMemoryError:
-            if world_size > 1:
-                raise  # the other ranks may not have met it, and wait
-            row = _without_figures(recipe, runtime, cell, world_size, "out of memory")
-        row |= {"environment": environment(device)}
-        on_first_rank(lambda row=row: _keep(out, [row]))  # type: ignore[misc]
-    if is_first_rank() and not args.quiet:
-        _show(out)
-    stop_ranks()
+    with ranks(runtime) as device:
+        world_size = dist.get_world_size()
+        cells = list(_cells(args, recipe, runtime, world_size))
+        check(cells, world_size)
+        recipe.data.path = on_first_rank(lambda: _data(args, recipe, out))
+        windows = Windows(args.steps, args.repeats, args.warmup)
+        for cell in cells:
+            if is_first_rank():
+                print(f"measuring {cell.in_words()} on {world_size} rank{'s' * (world_size > 1)}", file=sys.stderr, flush=True)
+            try:
+                row = measure_cell(recipe, runtime, cell, windows, out / "models")
+            except torch.OutOfMemoryError:
+                if world_size > 1:
+                    raise  # the other ranks may not have met it, and wait
+                row = _without_figures(recipe, runtime, cell, world_size, "out of memory")
+            row |= {"environment": environment(device)}
+            on_first_rank(lambda row=row: _keep(out, [row]))  # type: ignore[misc]
+        if is_first_rank() and not args.quiet:
+            _show(out)
     return 0
 
 

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmlg_scale import recipe, towers
-from mmlg_scale.errors import UserError
+from mmlg_scale.errors import RunStopped, SupersededError, UserError
 from mmlg_scale.memory import checkpoint_bytes
+from mmlg_scale.ranks import several_ranks
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.muon import MuonAdamW
 from mmlg_scale.training.state import Part, SavedParts, copy_buffers, copy_parts, find_parts, load_buffers, load_parts, share_of
@@ -75,6 +76,21 @@ def stop_ranks() -> None:
     # One of gloo's threads may still have to let go of the last tensors, for which it needs the interpreter: where that has ended, it
     # aborts the process.
     time.sleep(0.1)
+
+
+@contextmanager
+def ranks(runtime: Runtime) -> Iterator[torch.device]:
+    """`start_ranks`, and `stop_ranks` at the end: after an error too, where no other rank waits for this one."""
+    device = start_ranks(runtime)
+    try:
+        yield device
+    except Exception as error:
+        # Every rank raises these; of another error the others may not know, and would be waited for.
+        together = isinstance(error, (UserError, RunStopped)) and not isinstance(error, SupersededError)
+        if together or not several_ranks():
+            stop_ranks()
+        raise
+    stop_ranks()
 
 
 def autocast_of(precision: str, device: torch.device) -> AbstractContextManager[Any]:

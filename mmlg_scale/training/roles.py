@@ -171,7 +171,7 @@ def teacher_of(
     if not settings.engine.keep_features:
         live = LiveTeacher(model, context.device, shard=context.runtime.shard_ancestor, compiled=context.runtime.compile)
         loss, training = settings.comparisons()[loss_key]
-        keeps = settings.reuses_teacher_pool and loss_key.removesuffix(".loss") in settings.learngenes()
+        keeps = settings.keeps_teacher_pool(loss_key)
         if loss.teacher_pool is None or context.folder is None or not (is_walked_again(loss, training) or keeps):
             return live
         layout = Layout.of(model.spec.config, loss)

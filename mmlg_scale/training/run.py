@@ -18,14 +18,14 @@ import torch.distributed as dist
 
 from mmlg_scale import recipe
 from mmlg_scale.data.corpus import Corpus, PairSet, pairs_of
-from mmlg_scale.errors import RunStopped, SupersededError, UserError
+from mmlg_scale.errors import UserError
 from mmlg_scale.metric_names import check_metric
-from mmlg_scale.ranks import is_first_rank, on_first_rank, several_ranks
+from mmlg_scale.ranks import is_first_rank, on_first_rank
 from mmlg_scale.records import write_record
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training import features
 from mmlg_scale.training.checkpoint import Checkpoints
-from mmlg_scale.training.engine import autocast_of, start_ranks, stop_ranks
+from mmlg_scale.training.engine import autocast_of, ranks
 from mmlg_scale.training.folder import RESULT_FILE, Incarnation, claim, hold, read_json
 from mmlg_scale.training.loop import Progress, train
 from mmlg_scale.training.meters import Meters
@@ -97,9 +97,8 @@ def _in_folder(
     work: Callable[[Start], Result],
 ) -> Result:
     """Between the ranks' start and end, and with the folder held by the first rank: claim it, and do the work where it is not done."""
-    device = start_ranks(runtime)
     minutes = runtime.checkpoint_minutes
-    with ExitStack() as held, Requests(out, save_every=None if minutes is None else 60 * minutes) as requests:
+    with ranks(runtime) as device, ExitStack() as held, Requests(out, save_every=None if minutes is None else 60 * minutes) as requests:
 
         def claimed() -> tuple[dict[str, Any], Result | None, int]:
             held.enter_context(hold(out))
@@ -107,21 +106,12 @@ def _in_folder(
             result = claim(out, identity)
             return identity, result, Incarnation.next(out).number if result is None else 0
 
-        try:
-            identity, result, number = on_first_rank(claimed)
-            if result is not None:
-                if is_first_rank():
-                    print(f"{out}: complete{_in_words(result)}; nothing to do.", file=sys.stderr)
-            else:
-                result = work(Start(identity, device, Incarnation(out, number), requests))
-        except Exception as error:
-            # Every rank raises these; of another error the others may not know, and would be waited for.
-            together = isinstance(error, (UserError, RunStopped)) and not isinstance(error, SupersededError)
-            if together or not several_ranks():
-                stop_ranks()
-            raise
-    stop_ranks()
-    return result
+        identity, result, number = on_first_rank(claimed)
+        if result is None:
+            return work(Start(identity, device, Incarnation(out, number), requests))
+        if is_first_rank():
+            print(f"{out}: complete{_in_words(result)}; nothing to do.", file=sys.stderr)
+        return result
 
 
 def _in_words(result: Result) -> str:

@@ -25,6 +25,7 @@ from mmlg_scale.data.corpus import Corpus, PairSet, pairs_of
 from mmlg_scale.data.evaluation import EvalSplit
 from mmlg_scale.data.pipeline import Batch, StreamSettings, TrainStream
 from mmlg_scale.evaluation.evaluate import evaluate_pairs, require_metric
+from mmlg_scale.ranks import several_ranks
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.engine import Engine, start_ranks, stop_ranks
 from mmlg_scale.training.loop import train_step
@@ -128,16 +129,22 @@ def build_session(
     chosen: Role = role if role is not None else AncestorRole(settings)
     pairs = pairs if pairs is not None else pairs_of(settings.data)
     chosen.check(pairs)
+    is_own = not dist.is_initialized()
     device = start_ranks(runtime)
-    stage = chosen.build(Context(pairs, runtime, device, resumes, folder))
-    training = stage.training
-    engine = Engine(
-        stage.model,
-        stage.parameter_groups(),
-        runtime=runtime,
-        batch_size=training.batch_size,
-        optimizer=training.optimizer,
-        precision=settings.engine.precision,
-        communication=settings.engine.communication,
-    )
-    return Session(settings, runtime, stage, engine, Corpus(pairs, stage.spec))
+    try:
+        stage = chosen.build(Context(pairs, runtime, device, resumes, folder))
+        training = stage.training
+        engine = Engine(
+            stage.model,
+            stage.parameter_groups(),
+            runtime=runtime,
+            batch_size=training.batch_size,
+            optimizer=training.optimizer,
+            precision=settings.engine.precision,
+            communication=settings.engine.communication,
+        )
+        return Session(settings, runtime, stage, engine, Corpus(pairs, stage.spec))
+    except Exception:
+        if is_own and not several_ranks():
+            stop_ranks()
+        raise

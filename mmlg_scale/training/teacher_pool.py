@@ -109,7 +109,7 @@ def require_budgets(settings: recipe.Recipe, config: Mapping[str, Any], budget: 
     for key, (loss, training) in settings.comparisons().items():
         if key == "adaptation.loss" and settings.reuses_teacher_pool:
             continue
-        if pool_bytes(config, loss, training, keeps=settings.reuses_teacher_pool and key.removesuffix(".loss") in settings.learngenes()):
+        if pool_bytes(config, loss, training, keeps=settings.keeps_teacher_pool(key)):
             require_budget(Layout.of(config, loss), loss.teacher_pool or 0, budget, key)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mmlg_scale.cli.benchmark import benchmark
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.errors import UserError
 from mmlg_scale.recipe import Extraction, Size, Training
@@ -57,6 +59,35 @@ def test_what_the_environment_says_of_ranks(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match=r"RANK is set, but not WORLD_SIZE and MASTER_PORT\. Start ranks with mmlg launch"):
         start_ranks(Runtime())
+
+
+def test_a_session_that_cannot_be_built_leaves_no_ranks_behind(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What a notebook starts next takes RANK for a launcher's. A session that is open already keeps its ranks."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    settings, _ = load_recipe("demo", **options)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    class Broken(AncestorRole):
+        build = broken  # type: ignore[assignment]
+
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        build_session(settings, Broken(settings))
+    assert not dist.is_initialized()
+    assert "RANK" not in os.environ
+    with closing(build_session(settings)):
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            build_session(settings, Broken(settings))
+        assert dist.get_world_size() == 1
+    monkeypatch.setattr("mmlg_scale.throughput.measure_cell", broken)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        benchmark(["demo", "--out", str(tmp_path), "--data.path", options["data.path"], "--roles", "ancestor"])
+    assert not dist.is_initialized()
+    assert "RANK" not in os.environ
 
 
 @pytest.mark.parametrize("zero_stage", [0, pytest.param(3, marks=pytest.mark.slow)])
