@@ -384,6 +384,28 @@ def test_the_adaptation_reuses_what_extraction_kept(made: Path, tmp_path: Path, 
     assert (tmp_path / "kept" / "teacher-pool").exists()  # for the next size
 
 
+def _run_rank(rank: int, store: str, root: str, folder: str, learngene: str | None) -> None:
+    """Extraction, or with a learngene its descendant's adaptation, on two ranks."""
+    torch.set_num_threads(1)
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    settings, made = reusing(Path(root)), Path(root)
+    role = ExtractionRole(settings, made / "model") if learngene is None else adapted(settings, made, Path(learngene))
+    run_role(role, Path(folder), RUNTIME)
+
+
+def test_two_ranks_keep_and_reuse_what_one_does(made: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_role(ExtractionRole(reusing(made), made / "model"), one, RUNTIME)
+    run_ranks(_run_rank, (str(tmp_path / "first"), str(made), str(two), None), 2)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    # Out of the same learngene, adapted by each number of ranks with what the other one kept.
+    shutil.copy(one / "learngene.safetensors", two / "learngene.safetensors")
+    run_role(adapted(reusing(made), made, two), tmp_path / "by-one", RUNTIME)
+    run_ranks(_run_rank, (str(tmp_path / "second"), str(made), str(tmp_path / "by-two"), str(one)), 2)
+    assert losses(tmp_path / "by-two") == pytest.approx(losses(tmp_path / "by-one"), rel=1e-5)
+
+
 def removed(folder: Path) -> None:
     shutil.rmtree(folder)
 
