@@ -32,7 +32,7 @@ def on_first_rank(work: Callable[[], T]) -> T:
     if not several_ranks():
         return work()
     answer: list[Any] = [None, None]
-    failure: BaseException | None = None
+    failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
             answer[0] = work()
@@ -42,8 +42,19 @@ def on_first_rank(work: Callable[[], T]) -> T:
             failure = error
     dist.broadcast_object_list(answer, src=0)
     if failure is not None:
-        raise failure
+        raise shared(failure)
     if answer[1] is not None:
         kind, message = answer[1]
-        raise UserError(message) if kind == "user" else FollowingError(f"the first rank failed: {message}")
+        raise shared(UserError(message) if kind == "user" else FollowingError(f"the first rank failed: {message}"))
     return answer[0]
+
+
+def shared(error: Exception) -> Exception:
+    """`error`, which every rank raises, marked as such."""
+    error.on_every_rank = True  # type: ignore[attr-defined]
+    return error
+
+
+def on_every_rank(error: BaseException) -> bool:
+    """Whether every rank has raised this error, or one that follows from it, so that none waits for another."""
+    return getattr(error, "on_every_rank", False) is True

@@ -22,8 +22,8 @@ from mmlg_launchers.interface import JobState, Resources
 from mmlg_launchers.record import write_state
 from mmlg_launchers.supervise import PARENT_VARIABLE
 
-GRACE_SECONDS = 15.0
-"""How long a job may take to end after SIGTERM; more than its supervisor gives to the ranks."""
+GRACE_SECONDS = 45.0
+"""How long a job may take to end after SIGTERM; more than a run counts on where it saves first (`runtime.kill_wait`, 30 seconds)."""
 
 
 class Process(Protocol):
@@ -157,7 +157,7 @@ class LocalJob:
         return self.state()
 
     def cancel(self) -> None:
-        """SIGTERM to the whole group, and SIGKILL after a grace of 15 seconds."""
+        """SIGTERM to the whole group, and SIGKILL after a grace of 45 seconds."""
         if self._process.poll() is None:
             self._cancelled = True
             self._signal(signal.SIGTERM)

@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmlg_scale.digests import content_digest
-from mmlg_scale.errors import FollowingError, UserError
+from mmlg_scale.errors import FollowingError, UserError, is_of_the_machine
 from mmlg_scale.files import flush, make_folder, require_space, writing
 from mmlg_scale.ranks import is_first_rank, on_first_rank, several_ranks
 from mmlg_scale.records import read_record, write_record
@@ -162,10 +163,11 @@ class Checkpoints:
             if is_first_rank():
                 digests = {name: digest for part in found for name, digest in part.items()}
                 self._publish(temporary, final, {**content, "files": digests})
-                self._after(content["step"], started)
         except (OSError, UserError, FollowingError):
             self._give_up(temporary, content["step"])
             raise
+        if is_first_rank():
+            self._after(content["step"], started)
 
     def _give_up(self, temporary: Path, step: int) -> None:
         if is_first_rank():
@@ -194,12 +196,18 @@ class Checkpoints:
                 flush(self.folder)
 
     def _after(self, step: int, started: float) -> None:
+        """Drop older checkpoints, and note how long this save took. Nothing here ends a run whose checkpoint is published."""
         for old in self.steps()[: -self.keep_last]:
             if self.keep_every is None or old % self.keep_every:
-                shutil.rmtree(self.folder / f"step-{old:08d}")
-        seconds = time.monotonic() - started
-        size = sum(path.stat().st_size for path in (self.folder / f"step-{step:08d}").iterdir())
-        write_record(self.folder / LAST_SAVE, {"step": step, "seconds": round(seconds, 3), "bytes": size})
+                # A network file system can hold on to a file. What is left under this name, the next save sweeps.
+                dropped = self.folder / f"{PARTIAL}dropped-{old:08d}"
+                with suppress(OSError):
+                    os.replace(self.folder / f"step-{old:08d}", dropped)
+                shutil.rmtree(dropped, ignore_errors=True)
+        with suppress(OSError):
+            seconds = time.monotonic() - started
+            size = sum(path.stat().st_size for path in (self.folder / f"step-{step:08d}").iterdir())
+            write_record(self.folder / LAST_SAVE, {"step": step, "seconds": round(seconds, 3), "bytes": size})
 
     def load_latest(self, engine: Engine) -> dict[str, Any] | None:
         """Load the newest whole checkpoint into `engine`; returns the state given to `save`, or None where there is none. Collective.
@@ -207,9 +215,10 @@ class Checkpoints:
         One that is not whole gets another name and is passed over, with a message.
 
         Raises:
-            UserError: there are checkpoints, but none of them is whole.
+            UserError: there are checkpoints, but none of them is whole; also at the starts after that one.
+            OSError: the machine does not let them be read, which says nothing about them; FollowingError on the other ranks.
         """
-        steps = on_first_rank(self.steps)
+        steps, damaged = on_first_rank(lambda: (self.steps(), list(self.folder.glob(f"{DAMAGED}*"))))
         for step in reversed(steps):
             folder = self.folder / f"step-{step:08d}"
             content = self._whole(folder)
@@ -217,7 +226,7 @@ class Checkpoints:
                 engine.load(folder)
                 on_first_rank(lambda step=step: self._tell_of_others(step, steps))  # type: ignore[misc]
                 return content["state"]
-        if steps:
+        if steps or damaged:
             raise UserError(f"no checkpoint in {self.folder} is whole. Remove that folder to start the run again from its first step.")
         return None
 
@@ -345,7 +354,9 @@ def _digest(path: Path) -> str:
     try:
         return content_digest(path)
     except OSError as error:
-        return str(error)  # it is missing, or the disk does not give it
+        if is_of_the_machine(error):
+            raise
+        return str(error)  # it is missing
 
 
 def _division(engine: Engine) -> dict[str, int]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmlg_scale import recipe, towers
-from mmlg_scale.errors import RunStopped, SupersededError, UserError
+from mmlg_scale.errors import UserError
 from mmlg_scale.memory import checkpoint_bytes
-from mmlg_scale.ranks import several_ranks
+from mmlg_scale.ranks import on_every_rank, several_ranks
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.muon import MuonAdamW
 from mmlg_scale.training.state import Part, SavedParts, copy_buffers, copy_parts, find_parts, load_buffers, load_parts, share_of
 
 _RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 """What DeepSpeed asks the environment for, of a process that no launcher started."""
+_OPEN_FILES = 65_536
 _set_here: list[str] = []
 """Which of them `start_ranks` set."""
 
@@ -44,19 +47,37 @@ def start_ranks(runtime: Runtime) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
+    _allow_open_files()
     if not dist.is_initialized():
-        backend = "nccl" if use_cuda else "gloo"
+        backend, timeout = "nccl" if use_cuda else "gloo", _patience(runtime)
         if "RANK" in os.environ:  # our launcher's, torchrun's, or a scheduler's
             missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
             if missing:
                 raise UserError(f"RANK is set, but not {' and '.join(missing)}. Start ranks with mmlg launch or torchrun, or unset RANK.")
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timeout)
         else:
             # A store in this process: no port that another run on this host could hold.
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             _set_here.extend(name for name in _RANK if name not in os.environ)
             os.environ.update({name: _RANK[name] for name in _set_here})
     return device
+
+
+def _patience(runtime: Runtime) -> timedelta:
+    """How long a rank waits for another in a collective; by itself NCCL waits ten minutes.
+
+    Longer than the watchdog, which leaves stacks behind, and than what the first rank does alone, as joining features.
+    """
+    return timedelta(minutes=max(60.0, 2 * (runtime.hang_minutes or 0.0)))
+
+
+def _allow_open_files() -> None:
+    """Raise the soft limit on open files, often 1,024: each of gloo's groups takes a socket for every other rank."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # a container may forbid it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def stop_ranks() -> None:
@@ -80,17 +101,18 @@ def stop_ranks() -> None:
 
 @contextmanager
 def ranks(runtime: Runtime) -> Iterator[torch.device]:
-    """`start_ranks`, and `stop_ranks` at the end: after an error too, where no other rank waits for this one."""
+    """`start_ranks`, and at the end `stop_ranks` where no group was there before; after an error too, where no rank waits for this one."""
+    is_own = not dist.is_initialized()
     device = start_ranks(runtime)
     try:
         yield device
-    except Exception as error:
-        # Every rank raises these; of another error the others may not know, and would be waited for.
-        together = isinstance(error, (UserError, RunStopped)) and not isinstance(error, SupersededError)
-        if together or not several_ranks():
+    except BaseException as error:
+        # Of an error that only this rank has, the others do not know: they would lose it before it has said why it ends.
+        if is_own and (not several_ranks() or on_every_rank(error)):
             stop_ranks()
         raise
-    stop_ranks()
+    if is_own:
+        stop_ranks()
 
 
 def autocast_of(precision: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -60,7 +60,8 @@ def compute_features(
 ) -> dict[str, Any]:
     """Write the features of `sweep`'s samples to `out`, each rank a part of them; return numbers and cost. Collective.
 
-    Finished blocks of an earlier start are kept. `end_if_asked` is called for each batch, and may end this start by an exception.
+    Finished blocks of an earlier start are kept; `remove_blocks` once the result is written. `end_if_asked` is called for each batch, and
+    may end this start by an exception.
 
     Raises:
         UserError: too little disk, or shared memory for the workers; a worker fails.
@@ -125,7 +126,7 @@ def _features(
 
 
 def _join(paths: Sequence[Path], out: Path) -> dict[str, Any]:
-    """One file of each kind out of all blocks, which are then removed; their numbers and the seconds that they took."""
+    """One file of each kind out of all blocks; their numbers and the seconds that they took."""
     ranks = min(dist.get_world_size(), len(paths))  # that had work
     captions, seconds, width, text_flops = [], 0.0, 0, 0
     for path in paths:
@@ -147,9 +148,13 @@ def _join(paths: Sequence[Path], out: Path) -> dict[str, Any]:
             np.lib.format.write_array_header_1_0(whole, header)
             for path in paths:
                 whole.write(_read_block(path)[name].numpy().data)
-    shutil.rmtree(out / "blocks")
     digests = {name: file_digest(out / name, "features") for name in FILES}
     return {"num_images": rows["image"], "num_captions": rows["text"], "text_flops": text_flops, "seconds": seconds, "files": digests}
+
+
+def remove_blocks(out: Path) -> None:
+    """Remove the parts, once result.json says what was made of them: until then a start takes no longer than to join them."""
+    shutil.rmtree(out / "blocks", ignore_errors=True)
 
 
 def _read_block(path: Path) -> dict[str, Tensor]:

@@ -167,8 +167,9 @@ def _now() -> str:
 
 
 def has_work(folder: Path) -> bool:
-    """Whether a run has something to lose: a result or a checkpoint."""
-    return (folder / RESULT_FILE).exists() or any((folder / "checkpoints").glob("step-*")) or (folder / "blocks").exists()
+    """Whether a run has something to lose: a result, a checkpoint (a damaged one too), or finished blocks of features."""
+    checkpoints = (path for kind in ("step-*", "damaged-*") for path in (folder / "checkpoints").glob(kind))
+    return (folder / RESULT_FILE).exists() or any(checkpoints) or (folder / "blocks").exists()
 
 
 def differences(folder: Path, identity: Mapping[str, Any]) -> list[str] | None:

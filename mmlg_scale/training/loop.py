@@ -14,7 +14,7 @@ from torch import Tensor
 from mmlg_scale import recipe
 from mmlg_scale.data.pipeline import Batch
 from mmlg_scale.errors import RunStopped
-from mmlg_scale.ranks import is_first_rank, on_first_rank
+from mmlg_scale.ranks import is_first_rank, on_first_rank, shared
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.checkpoint import Checkpoints
 from mmlg_scale.training.engine import Engine
@@ -294,7 +294,7 @@ class _Keep:
             self()
         self._checkpoints.wait()
         then = on_first_rank(requeue) if request == Request.REQUEUE else "start the same command again to resume"
-        raise RunStopped(f"stopped by {request.told} {told}; {then}.", request.exit_code, speaks=is_first_rank())
+        raise shared(RunStopped(f"stopped by {request.told} {told}; {then}.", request.exit_code, speaks=is_first_rank()))
 
 
 def _mean_over_ranks(figures: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from mmlg_scale import recipe
 from mmlg_scale.data.corpus import Corpus, PairSet, pairs_of
+from mmlg_scale.data.pipeline import TrainStream
 from mmlg_scale.errors import UserError
 from mmlg_scale.metric_names import check_metric
 from mmlg_scale.ranks import is_first_rank, on_first_rank
@@ -81,6 +82,7 @@ def write_features(settings: recipe.Recipe, ancestor: Path, out: Path, runtime: 
         def finish() -> None:
             start.incarnation.check()
             write_record(out / RESULT_FILE, {"role": "features", **found})
+            features.remove_blocks(out)
 
         on_first_rank(finish)
         if is_first_rank():
@@ -150,11 +152,16 @@ def _train_metered(role: Role, out: Path, session: Session, meters: Meters, star
         on_first_rank(lambda: write_record(at_start, metrics))
     minutes = runtime.hang_minutes
     with Watchdog(out, dist.get_rank(), None if minutes is None else 60 * minutes) as watchdog:
+
+        def batches(step: int) -> TrainStream:
+            with watchdog.paused():  # the first start checks the data
+                return session.stream(step, record=out)
+
         try:
             progress = train(
                 stage,
                 engine,
-                batches=lambda step: session.stream(step, record=out),
+                batches=batches,
                 evaluate=lambda: session.evaluate(validation),
                 checkpoints=checkpoints,
                 meters=meters,

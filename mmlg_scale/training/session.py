@@ -42,6 +42,8 @@ class Session:
     stage: Stage
     engine: Engine
     corpus: Corpus
+    owns_ranks: bool = True
+    """No group of ranks was there before; `close` leaves it."""
 
     def eval_split(self, split: str) -> EvalSplit:
         """A whole split, decoded and tokenised for the model."""
@@ -99,9 +101,10 @@ class Session:
         return total
 
     def close(self) -> None:
-        """Release the engine, and leave the process group."""
+        """Release the engine, and leave the group of ranks that was joined for it."""
         self.engine.close()
-        stop_ranks()
+        if self.owns_ranks:
+            stop_ranks()
 
 
 def _encode(model: nn.Module, tower: str, size: Mapping[str, int], inputs: Tensor) -> Tensor:
@@ -143,7 +146,7 @@ def build_session(
             precision=settings.engine.precision,
             communication=settings.engine.communication,
         )
-        return Session(settings, runtime, stage, engine, Corpus(pairs, stage.spec))
+        return Session(settings, runtime, stage, engine, Corpus(pairs, stage.spec), is_own)
     except Exception:
         if is_own and not several_ranks():
             stop_ranks()

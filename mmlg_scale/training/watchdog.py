@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -42,6 +45,15 @@ class Watchdog:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is watched meanwhile: of work that has no steps, and may take longer."""
+        self._alive_at = math.inf
+        try:
+            yield
+        finally:
+            self.beat()
 
     def beat(self) -> None:
         """The process is alive."""

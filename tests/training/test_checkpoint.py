@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from mmlg_scale import files
 from mmlg_scale.errors import SupersededError, UserError
 from mmlg_scale.training import checkpoint
 from mmlg_scale.training.checkpoint import MARKER, Checkpoints
-from mmlg_scale.training.folder import Incarnation
+from mmlg_scale.training.folder import Incarnation, has_work
 
 
 @pytest.fixture(autouse=True)
@@ -134,8 +135,54 @@ def test_where_none_is_whole_nothing_starts_over_by_itself(tmp_path: Path) -> No
     fill(checkpoints, 20, 30)
     for folder in checkpoints.folder.glob("step-*"):
         flip(folder)
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole\. Remove that folder"):
-        loaded(checkpoints)
+    for _ in range(2):  # nor does the next start
+        with pytest.raises(UserError, match=r"no checkpoint in .* is whole\. Remove that folder"):
+            loaded(checkpoints)
+        assert has_work(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_disk_that_does_not_answer_says_nothing_of_a_checkpoint(
+    number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    fill(checkpoints, 20, 30)
+
+    def refused(path: Path) -> str:
+        raise OSError(number, "refused", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "content_digest", refused)
+        with pytest.raises(OSError, match="refused") as raised:
+            loaded(checkpoints)
+    assert raised.value.errno == number
+    assert names(tmp_path) == ["step-00000020", "step-00000030"]
+    assert capsys.readouterr().err == ""
+    assert loaded(checkpoints)[0] == 30.0
+
+
+def test_an_old_one_that_cannot_be_dropped_ends_no_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As where a network file system holds on to a file, or the disk is full once the checkpoint is published."""
+    checkpoints, real = Checkpoints(tmp_path, keep_last=1), shutil.rmtree
+    fill(checkpoints, 10)
+
+    def held(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "held", str(path))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", held)
+        written = checkpoint.write_record
+        patched.setattr(checkpoint, "write_record", lambda path, *rest: (full if path.name == "last-save.json" else written)(path, *rest))
+        fill(checkpoints, 20)
+    assert shutil.rmtree is real
+    assert names(tmp_path) == ["partial-dropped-00000010", "step-00000020"]
+    assert loaded(checkpoints)[0] == 20.0
+    fill(checkpoints, 30)
+    assert names(tmp_path) == ["step-00000030"]
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(

@@ -83,7 +83,9 @@ def write(data: Path, out: Path) -> dict[str, Any]:
         claim(out, identity(data))
     found = compute_features(LiveTeacher(model, CPU), sweep, out, autocast=nullcontext, device=CPU, items_per_block=2)
     if dist.get_rank() == 0:
+        assert (out / "blocks").exists()  # a kill before the result is written costs no more than joining them again
         write_json_atomic(out / "result.json", {"role": "features", **found})
+        features.remove_blocks(out)
     return found
 
 

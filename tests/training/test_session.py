@@ -82,10 +82,14 @@ def test_a_session_that_cannot_be_built_leaves_no_ranks_behind(
     with closing(build_session(settings)):
         with pytest.raises(RuntimeError, match="no such kernel"):
             build_session(settings, Broken(settings))
+        with closing(build_session(settings)):
+            pass
+        run_role(AncestorRole(settings), tmp_path / "run", Runtime())
         assert dist.get_world_size() == 1
+    assert not dist.is_initialized()
     monkeypatch.setattr("mmlg_scale.throughput.measure_cell", broken)
     with pytest.raises(RuntimeError, match="no such kernel"):
-        benchmark(["demo", "--out", str(tmp_path), "--data.path", options["data.path"], "--roles", "ancestor"])
+        benchmark(["demo", "--out", str(tmp_path / "out"), "--data.path", options["data.path"], "--roles", "ancestor"])
     assert not dist.is_initialized()
     assert "RANK" not in os.environ
 

@@ -41,6 +41,8 @@ def test_one_that_is_alive_is_left_alone(tmp_path: Path) -> None:
         for _ in range(10):
             time.sleep(0.1)
             watchdog.beat()
+    with Watchdog(tmp_path, 0, 0.2) as watchdog, watchdog.paused():
+        time.sleep(0.6)
     with Watchdog(tmp_path, 0, None):
         pass
     assert os.listdir(tmp_path) == []
