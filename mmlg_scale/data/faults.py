@@ -13,6 +13,7 @@ epoch order (`pipeline.py`), counted under its cause, and counted towards the sa
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -168,7 +169,8 @@ class FaultLog:
         """Count samples of `epoch` that turned out damaged when `step` read them.
 
         Raises:
-            UserError: more than the limit of this rank's samples of the epoch are damaged.
+            UserError: more than the limit of this rank's samples of the epoch are damaged; of several ranks, more by four standard
+                deviations, since a rank meets a random part of the damaged samples.
         """
         new = list(faults)
         if not new:
@@ -176,9 +178,14 @@ class FaultLog:
         met = self._met.setdefault(epoch, [])
         met += new
         append_faults(self.file, new, epoch=epoch, step=step)
-        if len(met) + self.share * len(self.known) > self.max_bad_fraction * self.num_samples * self.share:
-            counts = Counter(fault.cause for fault in met) + self.known.counts
-            check_limit(counts, chain(met, self.known), 0.0, self.max_bad_fraction, self.file, f"{self.what}, epoch {epoch}")
+        allowed, part = self.max_bad_fraction * self.num_samples * self.share, ""
+        counts = Counter(fault.cause for fault in met)
+        if self.share < 1:
+            allowed += 4 * math.sqrt(allowed)
+            part = f", a rank's part of {round(self.num_samples * self.share)} samples"
+        if len(met) + self.share * len(self.known) > allowed:
+            counts += Counter({cause: round(self.share * count) for cause, count in self.known.counts.items()})
+            check_limit(counts, chain(met, self.known), 0.0, self.max_bad_fraction, self.file, f"{self.what}, epoch {epoch}{part}")
 
     def add_captions(self, epoch: int, samples: int, cut: int, repeated: int, lacking: Mapping[str, int]) -> None:
         """Count samples that were read, captions of them that were cut or repeated, and those of them that lack a name, by name."""

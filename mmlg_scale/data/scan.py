@@ -83,8 +83,15 @@ class Findings:
 
 
 def num_threads() -> int:
-    """The cores that fall to this rank."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """The cores that fall to this rank: of those that it may use, which it shares with the other ranks of its node.
+
+    Slurm binds each of its tasks to cores of its own, unless the cluster leaves them unbound.
+    """
+    cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    is_task = os.environ.get("SLURM_NTASKS") == os.environ.get("WORLD_SIZE", "1")
+    if is_task and cores <= int(os.environ.get("SLURM_CPUS_PER_TASK", "0")):
+        return cores
+    return max(1, cores // ranks)
 
 
 def resolved(check: Check, num_samples: int, *, remote: bool = False) -> Literal["decode", "structure"]:

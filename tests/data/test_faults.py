@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from mmlg_scale.data.evaluation import load_eval_split
-from mmlg_scale.data.faults import EpochReport
+from mmlg_scale.data.faults import EpochReport, FaultLog
 from mmlg_scale.data.pipeline import Batch, StreamSettings, TrainStream
 from mmlg_scale.data.reader import CUT, ENCODING, HEADER, IMAGE, JSON, MISSING, READ, DamagedSample, Fault, ShardReader
-from mmlg_scale.data.scan import CACHE_FILE, scan
+from mmlg_scale.data.scan import CACHE_FILE, Findings, num_threads, scan
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.errors import UserError
 from mmlg_scale.records import KEY
@@ -191,6 +191,49 @@ def test_above_the_limit_the_run_stops_with_the_list(damaged: tuple[Path, dict[i
     assert "shard-000000.tar sample 00000000: tar header" in message
     assert f"Full list: {tmp_path / 'run' / 'data-faults-rank0.jsonl'}" in message
     assert len((tmp_path / "run" / "data-faults-rank0.jsonl").read_text().splitlines()) == len(expected)
+
+
+def test_a_rank_of_many_does_not_end_the_run_by_chance(copy: Path) -> None:
+    """Of 200,000 samples half of the limit are damaged: of 512 ranks, many meet more than a 512th of the limit, and none ends the run."""
+    samples, ranks, rng = 200_000, 512, np.random.default_rng(0)
+    met = rng.multinomial(samples // 200, np.full(ranks, 1 / ranks))
+    assert (met > 0.01 * samples / ranks).sum() > 10
+    known = Findings(ShardReader(copy / "train"), {})
+
+    def log(share: float) -> FaultLog:
+        options = {"file": None, "context_length": 8, "on_epoch": print, "what": "train"}
+        return FaultLog(known, samples, share=share, max_bad_fraction=0.01, **options)  # type: ignore[arg-type]
+
+    def faults(number: int) -> list[Fault]:
+        return [Fault("shard-000000.tar", str(index), index, IMAGE, "") for index in range(number)]
+
+    for number in met:
+        log(1 / ranks).add(0, 1, faults(number))
+    said = r"train, epoch 0, a rank's part of 391 samples: 12 damaged samples \(.* 12\) are more than data.max_bad_fraction 0.01 of them"
+    with pytest.raises(UserError, match=said):
+        log(1 / ranks).add(0, 1, faults(12))
+    log(1.0).add(0, 1, faults(2000))
+    with pytest.raises(UserError, match="train, epoch 0: 2001 damaged samples"):
+        log(1.0).add(0, 1, faults(2001))
+
+
+@pytest.mark.parametrize(
+    ("environment", "cores"),
+    [
+        ({}, 8),
+        ({"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4"}, 2),
+        ({"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8", "SLURM_NTASKS": "8", "SLURM_CPUS_PER_TASK": "8"}, 8),  # bound to its own
+        ({"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8", "SLURM_NTASKS": "8", "SLURM_CPUS_PER_TASK": "2"}, 2),  # not bound
+        ({"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4", "SLURM_NTASKS": "1", "SLURM_CPUS_PER_TASK": "8"}, 2),  # all in one task
+    ],
+)
+def test_the_cores_of_a_rank(environment: dict[str, str], cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert num_threads() == cores
 
 
 def test_default_limit_is_one_percent(copy: Path) -> None:
