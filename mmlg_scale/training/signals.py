@@ -114,11 +114,14 @@ class Requests:
         """For work that is saved as it goes, on ranks that do not wait for each other.
 
         Raises:
-            RunStopped: a signal has come to this rank.
+            RunStopped: a signal has come to this rank, or, on the first one, the file STOP is there.
         """
-        if self._received.ends:
-            then = requeue() if self._received == Request.REQUEUE and is_first_rank() else "start the same command again to resume"
-            raise RunStopped(f"stopped by {self._received.told}; {then}.", self._received.exit_code, speaks=is_first_rank())
+        asked = max(self._received, self._in_files())
+        if asked.ends:
+            if asked == Request.STOP:
+                (self._folder / "STOP").unlink(missing_ok=True)
+            then = requeue() if asked == Request.REQUEUE and is_first_rank() else "start the same command again to resume"
+            raise RunStopped(f"stopped by {asked.told}; {then}.", asked.exit_code, speaks=is_first_rank())
 
     def agree(self, step: int, *, now: bool = False) -> Request:
         """What the run is asked to do before `step`; NOTHING at steps where the ranks do not speak. Collective where they do.

@@ -251,3 +251,11 @@ def test_work_that_needs_no_save_ends_on_each_rank_by_itself(tmp_path: Path, mon
         with pytest.raises(RunStopped, match=r"^stopped by SIGUSR2; start the same command again\.$") as stopped:
             requests.end_if_asked()
     assert stopped.value.exit_code == EXIT_REQUEUE
+    with Requests(tmp_path) as requests:
+        (tmp_path / "SAVE").touch()
+        requests.end_if_asked()  # it saves as it goes
+        (tmp_path / "STOP").touch()
+        with pytest.raises(RunStopped, match=r"^stopped by the file STOP; start the same command again to resume\.$") as stopped:
+            requests.end_if_asked()
+        assert stopped.value.exit_code == EXIT_STOPPED
+        requests.end_if_asked()  # the file is gone: the next start does not find it
