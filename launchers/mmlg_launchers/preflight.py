@@ -163,6 +163,13 @@ def _rate(group: Any, values: Any) -> float:
     return REPEATS * values.numel() * values.element_size() / 1e9 / (time.perf_counter() - start)
 
 
+def _own_port(port: int) -> int:
+    """Another port than MASTER_PORT, which the job that follows at once is given, and than the next job's, which is one more."""
+    if 10_000 <= port < 30_000:  # as the batch script chooses it
+        return 10_000 + port % 20_000
+    return port + 1 if port else 0
+
+
 def run(args: argparse.Namespace, environment: Mapping[str, str], say: Callable[[str], None]) -> NoReturn:
     """Examine this node with the others; the first rank says what was found. Ends the process."""
     import torch
@@ -172,8 +179,7 @@ def run(args: argparse.Namespace, environment: Mapping[str, str], say: Callable[
     host, port = environment.get("MASTER_ADDR", "127.0.0.1"), int(environment.get("MASTER_PORT", "0"))
     report = Report(environment.get("SLURMD_NODENAME", platform.node()))
     wait = timedelta(seconds=args.seconds)
-    # The next port: the job that follows at once is given this one.
-    store = dist.TCPStore(host, port + 1 if port else 0, number, is_master=rank == 0, timeout=wait, wait_for_workers=False)
+    store = dist.TCPStore(host, _own_port(port), number, is_master=rank == 0, timeout=wait, wait_for_workers=False)
     store.set(f"name-{rank}", report.node)
     try:
         _examine(report)
