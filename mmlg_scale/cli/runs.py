@@ -135,8 +135,11 @@ def pretrain(arguments: list[str]) -> int:
         (
             "pretrain demo --data.path data --out runs/direct",
             "pretrain my-recipe.yaml --data.path data --out runs/direct --runtime.num_workers 8",
+            "pretrain my-recipe.yaml --learngene runs/gene/learngene.safetensors --data.path data --out runs/further",
         ),
     )
+    help_text = "Continue from this learngene, extracted or pre-trained, of the recipe's structure. Left out: from random weights."
+    parser.add_argument("--learngene", type=str | None, default=None, metavar="FILE", help=help_text)
     help_text = "The run's folder; the result is DIR/learngene.safetensors."
     parser.add_argument("--out", type=str | None, default=None, metavar="DIR", help=help_text)
     parsed = parse_recipe(parser, arguments)
@@ -147,7 +150,8 @@ def pretrain(arguments: list[str]) -> int:
     from mmlg_scale.training.roles import PretrainingRole
     from mmlg_scale.training.run import run_role
 
-    run_role(PretrainingRole(recipe), Path(args.out), runtime)
+    learngene = Path(args.learngene) if args.learngene is not None else None
+    run_role(PretrainingRole(recipe, learngene), Path(args.out), runtime)
     return 0
 
 

@@ -83,6 +83,15 @@ class AuxiliaryCLIP(towers.CompiledBlocks):
         """Stems, blocks and coefficients random: what is pre-trained without an ancestor."""
         return cls.from_ancestor(towers.build_clip(structure.config, seed=seed).state_dict(), structure, seed=seed)
 
+    @classmethod
+    def of_tensors(cls, structure: Structure, tensors: Mapping[str, Tensor]) -> AuxiliaryCLIP:
+        """With the tensors of a learngene of that structure, by its names: `learngene_tensors`, the other way round."""
+        model = cls(structure)
+        with torch.no_grad():
+            for name in structure.shapes():
+                model._get(name).copy_(tensors[name])
+        return model
+
     def _get(self, name: str) -> Tensor:
         return self.get_parameter(_parameter_name(name))
 

@@ -13,6 +13,7 @@ from mmlg_scale.towers.compiled import CompiledBlocks, compile_blocks, require_c
 from mmlg_scale.towers.config import (
     architecture_names,
     context_length,
+    first_difference,
     head_dim,
     image_size,
     model_config,
@@ -90,6 +91,7 @@ __all__ = [
     "encode_text_with_hidden",
     "export",
     "export_tower",
+    "first_difference",
     "head_dim",
     "image_size",
     "join_state",

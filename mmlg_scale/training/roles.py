@@ -264,9 +264,14 @@ class ExtractionRole:
 
 @dataclass(frozen=True)
 class PretrainingRole:
-    """A learngene trained on the pairs themselves, without an ancestor."""
+    """A learngene trained on the pairs themselves, without an ancestor: from random weights, or the training of one is continued.
+
+    Attributes:
+        learngene: the file of the one whose training is continued, of whatever method with the recipe's structure.
+    """
 
     settings: recipe.Recipe
+    learngene: Path | None = None
     evaluate_first: ClassVar[bool] = False
 
     @property
@@ -278,20 +283,51 @@ class PretrainingRole:
 
     def check(self, pairs: PairSet) -> None:
         with recipe.in_section("pretraining"):
-            most_layers(self.pretraining, fresh_spec(self.settings, pairs).config)
+            most_layers(self.pretraining, self._spec(pairs).config)
 
     def identity(self, pairs: PairSet) -> dict[str, Any]:
-        inputs = {"data_set": pairs.digest(), "model_spec": fresh_spec(self.settings, pairs).digest()}
+        inputs = {"data_set": pairs.digest()}
+        if self.learngene is None:
+            inputs["model_spec"] = fresh_spec(self.settings, pairs).digest()
+        else:
+            inputs["learngene"] = file_digest(self.learngene, "--learngene")
         return {"role": "pretraining", "recipe": self.settings.used_by("pretraining"), "inputs": inputs}
 
     def build(self, context: Context) -> Stage:
-        settings, pretraining = self.settings, self.pretraining
-        spec = fresh_spec(settings, context.pairs)
+        settings, pretraining, start = self.settings, self.pretraining, self._start(context.pairs)
+        spec = self._spec(context.pairs)
         with recipe.in_section("pretraining"):
             structure = Structure(spec.config, **{key: getattr(pretraining, key) for key in Structure.SETTINGS})
-        auxiliary = AuxiliaryCLIP.fresh(structure, seed=settings.seed)
+        if start is None:
+            auxiliary = AuxiliaryCLIP.fresh(structure, seed=settings.seed)
+        else:
+            auxiliary = AuxiliaryCLIP.of_tensors(structure, start.tensors)
         per_layer = context.runtime.compose_per_layer
         return ElasticStage(pretraining, auxiliary, spec, context.device, seed=settings.seed, compose_per_layer=per_layer)
+
+    def _spec(self, pairs: PairSet) -> towers.ModelSpec:
+        start = self._start(pairs)
+        return fresh_spec(self.settings, pairs) if start is None else start.spec
+
+    def _start(self, pairs: PairSet) -> Learngene | None:
+        """The learngene that is trained further.
+
+        Raises:
+            UserError: it reads other captions than the data set's, or is of another architecture or structure than the recipe's.
+        """
+        file = self.learngene
+        if file is None:
+            return None
+        gene, config = load_learngene(file), recipe_config(self.settings)
+        choose_tokenizer(pairs, gene.spec.tokenizer, self.settings.data.tokenizer, what=str(file))
+        difference = None if config is None else towers.first_difference(gene.spec.config, config)
+        found = [] if difference is None else [(f"model.config.{difference[0]}", difference[1], difference[2])]
+        found += [(f"pretraining.{key}", getattr(gene.structure, key), getattr(self.pretraining, key)) for key in Structure.SETTINGS]
+        for key, theirs, ours in found:
+            if theirs != ours:
+                told = "null" if theirs is None else theirs
+                raise UserError(f"recipe key {key}: is {'null' if ours is None else ours}, {file} has {told}. Use what the file has.")
+        return gene
 
     def stop(self, curve: Curve) -> bool:
         return False

@@ -13,17 +13,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mmlg_scale import towers
 from mmlg_scale.cli.benchmark import benchmark
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.errors import UserError
-from mmlg_scale.recipe import Extraction, Size, Training
+from mmlg_scale.learngene.file import load_learngene
+from mmlg_scale.recipe import Extraction, Pretraining, Size, Training
 from mmlg_scale.recipe_file import load_recipe
 from mmlg_scale.records import write_record
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training import roles
 from mmlg_scale.training.engine import start_ranks, stop_ranks
 from mmlg_scale.training.folder import result_of
-from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole
+from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole, PretrainingRole
 from mmlg_scale.training.run import run_role
 from mmlg_scale.training.session import build_session
 from mmlg_scale.training.stages import ExtractionStage
@@ -181,3 +183,42 @@ def test_a_run_that_is_at_its_target_untrained_is_not_trained(target: float, ste
     assert (found["steps"], found["stopped_early"]) == (steps, steps == 0)
     assert found["metrics"] == found["metrics_at_0"] if steps == 0 else [point["step"] for point in found["curve"]] == [0, 2, 4]
     assert (found["flops"] > 0, found["teacher_flops"] > 0) == (steps > 0, steps > 0)
+
+
+def test_the_training_of_an_extracted_learngene_is_continued(options: dict[str, Any], tmp_path: Path) -> None:
+    """From the file's own weights, at every size; and no file that is not of the recipe's structure."""
+    settings, runtime = settings_for(Path(options["data.path"])), Runtime(trackers=["jsonl"])
+    settings.extraction = Extraction(min_layers=1, num_knots=2, training=Training(steps=2, batch_size=8, eval_every=2))
+    settings.pretraining = Pretraining(min_layers=1, num_knots=2, training=Training(steps=2, batch_size=8, eval_every=2))
+    run_role(AncestorRole(settings), tmp_path / "ancestor", runtime)
+    run_role(ExtractionRole(settings, tmp_path / "ancestor" / "model"), tmp_path / "gene", runtime)
+    file = tmp_path / "gene" / "learngene.safetensors"
+    role, gene = PretrainingRole(settings, file), load_learngene(file)
+    with closing(build_session(settings, role, runtime=runtime)) as session, torch.no_grad():
+        batch = next(iter(session.stream()))
+        image = session.stage.spec.preprocess(batch.image_uint8_BCHW)
+        for size in ({"image_layers": 1, "text_layers": 2}, {"image_layers": 2, "text_layers": 1}):
+            descendant = gene.descend(**size)
+            written = towers.build_clip(descendant.spec.config, seed=0)
+            written.load_state_dict(descendant.state)
+            found = session.stage.model(image, batch.text_NT, **size)
+            for name, features in (("image", written.encode_image(image)), ("text", written.encode_text(batch.text_NT))):
+                torch.testing.assert_close(found[f"{name}_features"], features, rtol=1e-5, atol=1e-6)
+    result = run_role(role, tmp_path / "further", runtime)
+    trained = load_learngene(tmp_path / "further" / "learngene.safetensors").tensors
+    assert set(trained) == set(gene.tensors)
+    # Two steps of Adam's move every number by at most twice the rate.
+    assert 0 < max(float((trained[name] - tensor).abs().max()) for name, tensor in gene.tensors.items()) < 0.02
+    assert result["flops"] > 0 == result["teacher_flops"]
+    with pytest.raises(UserError, match=r"contains another run: another learngene \(sha256 \w+, now None\)"):
+        run_role(PretrainingRole(settings), tmp_path / "further", runtime)
+    settings.pretraining.num_knots = 4
+    with pytest.raises(UserError, match=r"recipe key pretraining\.num_knots: is 4, .*learngene\.safetensors has 2\. Use what the file has"):
+        run_role(role, tmp_path / "other", runtime)
+    settings.pretraining.num_knots = 2
+    settings.model.config = settings.model.config | {"embed_dim": 16}  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"recipe key model\.config\.embed_dim: is 16, .*learngene\.safetensors has 8"):
+        run_role(role, tmp_path / "other", runtime)
+    with pytest.raises(UserError, match=r"no learngene file .*none\.safetensors"):
+        run_role(PretrainingRole(settings, tmp_path / "none.safetensors"), tmp_path / "other", runtime)
+    assert not (tmp_path / "other").exists()
