@@ -13,13 +13,15 @@ A family at a target q (a quality for each of its sizes) costs, by each way of m
 and is not defined where one size never gets there by any schedule. Targets are on the validation split; qualities at the end on the test
 split. Marked targets are what scratch's schedules end with, size by size; the curve takes one q for all sizes. FLOPs include the
 teacher's; the ancestor's are given apart and added.
+
+One size of one seed decides such a cost. `mean_cost` asks less, and is less noisy: that the sizes' mean is at the mean of scratch's. All
+sizes have the same schedule then and are trained equally long, and a learngene's are not adapted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,37 +32,21 @@ from statistics import mean, stdev
 from typing import Any
 
 from matplotlib import rc_context
-from matplotlib.figure import Figure
 
-from benchmarks.family_plan import ADAPTED, LEARNGENES, NEEDS_ANCESTOR, RESULTS, Plan, Size, load_plan, size_name
+from benchmarks.family_plan import ADAPTED, LEARNGENES, NEEDS_ANCESTOR, RESULTS, WAYS, Plan, Size, load_plan, size_name
+from benchmarks.family_plots import plot_cost, plot_frontier
 from mmlg_scale.accounting import first_reached, reaches
 from mmlg_scale.errors import UserError
 from mmlg_scale.files import write_text_atomic
 
-WAYS = {
-    "mmlg": "learngene",
-    "direct": "learngene, pre-trained directly",
-    "tleg": "TLEG",
-    "sws": "SWS",
-    "scratch": "scratch",
-    "distil": "separate distillation",
-    "distil_joint": "joint distillation",
-    "even": "uniform layer selection, distilled",
-    "even_joint": "uniform layer selection, jointly distilled",
-    "even_plain": "uniform layer selection",
+RATIOS = {
+    "ratio_to_learngene": "{}",
+    "ratio_to_learngene_with_ancestor": "{}, ancestor counted",
+    "ratio_to_direct_with_ancestor": "{}, everything counted, ÷ direct pre-training",
+    "mean_ratio_to_learngene": "{}, by the mean of the sizes",
+    "mean_ratio_to_direct_with_ancestor": "{}, by the mean, everything counted, ÷ direct pre-training",
 }
-COLOURS = {
-    "mmlg": "#c2410c",
-    "direct": "#db2777",
-    "tleg": "#9333ea",
-    "sws": "#ca8a04",
-    "scratch": "#475569",
-    "distil": "#2563eb",
-    "distil_joint": "#0891b2",
-    "even": "#16a34a",
-    "even_joint": "#65a30d",
-    "even_plain": "#a3a3a3",
-}
+"""Ratios at a marked target, and how they are told."""
 _ADAPTATION = {origin: method for method, origin in ADAPTED.items()}
 Piece = Mapping[str, Any]
 Targets = Mapping[Size, float]
@@ -124,6 +110,32 @@ class Seed:
             return self._cheapest(complete, lambda schedule: self._joint(method, schedule, family, targets))
         return self._separate(method, complete, family, targets)
 
+    def mean_cost(self, way: str, family: str, target: float) -> Cost | None:
+        """What a way costs until the mean of the family's sizes is at `target`; None where no schedule of it has been run for all sizes."""
+        method = way.removesuffix("_joint")
+        complete = [schedule for schedule in self.schedules(method) if self.is_complete(method, schedule, family)]
+        if not complete:
+            return None
+        return self._cheapest(complete, lambda schedule: self._mean_of(way, method, schedule, family, target))
+
+    def _mean_of(self, way: str, method: str, schedule: str, family: str, target: float) -> Cost:
+        members = list(self.members(method, schedule, family).values())
+        points = [self._mean_point(way, members, row) for row in zip(*(piece["curve"] for piece in members), strict=True)]
+        point = reaching(points, target, self.plan.metric)
+        if point is None:
+            return Cost(None, 0)
+        learngene = self.learngene(method, schedule, family) if method in LEARNGENES else None
+        total = point["flops"] if learngene is None else learngene["flops"] + learngene["teacher_flops"]
+        return Cost(total, len(members))
+
+    def _mean_point(self, way: str, members: Sequence[Piece], row: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A point of the family's curve: what the sizes, trained equally long, cost together, and the mean of their qualities."""
+        flops = sum(point["flops"] for point in row)
+        if way.endswith("_joint"):
+            teacher = [_of_teacher(piece, point) for piece, point in zip(members, row, strict=True)]
+            flops += max(teacher) - sum(teacher)
+        return {"step": row[0]["step"], "flops": flops, self.plan.metric: mean(point[self.plan.metric] for point in row)}
+
     @staticmethod
     def _cheapest(schedules: Iterable[str], cost: Callable[[str], Cost]) -> Cost:
         found = [cost(schedule) for schedule in schedules]
@@ -153,10 +165,15 @@ class Seed:
             if point is None:
                 continue
             num_reached += 1
-            of_teacher = piece["teacher_flops"] * min(1.0, point["samples"] / _met_by_teacher(piece))
+            of_teacher = _of_teacher(piece, point)
             students += point["flops"] - of_teacher
             teacher = max(teacher, of_teacher)
         return Cost(students + teacher if num_reached == len(targets) else None, num_reached)
+
+
+def _of_teacher(piece: Piece, point: Mapping[str, Any]) -> float:
+    """The teacher's part of the FLOPs at a point of a piece's curve."""
+    return float(piece["teacher_flops"] * min(1.0, point["samples"] / _met_by_teacher(piece)))
 
 
 def _met_by_teacher(piece: Piece) -> int:
@@ -192,7 +209,12 @@ def marks(seed: Seed, family: str) -> dict[str, Any]:
             continue
         costs = {way: cost for way in WAYS if (cost := seed.cost(way, family, targets)) is not None}
         flops = {way: cost.flops for way, cost in costs.items()}
-        whole = {way: with_ancestor(way, cost, seed.ancestor) if cost is not None else None for way, cost in flops.items()}
+        target = mean(targets.values())
+        of_mean = {way: cost.flops for way in WAYS if (cost := seed.mean_cost(way, family, target)) is not None}
+        whole, mean_whole = (
+            {way: with_ancestor(way, cost, seed.ancestor) if cost is not None else None for way, cost in each.items()}
+            for each in (flops, of_mean)
+        )
         found[mark] = {
             "targets": {size_name(size): target for size, target in targets.items()},
             "num_sizes": len(targets),
@@ -203,6 +225,11 @@ def marks(seed: Seed, family: str) -> dict[str, Any]:
             "ratio_to_learngene": ratios(flops, "mmlg"),
             "ratio_to_learngene_with_ancestor": ratios(whole, "mmlg"),
             "ratio_to_direct_with_ancestor": ratios(whole, "direct"),
+            "mean_target": target,
+            "mean_flops": of_mean,
+            "mean_flops_with_ancestor": mean_whole,
+            "mean_ratio_to_learngene": ratios(of_mean, "mmlg"),
+            "mean_ratio_to_direct_with_ancestor": ratios(mean_whole, "direct"),
         }
     return found
 
@@ -332,7 +359,7 @@ def _over_seeds(by_seed: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for seed in by_seed.values():
         for mark, figures in seed["marks"].items():
-            for kind in ("ratio_to_learngene", "ratio_to_learngene_with_ancestor", "ratio_to_direct_with_ancestor"):
+            for kind in RATIOS:
                 for way, value in figures[kind].items():
                     found.setdefault(mark, {}).setdefault(kind, {}).setdefault(way, []).append(value)
     return {
@@ -352,57 +379,11 @@ def _spread(values: Sequence[float | None]) -> dict[str, Any]:
     }
 
 
-def plot_frontier(content: Mapping[str, Any], family: str, ancestor_flops: float) -> Figure:
-    """Test quality against cost of every schedule of every way, without and with the ancestor; areas are what is shipped."""
-    figure = Figure(figsize=(10.0, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    metric = content["metric"]
-    seeds = content["families"][family]["seeds"].values()
-    for axis, key, title in zip(axes, ("flops", "flops_with_ancestor"), ("ancestor not counted", "ancestor counted"), strict=True):
-        for way, name in WAYS.items():
-            rows = [row for seed in seeds for row in seed["ends"] if row["way"] == way]
-            if rows:
-                x, y = [row[key] / 1e12 for row in rows], [100 * row["test"][metric] for row in rows]
-                areas = [60 * row["share_of_ancestor"] for row in rows]
-                axis.scatter(x, y, s=areas, color=COLOURS[way], alpha=0.75, label=name)
-        axis.axvline(ancestor_flops / 1e12, color="#0f172a", lw=0.8, ls=":", label="the ancestor's own cost")
-        axis.set(xscale="log", xlabel="TFLOP for the whole family", title=title)
-        axis.grid(alpha=0.25, which="both")
-    axes[0].set_ylabel(f"test {metric}, mean of the sizes (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False, markerscale=0.8)
-    return figure
-
-
-def plot_cost(content: Mapping[str, Any], family: str) -> Figure:
-    """Cost against the quality that every size must have, one line per way and seed, with the marked targets' means."""
-    figure = Figure(figsize=(8.0, 4.6), layout="constrained")
-    axis = figure.subplots()
-    for seed in content["families"][family]["seeds"].values():
-        for way, points in seed["curve"].items():
-            label = WAYS[way] if WAYS[way] not in axis.get_legend_handles_labels()[1] else None
-            x, y = [100 * q for q, _ in points], [cost / 1e12 or math.nan for _, cost in points]
-            axis.plot(x, y, color=COLOURS[way], lw=1.6, alpha=0.85, label=label)
-        for mark, figures in seed["marks"].items():
-            q = 100 * mean(figures["targets"].values())
-            axis.axvline(q, color="#94a3b8", lw=0.8, ls=":")
-            axis.annotate(mark, (q, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right", fontsize=7)
-    axis.set(
-        yscale="log", xlabel=f"validation {content['metric']} of every size (%)", ylabel="TFLOP for the whole family, ancestor not counted"
-    )
-    axis.grid(alpha=0.25, which="both")
-    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
-
-
 def table(content: Mapping[str, Any], family: str) -> str:
     """The ratios at the marked targets, mean over seeds, as Markdown; "not reached" where no seed has one."""
     over = content["families"][family]["over_seeds"]
     lines = [f"| {family}: cost ÷ learngene's | " + " | ".join(over) + " |", "|---|" + "---|" * len(over)]
-    for kind, title in (
-        ("ratio_to_learngene", "{}"),
-        ("ratio_to_learngene_with_ancestor", "{}, ancestor counted"),
-        ("ratio_to_direct_with_ancestor", "{}, everything counted, ÷ direct pre-training"),
-    ):
+    for kind, title in RATIOS.items():
         for way, name in WAYS.items():
             cells = [_cell(figures[kind].get(way)) for figures in over.values()]
             if any(cells):

@@ -35,6 +35,19 @@ LEARNGENES = ("mmlg", "tleg", "sws", "direct")
 ADAPTED = {"mmlg_adapted": "mmlg", "tleg_adapted": "tleg", "sws_adapted": "sws", "direct_adapted": "direct"}
 """Short training of what is written from a learngene, whose schedule is named as theirs: the pieces of those methods."""
 NEEDS_ANCESTOR = ("distil", "even", "even_plain", "mmlg", "tleg", "sws", "mmlg_adapted", "tleg_adapted", "sws_adapted")
+WAYS = {
+    "mmlg": "learngene",
+    "direct": "learngene, pre-trained directly",
+    "tleg": "TLEG",
+    "sws": "SWS",
+    "scratch": "scratch",
+    "distil": "separate distillation",
+    "distil_joint": "joint distillation",
+    "even": "uniform layer selection, distilled",
+    "even_joint": "uniform layer selection, jointly distilled",
+    "even_plain": "uniform layer selection",
+}
+"""Of making a family, as they are told; NAME_joint are the runs of NAME with one teacher pass for all sizes."""
 Size = tuple[int, ...]
 """Layers of the image and the text tower, then their width where it is not the ancestor's."""
 Settings = dict[str, Any]

@@ -86,6 +86,34 @@ def test_joint_distillation_charges_one_teacher_until_the_last_size_is_there() -
     assert rows == {"distil": 60.0, "distil_joint": 60.0 - 10.0}
 
 
+def test_by_the_mean_all_sizes_are_trained_equally_long() -> None:
+    """No size decides: two sizes at 0.5 and 0.7 are at 0.6, as scratch's are. A learngene is charged whole, and nothing is adapted."""
+    seed = seed_of(
+        **{
+            "scratch_long_i2-t2": piece("scratch", "long", curve((10, 0.3), (20, 0.4), (30, 0.5))),
+            "scratch_long_i4-t4": piece("scratch", "long", curve((20, 0.5), (40, 0.6), (60, 0.7))),
+            "scratch_short_i2-t2": piece("scratch", "short", curve((5, 0.2), (15, 0.55))),
+            "distil_long_i2-t2": piece("distil", "long", curve((0, 0.0), (10, 0.4), (20, 0.5)), teacher=10.0),
+            "distil_long_i4-t4": piece("distil", "long", curve((0, 0.0), (20, 0.8), (40, 0.8)), teacher=10.0),
+            "mmlg_long_two_learngene": piece("mmlg", "long", curve((70, 0.0)), teacher=30.0, params=90),
+            "mmlg_long_two_i2-t2": piece("mmlg", "long", curve((0, 0.4))),
+            "mmlg_long_two_i4-t4": piece("mmlg", "long", curve((0, 0.8))),
+        }
+    )
+    assert seed.mean_cost("scratch", "two", 0.6) == Cost(30 + 60, 2)
+    assert seed.mean_cost("scratch", "two", 0.61) == Cost(None, 0)
+    assert seed.mean_cost("scratch", "two", 0.45) == Cost(20 + 40, 2)
+    assert seed.mean_cost("distil", "two", 0.6) == Cost(10 + 20, 2)
+    assert seed.mean_cost("distil_joint", "two", 0.6) == Cost((10 - 5) + (20 - 5) + 5, 2)
+    assert seed.mean_cost("mmlg", "two", 0.6) == Cost(70, 2)
+    assert seed.mean_cost("mmlg", "two", 0.61) == Cost(None, 0)
+    assert seed.mean_cost("even", "two", 0.6) is None
+    found = family_frontier.marks(seed, "two")["long"]
+    assert found["mean_target"] == pytest.approx(0.6)
+    assert found["mean_ratio_to_learngene"] == pytest.approx({"scratch": 90 / 70, "distil": 30 / 70, "distil_joint": 25 / 70})
+    assert found["mean_flops_with_ancestor"] == pytest.approx({"mmlg": 1070.0, "scratch": 90.0, "distil": 1030.0, "distil_joint": 1025.0})
+
+
 def test_a_pool_is_charged_in_its_first_pass_only() -> None:
     """The teacher meets 10 of 20 samples: at the first target all of its FLOPs are spent already."""
     pool = {"baselines.distil_loss.teacher_pool": "10"}
@@ -248,6 +276,42 @@ def _independent(pieces: dict[str, Any], sizes: list[str], metric: str, way: str
     return None if None in best else sum(best)
 
 
+def _independent_mean(pieces: dict[str, Any], sizes: list[str], metric: str, way: str, family: str, mark: str) -> float | None:
+    """A way's cost until the sizes' mean is at scratch's, written again; qualities to nine digits."""
+
+    def average(values: list[float]) -> float:
+        return round(sum(values) / len(values), 9)
+
+    target = average([pieces[f"scratch/{mark}/{size}"]["curve"][-1][metric] for size in sizes])
+    method, joint = way.removesuffix("_joint"), way.endswith("_joint")
+    options = []
+    for schedule in {found["schedule"] for found in pieces.values() if found["method"] == method}:
+        part = f"{family}/" if method in LEARNGENES else ""
+        members = [pieces.get(f"{method}/{schedule}/{part}{size}") for size in sizes]
+        if None in members:
+            continue
+        if part:
+            gene = pieces[f"{method}/{schedule}/{family}/learngene"]
+            if average([member["curve"][-1][metric] for member in members]) >= target:  # type: ignore[index]
+                options.append(gene["flops"] + gene["teacher_flops"])
+            continue
+        steps = len(members[0]["curve"])  # type: ignore[index]
+        good = [average([member["curve"][i][metric] for member in members]) >= target for i in range(steps)]  # type: ignore[index]
+        first = [points[0]["step"] for points in (member["curve"] for member in members)]  # type: ignore[index]
+        at = 0 if set(first) == {0} and good[0] else next((i for i in range(steps) if good[i] and all(good[i : i + 2])), None)
+        if at is None:
+            continue
+        cost, teachers = 0.0, []
+        for member in members:
+            assert member is not None
+            pool = member["options"].get(f"baselines.{method}_loss.teacher_pool", "null")
+            met = member["curve"][-1]["samples"] if pool == "null" else int(pool)
+            teachers.append(member["teacher_flops"] * min(member["curve"][at]["samples"] / met, 1))
+            cost += member["curve"][at]["flops"]
+        options.append(cost - (sum(teachers) - max(teachers) if joint else 0))
+    return min(options, default=None)
+
+
 def test_another_batch_size_sees_as_many_samples() -> None:
     """A schedule's steps are of the batch size with which tuning started; one that names its batch size keeps both."""
     methods = {"even": {"short": {"steps": 300}, "long": {"steps": 900, "batch_size": 32}}}
@@ -369,12 +433,18 @@ def test_every_committed_ratio_follows_from_the_raw_curves(source: Path) -> None
             for mark, found in figures["marks"].items():
                 costs = {way: _independent(pieces, sizes, plan.metric, way, family, mark) for way in found["flops"]}
                 assert costs == pytest.approx(found["flops"])
+                means = {way: _independent_mean(pieces, sizes, plan.metric, way, family, mark) for way in found["mean_flops"]}
+                assert means == pytest.approx(found["mean_flops"])
                 needs = {way: 0.0 if way in ("scratch", "direct") else pieces["ancestor"]["flops"] for way in costs}
-                whole = {way: cost + needs[way] if cost is not None else None for way, cost in costs.items()}
+                whole, mean_whole = (
+                    {way: cost + needs[way] if cost is not None else None for way, cost in each.items()} for each in (costs, means)
+                )
                 for key, table, ours in (
                     ("ratio_to_learngene", costs, "mmlg"),
                     ("ratio_to_learngene_with_ancestor", whole, "mmlg"),
                     ("ratio_to_direct_with_ancestor", whole, "direct"),
+                    ("mean_ratio_to_learngene", means, "mmlg"),
+                    ("mean_ratio_to_direct_with_ancestor", mean_whole, "direct"),
                 ):
                     for way, value in found[key].items():
                         expected = table[way] / table[ours] if table[way] is not None and table.get(ours) else None
