@@ -66,7 +66,7 @@ test: lint
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 PART ?= 1
 gpu-check:
-	PYTHONPATH=kernels:launchers:. $(GPU_PYTHON) -m benchmarks.gpu_check --part $(PART) --out $(OUT)
+	PYTHONPATH=kernels:launchers:.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m benchmarks.gpu_check --part $(PART) --out $(OUT)
 
 clean:
 	rm -rf build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,14 +9,14 @@ All variants in turn on random unit rows at scale 100; forward, backward and bot
 variant's error against fp64 is measured in the same run. On a GPU features are bf16 and open_clip's losses run under bf16 autocast, as
 training runs them. The floor is 8 B^2 D floating-point operations (2 forward, 6 backward with one recomputation) at the rate of torch's
 square matrix product in the same run; the rate at inner dimension D is in the JSON. Depends on torch and mmlg_kernels; open_clip,
-matplotlib and, on a GPU, the published losses of `benchmarks.rivals` are used where they are installed.
+matplotlib and, with --rivals on a GPU, the published losses of `benchmarks.rivals` are used where they are installed.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ from benchmarks import measure, rivals
 Loss = Callable[..., Tensor]
 SCALES = {"softmax": 100.0, "sigmoid": 10.0}
 """Of the similarities, by kind of loss."""
+MOST_CHUNKED = 16_384
+"""Pairs for which the chunked backend, meant for where there is no Triton, is measured on a GPU: it takes thousands of small steps."""
 
 
 def one_matrix(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
@@ -66,10 +68,12 @@ def under_autocast(loss: Loss) -> Loss:
     return run
 
 
-def variants(kind: str, device: str, compiled: bool) -> dict[str, Loss]:
-    """Losses by name; the first is ours."""
+def variants(kind: str, device: str, compiled: bool, others: bool = False) -> dict[str, Loss]:
+    """Losses by name; the first is ours. With `others`, on a GPU, next to those of other packages only (`rivals`)."""
     ours, plain, copy = (contrastive_loss, one_matrix, as_open_clip) if kind == "softmax" else _sigmoid_losses()
     found: dict[str, Loss] = {"mmlg_kernels": ours}
+    if others:
+        return found | rivals.installed(kind, SCALES[kind])
     if device == "cuda":
         found["mmlg_kernels, chunked"] = functools.partial(ours, backend="chunked")
     mixed = under_autocast if device == "cuda" else lambda loss: loss
@@ -82,8 +86,6 @@ def variants(kind: str, device: str, compiled: bool) -> dict[str, Loss]:
     if compiled:
         # Per size: shapes that change would give the rival slower kernels.
         found["as open_clip, compiled"] = torch.compile(mixed(copy), dynamic=False)
-    if device == "cuda":
-        found |= rivals.installed(kind, SCALES[kind])
     found["one matrix, stored"] = plain
     return found
 
@@ -114,17 +116,13 @@ def error(kind: str, loss: Loss, dtype: torch.dtype, device: str) -> float | Non
     return measure.relative_error(found, (expected, *torch.autograd.grad(expected, exact)))
 
 
-def _said(error: float | None) -> str:
-    return "–" if error is None else f"{error:.1e}"
-
-
 def rows_of(
-    kind: str, count: int, width: int, dtype: torch.dtype, device: str, repeats: int, compiled: bool, rate: float
+    kind: str, count: int, width: int, losses: Mapping[str, Loss], dtype: torch.dtype, device: str, repeats: int, rate: float
 ) -> list[measure.Row]:
-    """One row per variant."""
+    """One row for each of `losses`."""
     torch.compiler.reset()
     given = inputs(kind, count, width, dtype, device)
-    steps = {name: measure.loss_step(loss, given) for name, loss in variants(kind, device, compiled).items()}
+    steps = {name: measure.loss_step(loss, given) for name, loss in losses.items() if "chunked" not in name or count <= MOST_CHUNKED}
     rows = []
     for name, found in measure.times(steps, repeats, device).items():
         row: measure.Row = {"variant": name, "pairs": count, "width": width, "dtype": str(dtype).removeprefix("torch."), **found}
@@ -145,6 +143,7 @@ def main() -> int:
     parser.add_argument("--kind", choices=list(SCALES), default="softmax")
     parser.add_argument("--pairs", type=int, nargs="+", default=None)
     parser.add_argument("--width", type=int, nargs="+", default=None)
+    parser.add_argument("--rivals", action="store_true", help="on a GPU: ours next to the losses of other packages that are installed")
     parser.add_argument("--compile", action="store_true", help="what open_clip computes through torch.compile too (a minute on a CPU)")
     args = parser.parse_args()
     if args.peak_of is not None:
@@ -154,13 +153,15 @@ def main() -> int:
         return 0
     cuda = args.device == "cuda"
     dtype, compiled = torch.bfloat16 if cuda else torch.float32, args.compile or cuda
+    if args.rivals and not cuda:
+        parser.error("--rivals needs --device cuda: the other packages have kernels for GPUs only")
     pairs = args.pairs or ([4096, 16384, 32768, 65536] if cuda else [1024, 8192])
     widths = args.width or ([512, 768, 1024] if cuda else [512])
     repeats = args.repeats or (20 if cuda else 3)
-    name = "contrastive_loss" if args.kind == "softmax" else "sigmoid_loss"
+    name = ("contrastive_loss" if args.kind == "softmax" else "sigmoid_loss") + ("_rivals" if args.rivals else "")
     report = measure.Report(name, args.device, args.out, "mmlg_kernels", ("pairs", "width"))
-    found = variants(args.kind, args.device, compiled)
-    if "open_clip" not in found:
+    found = variants(args.kind, args.device, compiled, args.rivals)
+    if "open_clip" not in found and not args.rivals:
         print("open_clip is not installed: left out; `as open_clip` is a copy of what its loss computes")
     errors = {variant: error(args.kind, loss, dtype, args.device) for variant, loss in found.items()}
     rate = measure.matmul_tflops(args.device, dtype)
@@ -168,9 +169,9 @@ def main() -> int:
     report.facts = {"errors": errors, "matmul_tflops": rate, "matmul_tflops_at_width": by_width}
     for width in widths:
         for count in pairs:
-            rows = rows_of(args.kind, count, width, dtype, args.device, repeats, compiled, rate)
+            rows = rows_of(args.kind, count, width, found, dtype, args.device, repeats, rate)
             report.add([row | {"drawn": width == widths[0]} for row in rows])
-    columns = {"× floor": lambda row: f"{row['times_floor']:.2f}", "error against fp64": lambda row: _said(errors[row["variant"]])}
+    columns = {"× floor": lambda row: f"{row['times_floor']:.2f}", "error against fp64": lambda row: measure.said(errors[row["variant"]])}
     print(f"matrix product: {rate:.3g} TFLOP/s")
     return report.finish(columns, "pairs")
 

@@ -1,6 +1,6 @@
 """What the benchmarks share: times in turn, extra memory, ceilings of the device, tables, JSON and plots.
 
-Times: all variants in turn (A B C A B C ...) after one warm-up each; p20 / p50 / p80 in milliseconds. On a GPU `device_*_ms` come from
+Times: all variants in turn (A B C A B C ...) after a warm-up each; p20 / p50 / p80 in milliseconds. On a GPU `device_*_ms` come from
 events behind a queue that is kept busy while the host enqueues, so they hold no launch gaps, as in a CUDA graph; `*_ms` are wall clock.
 Extra memory of one step: on a GPU the allocator's peak above the inputs; on the CPU the peak resident memory above the inputs, in a fresh
 process, since libraries keep what they have had. Depends only on torch; matplotlib and nvidia-smi are used where they are.
@@ -28,9 +28,13 @@ from mmlg_scale.hardware import device_name
 
 PARTS = ("forward", "backward", "both")
 DEVICE_TIMED_BELOW_MS = 20.0
-"""A longer step hides its launches: its wall-clock time is taken for the device's, and it is not run a second time."""
-BUSY_CYCLES = 30_000_000
-"""How long the queue is kept busy before a step is timed by events: about 15 ms at 2 GHz."""
+"""A step that is longer in its warm-up is timed by the wall clock only, which then holds few launches; its rows have no `device_*`."""
+BUSY_CYCLES = 60_000_000
+"""How long the queue is kept busy before a step is timed by events: about 30 ms at 2 GHz, longer than what it enqueues takes the host."""
+VARIANT_SECONDS = 8.0
+"""On a GPU a variant that has taken so long at one size is not repeated any further, but at least once."""
+L2_BYTES = 256 * 2**20
+"""Written before a step is timed by events, so that no variant finds its inputs in the cache: more than any GPU's L2."""
 Row = dict[str, Any]
 
 
@@ -52,14 +56,18 @@ def times(steps: Mapping[str, Step], repeats: int, device: str) -> dict[str, Row
     """Per variant `forward_ms_p20` and so on; or {"note": why there are none}. A variant that fails does not stop the others."""
     spent: dict[str, list[list[float]]] = {name: [] for name in steps}
     notes: dict[str, str] = {}
+    warm: dict[str, float] = {}
+    flushed = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
     for repeat in range(repeats + 1):
         for name, step in steps.items():
-            if name in notes:
+            if name in notes or _is_long(spent[name], device):
                 continue
             try:
-                now = _wall_ms(step, device)
-                if device == "cuda":
-                    now += _device_ms(step) if sum(now) < DEVICE_TIMED_BELOW_MS else now
+                now = _wall_ms(step, device)  # at first it compiles
+                if flushed is not None:
+                    if repeat == 0:
+                        warm[name] = sum(_wall_ms(step, device))
+                    now += _device_ms(step, flushed) if warm[name] < DEVICE_TIMED_BELOW_MS else []
             except torch.OutOfMemoryError:
                 notes[name] = "out of memory"
                 torch.cuda.empty_cache()
@@ -69,6 +77,11 @@ def times(steps: Mapping[str, Step], repeats: int, device: str) -> dict[str, Row
                 if repeat:
                     spent[name].append(now)
     return {name: {"note": notes[name]} if name in notes else _quantiles(spent[name]) for name in steps}
+
+
+def _is_long(spent: Sequence[Sequence[float]], device: str) -> bool:
+    """Whether a variant has had its time on a GPU, where minutes are counted."""
+    return device == "cuda" and len(spent) > 1 and sum(map(sum, spent)) > 1e3 * VARIANT_SECONDS
 
 
 def device_ms(row: Row, part: str = "both") -> float:
@@ -105,11 +118,12 @@ def _wall_ms(step: Step, device: str) -> list[float]:
     return [1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)]
 
 
-def _device_ms(step: Step) -> list[float]:
-    """The same by events, behind a queue that is busy until all is enqueued."""
+def _device_ms(step: Step, flushed: Tensor) -> list[float]:
+    """The same by events, behind a queue that is busy until all is enqueued, and with nothing in the cache but `flushed`."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
     torch.cuda.synchronize()
     torch.cuda._sleep(BUSY_CYCLES)
+    flushed.zero_()
     marks[0].record()
     value = step.forward()
     marks[1].record()
@@ -156,6 +170,11 @@ def _status(key: str) -> int:
 def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """The largest ||found - exact|| / ||exact|| of the outputs, in fp64."""
     return max(float((x.detach().double() - y.detach()).norm() / y.detach().norm()) for x, y in zip(found, exact, strict=True))
+
+
+def said(error: float | None) -> str:
+    """An error for a table."""
+    return "–" if error is None else f"{error:.1e}"
 
 
 def matmul_tflops(device: str, dtype: torch.dtype, inner: int | None = None) -> float:

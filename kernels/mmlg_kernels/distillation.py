@@ -145,7 +145,8 @@ def _(
 def _(
     grad: Tensor, saved: Sequence[Tensor], contrastive: float, distillation: float, group_name: str, backend: str, chunk_bytes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(saved[0]), torch.empty_like(saved[0]), torch.empty_like(saved[2])
+    x = saved[0]
+    return x.new_empty(x.shape), x.new_empty(x.shape), torch.empty_like(saved[2])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -157,7 +157,7 @@ def _(
 def _(
     grad: Tensor, x: Tensor, columns: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor, group_name: str, backend: str, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x), torch.empty_like(scale)
+    return x.new_empty(x.shape), x.new_empty(x.shape), torch.empty_like(scale)
 
 
 @sigmoid_loss.register_fake
@@ -170,7 +170,7 @@ def _(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, group_name: str, backen
 def _(
     grad: Tensor, x: Tensor, columns: Tensor, scale: Tensor, bias: Tensor, group_name: str, backend: str, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x), torch.empty_like(scale), torch.empty_like(bias)
+    return x.new_empty(x.shape), x.new_empty(x.shape), torch.empty_like(scale), torch.empty_like(bias)
 
 
 def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

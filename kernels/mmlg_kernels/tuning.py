@@ -90,8 +90,10 @@ def tune(
                     said[name] = times[tile]
                 else:
                     said[name] = f"{apart:.1e} from the fixed tile's numbers"
-            except (triton.runtime.errors.OutOfResources, triton.compiler.CompilationError) as fault:
-                said[name] = f"does not fit: {str(fault).splitlines()[0][:100]}"
+            except Exception as fault:  # Triton's, ptxas's and LLVM's passes all have errors of their own for what does not fit
+                if tile == default:
+                    raise
+                said[name] = f"does not fit: {type(fault).__name__}: {' '.join(str(fault).split())[:100]}"
     best = min(times, key=lambda tile: times[tile])
     return (best if times[best] <= GAIN * times[default] else default), said
 

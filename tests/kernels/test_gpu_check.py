@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_check import TOTAL_SECONDS, Check, all_checks, run_checks, write_results
+from benchmarks import gpu_check
+from benchmarks.gpu_check import TOTAL_SECONDS, Check, all_checks, run_checks, show, tuned_tiles, write_results
 
 
 def python(code: str) -> tuple[str, ...]:
@@ -32,7 +33,9 @@ time.sleep(600)
         Check("hanging", python(hang), 2),
         Check("after", python("pass"), 60),
     ]
-    outcomes = run_checks(checks, tmp_path, 120)
+    kept: list[int] = []
+    outcomes = run_checks(checks, tmp_path, 120, lambda done: kept.append(len(done)))
+    assert kept == [1, 2, 3, 4]  # after each, so that a machine that is taken away leaves what was done
     assert [outcome.status for outcome in outcomes] == ["passed", "failed", "over its limit", "passed"]
     assert [outcome.last_lines for outcome in outcomes] == [["a table"], ["no such kernel"], ["hanging"], []]
     out = tmp_path / "out"
@@ -41,9 +44,11 @@ time.sleep(600)
     found.mkdir()
     (found / "tiles-some-gpu.json").write_text("{}")
     (found / "tests.log").write_text("log")
-    assert write_results(outcomes, found, out, 1, "cpu") == 1
-    assert write_results([outcomes[0], outcomes[3]], found, out, 1, "cpu") == 0
-    assert len(json.loads((out / "gpu_check_1.json").read_text())["checks"]) == 2
+    for done in (outcomes[:2], outcomes):
+        write_results(done, found, out, 1, {"device": "some GPU"})
+        content = json.loads((out / "gpu_check_1.json").read_text())
+        assert (content["environment"], len(content["checks"])) == ({"device": "some GPU"}, len(done))
+    assert (show(outcomes), show([outcomes[0], outcomes[3]])) == (1, 0)
     assert sorted(path.name for path in out.iterdir()) == ["gpu_check_1.json", "gpu_check_1.tar.gz", "tiles-some-gpu.json"]
     with tarfile.open(out / "gpu_check_1.tar.gz") as archive:
         assert archive.getnames() == ["tests.log", "tiles-some-gpu.json"]
@@ -68,6 +73,21 @@ def test_each_part_fits_into_nine_minutes(tmp_path: Path) -> None:
         assert sum(check.limit_s for check in all_checks(part, tmp_path)) <= TOTAL_SECONDS < 9 * 60
     assert {"tests", "tiles"} == {check.name for check in all_checks(1, tmp_path)}
     assert "throughput" in {check.name for check in all_checks(2, tmp_path)}
+
+
+def test_tiles_are_those_of_part_1_or_the_committed_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, out, given = (tmp_path / name for name in ("results", "out", "given"))
+    monkeypatch.setattr(gpu_check, "RESULTS", results)
+    monkeypatch.delenv("MMLG_TILES", raising=False)
+    for folder in (results, out, given):
+        folder.mkdir()
+    assert tuned_tiles(out) is None
+    (results / "tiles-some-gpu.json").write_text("{}")
+    assert tuned_tiles(out) == results  # --out is emptied between the parts
+    (out / "tiles-some-gpu.json").write_text("{}")
+    assert tuned_tiles(out) == out
+    monkeypatch.setenv("MMLG_TILES", str(given))
+    assert tuned_tiles(out) is None
 
 
 def test_what_is_not_installed_is_named(tmp_path: Path) -> None:
