@@ -277,6 +277,8 @@ def check_folder(settings: recipe.Recipe, out: Path) -> dict[str, Any]:
     Raises:
         UserError: `out` holds something else, or a family of another ancestor or data set with work in it.
     """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file. Give a folder as --out.")
     whole = settings.to_dict()
     used = settings.used_by("ancestor")
     inputs = {}

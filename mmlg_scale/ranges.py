@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, TypeAlias
 
 from mmlg_scale.bounds import (
@@ -62,14 +63,11 @@ if TYPE_CHECKING:
     UnitInterval: TypeAlias = float
     Fraction: TypeAlias = float
 else:
-    from jsonargparse.typing import (
-        ClosedUnitInterval,
-        NonNegativeFloat,
-        NonNegativeInt,
-        PositiveFloat,
-        PositiveInt,
-        restricted_number_type,
-    )
+    from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt, restricted_number_type
+
+    # The library's own PositiveFloat and NonNegativeFloat allow inf.
+    PositiveFloat = restricted_number_type("PositiveFinite", float, [(">", 0), ("<", math.inf)], docstring="float above 0")
+    NonNegativeFloat = restricted_number_type("NonNegativeFinite", float, [(">=", 0), ("<", math.inf)], docstring="float from 0")
 
     def _bounded(name: str) -> type:
         least, most = _BOUNDED[name]
@@ -87,8 +85,8 @@ IN_WORDS = {
     **{name: f"a whole number from {least} to {most:,}" for name, (least, most) in _BOUNDED.items()},
     "PositiveInt": "a whole number of 1 or more",
     "NonNegativeInt": "a whole number of 0 or more",
-    "PositiveFloat": "a number above 0",
-    "NonNegativeFloat": "a number of 0 or more",
+    "PositiveFinite": "a number above 0",
+    "NonNegativeFinite": "a number of 0 or more",
     "ClosedUnitInterval": "a number from 0 to 1",
     "UnitInterval": "a number from 0 to below 1",
     "Fraction": "a number above 0 and at most 1",

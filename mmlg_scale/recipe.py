@@ -366,6 +366,9 @@ class Recipe:
             self.pretraining.check("pretraining")
         for name, extraction in self.baselines.learngenes().items():
             extraction.check(f"baselines.{name}")
+            basis = {"tleg": "linear", "sws": "step"}[name]
+            problem = f"is {extraction.basis}, which is not what {name.upper()} does"
+            _require(extraction.basis == basis, f"baselines.{name}.basis", problem, f"Set it to {basis}.")
         self.adaptation.training.check("adaptation.training", allow_zero_steps=True)
         if self.adaptation.direct is not None:
             self.adaptation.direct.check("adaptation.direct")

@@ -82,8 +82,15 @@ def _spell_nulls(words: Sequence[str]) -> Iterator[str]:
     The parser would make the word None of it; a mapping it merges with the section's other keys.
 
     Raises:
-        UserError: a section that may be null has no such key, of which the parser would tell in terms of its own.
+        UserError: a section that may be null has no such key, or one that may not be is null, of which the parser would tell in terms of
+            its own.
     """
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        option, equals, value = word.partition("=")
+        kind = kind_of(option.removeprefix("--")) if option.startswith("--") else None
+        section = dataclass_in(kind)
+        if section is not None and not may_be_null(kind) and (value if equals else following).strip() in _NULLS:
+            raise UserError(f"{option}: is null, and has keys: {', '.join(typing.get_type_hints(section))}. Give one of them.")
     left = iter(words)
     for word in left:
         option, equals, value = word.partition("=")
@@ -205,19 +212,36 @@ def check_yaml(text: str) -> None:
 
     Raises:
         yaml.YAMLError: more than MAX_YAML_DEPTH deep, or more than MAX_YAML_VALUES with every alias written out (a few lines of aliases of
-            aliases can stand for billions); or no YAML.
+            aliases can stand for billions); a key twice in one mapping, of which YAML's readers silently take the last; or no YAML.
     """
     import yaml
+
+    keys: list[set[str] | None] = []  # of the open mappings; None: a sequence
+    is_key: list[bool] = []  # whether the next value in it is a key
+
+    def place(event: yaml.Event) -> None:
+        if not keys or keys[-1] is None:
+            return
+        if is_key[-1] and isinstance(event, yaml.ScalarEvent):
+            if event.value in keys[-1] and event.value != "<<":
+                raise yaml.YAMLError(f"the key {event.value} is there twice in one mapping")
+            keys[-1].add(event.value)
+        is_key[-1] = not is_key[-1]
 
     sizes: dict[str, int] = {}
     open_parts: list[tuple[str | None, int]] = []  # anchor, and values before it
     total = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.NodeEvent):
+            place(event)
         if isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
+            keys.append(set() if isinstance(event, yaml.MappingStartEvent) else None)
+            is_key.append(True)
             open_parts.append((event.anchor, total))
             total += 1
         elif isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
             anchor, before = open_parts.pop()
+            keys.pop(), is_key.pop()
             if anchor is not None:
                 sizes[anchor] = total - before
         elif isinstance(event, yaml.ScalarEvent):
@@ -284,6 +308,8 @@ def _check_keys(content: Any, types: Mapping[str, Any], path: Path, prefix: str)
         if inner is not None:
             # The parser would take a text for the name of another file to read.
             parts = value if isinstance(value, list) else [value]
+            if None in parts and not (value is None and may_be_null(types[key])):
+                raise UserError(f"{path}: recipe key {prefix}{key} is empty. Give a mapping of keys, or leave it out.")
             if any(not isinstance(part, dict) and part is not None for part in parts):
                 raise UserError(f"{path}: recipe key {prefix}{key} is {shown(value)!r}. Give a mapping of keys.")
             _check_keys(value, typing.get_type_hints(inner), path, f"{prefix}{key}.")
@@ -310,8 +336,8 @@ def resolve_recipe_path(name: str) -> Path:
     path = Path(name)
     if path.is_file() or (os.path.lexists(path) and not path.is_dir()):
         return path  # a pipe is refused where it is read
-    shipped = SHIPPED / f"{name.removesuffix('.yaml')}.yaml"
-    if shipped.is_file():
+    shipped = SHIPPED / f"{name}.yaml"
+    if path.name == name and shipped.is_file():
         return shipped
     names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
     raise UserError(f"no recipe file {name!r}. Give a path to a YAML file or one of the shipped recipes: {names}.")

@@ -13,7 +13,7 @@ from mmlg_scale import towers
 from mmlg_scale.cli import main
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.family import Plan
-from mmlg_scale.recipe_file import SHIPPED, load_recipe
+from mmlg_scale.recipe_file import SHIPPED, check_yaml, load_recipe
 from tests.training.tiny import ANY_SIZE, CONFIG
 
 
@@ -261,3 +261,73 @@ def test_architectures_that_are_not_supported(config, said: str) -> None:
 
     with pytest.raises(UserError, match=said):
         towers.model_config(config)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("seed: 1\nseed: 2\n", "the key seed is there twice in one mapping"),
+        ("ancestor:\n  steps: 3\n  optimizer: {name: muon, name: adamw}\n", "the key name is there twice in one mapping"),
+        ("ancestor:\n", "recipe key ancestor is empty. Give a mapping of keys, or leave it out."),
+        ("extraction: {training: null}\n", "recipe key extraction.training is empty."),
+        ("family: {sizes: [null]}\n", "recipe key family.sizes is empty."),
+        ("baselines: {tleg: {}}\n", "recipe key baselines.tleg.basis: is knots, which is not what TLEG does. Set it to linear."),
+        ("baselines: {sws: {basis: linear}}\n", "recipe key baselines.sws.basis: is linear, which is not what SWS does. Set it to step."),
+        ("ancestor: {optimizer: {learning_rate: .inf}}\n", "learning_rate: inf does not fit. Use a number above 0."),
+        ("extraction: {coefficient_rate: .inf}\n", "coefficient_rate: inf does not fit. Use a number of 0 or more."),
+    ],
+)
+def test_a_recipe_that_says_nothing_or_two_things_is_refused(
+    recipe: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my.yaml").write_text(recipe)
+    assert main(["recipe", "show", str(tmp_path / "my.yaml")]) == 2
+    assert said in capsys.readouterr().err
+    (tmp_path / "my.yaml").write_text("a: &x {seed: 1}\nb: {<<: *x, seed: 2}\n")  # merged keys may be overridden
+    check_yaml((tmp_path / "my.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "demo", "--out", "x", "--learngene", "g"], "--learngene is of a descendant or a baseline, and the ancestor is trained."),
+        (["train", "demo", "--out", "x", "--image-layers", "4"], "--image-layers is of a descendant or a baseline"),
+        (["train", "demo", "--out", "x", "--modality", "both"], "--modality is of a descendant or a baseline"),
+        (["plan", "demo", "--nodes", "4"], "--nodes needs --cluster"),
+        (["plan", "demo.yaml"], "no recipe file 'demo.yaml'."),
+        (["plan", "demo", "--model", "null"], "--model: is null, and has keys: architecture, config"),
+        (["plan", "demo", "--data.scenes=null"], "--data.scenes: is null, and has keys: num_train"),
+        (["plan", "demo", "--out", "file"], "file is a file. Give a folder as --out."),
+        (["descend", "g", "--image-layers", "2", "--text-width", "8", "--modality", "image", "--out", "x"], "writes no text tower."),
+        (
+            ["descend", "gene", "--image-layers", "2", "--text-layers", "2", "--out", "x"],
+            "Give the file in it: gene/learngene.safetensors.",
+        ),
+        (["eval", "tower", "--data", "d", "--out", "gene"], "--out gene is a folder."),
+        (["data", "pack", "twice.csv", "--out", "x"], "twice.csv has the column 'caption' 2 times."),
+        (["data", "pack", "semicolons.csv", "--out", "x"], "Separate its columns by commas or tabs."),
+        (["data", "pack", "empty.csv", "--out", "x"], "empty.csv is empty."),
+        (["data", "pack", "twice.csv", "--out", "x", "--resize", "99999999"], "resize: 99999999 does not fit."),
+        (["launch", "local", "--num-processes", "2", "train", "demo"], "the command train needs -- before it"),
+        (["launch", "slurm", "--dry-run", "--", "train", "demo"], "mmlg train: --out is missing."),
+    ],
+)
+def test_options_that_do_not_apply_are_refused(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, and not left out in silence."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("gene", "tower"):
+        (tmp_path / folder).mkdir()
+    for name, text in (
+        ("file", ""),
+        ("gene/learngene.safetensors", ""),
+        ("twice.csv", "filepath,caption,caption\na.png,b,c\n"),
+        ("semicolons.csv", "filepath;caption\na.png;b\n"),
+        ("empty.csv", ""),
+    ):
+        (tmp_path / name).write_text(text)
+    assert main(words) == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == 1

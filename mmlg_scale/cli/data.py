@@ -10,7 +10,7 @@ from mmlg_scale.bounds import MAX_PROCESSES
 from mmlg_scale.cli.parsing import make_parser, parse, progress
 from mmlg_scale.data import RESTVAL, SPLITS
 from mmlg_scale.errors import UserError
-from mmlg_scale.ranges import ImageSize, NonNegativeInt, PositiveInt, Threads, UnitInterval
+from mmlg_scale.ranges import ImageSize, NonNegativeInt, Threads, UnitInterval
 from mmlg_scale.reading import shown
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _add_packing(parser: ArgumentParser) -> None:
     group.add_argument("--seed", type=NonNegativeInt, default=0, metavar="N", help="Seed of the split.")
     group = parser.add_argument_group("images")
     help_text = "Resize to N pixels (shorter side) and crop the centre square."
-    group.add_argument("--resize", type=PositiveInt | None, default=None, metavar="N", help=help_text)
+    group.add_argument("--resize", type=ImageSize | None, default=None, metavar="N", help=help_text)
     group.add_argument(
         "--skip-bad",
         action="store_true",

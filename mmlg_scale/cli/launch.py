@@ -98,6 +98,8 @@ def slurm(arguments: list[str]) -> int:
 
     with launch_errors():
         launcher, resources = _slurm_launcher(args, command)
+        if command[0] in WITH_RECIPE and command[0] != "plan" and _out(command) is None:
+            raise UserError(f"mmlg {command[0]}: --out is missing. Give the folder of the run.")
         folder = _run_folder(args, command)
         if command[0] == "family":
             return _family(args, arguments, command, recipe, launcher, resources)
@@ -313,7 +315,13 @@ def launch_errors() -> Iterator[None]:
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Options of the launcher, and the command after --."""
+    """Options of the launcher, and the command after --. Raises UserError where a command is there without it."""
+    from mmlg_scale.cli.main import COMMANDS
+
+    first = {name.split()[0] for name in COMMANDS}
+    found = next((word for word in arguments if word in first), None) if "--" not in arguments else None
+    if found is not None:
+        raise UserError(f"the command {found} needs -- before it: mmlg launch ... -- {found} ...")
     split = arguments.index("--") if "--" in arguments else len(arguments)
     command = arguments[split + 1 :]
     return arguments[:split], command[1:] if command[:1] == ["mmlg"] else command

@@ -20,7 +20,7 @@ def descend(arguments: list[str]) -> int:
         "descend",
         "LEARNGENE --image-layers N --text-layers N --out DIR [options]",
         "Write a descendant from a learngene file: a CLIP of any depth, as an ordinary open_clip model folder. It needs no data and no "
-        "training: milliseconds at toy size, about a second for a ViT-B/32.",
+        "training: milliseconds at toy size, one to two seconds for a ViT-B/32.",
         (
             "descend runs/demo/learngene/learngene.safetensors --image-layers 5 --text-layers 3 --out small",
             "descend runs/demo/learngene/learngene.safetensors --image-layers 6 --image-width 48 --modality image --out image-tower",
@@ -41,6 +41,9 @@ def descend(arguments: list[str]) -> int:
     for tower in ("image", "text"):
         if getattr(args, f"{tower}_layers") is None and args.modality in ("both", tower):
             raise UserError(f"--{tower}-layers is missing. Give the depth of the {tower} tower.")
+        for kind in ("layers", "width"):
+            if args.modality not in ("both", tower) and getattr(args, f"{tower}_{kind}") is not None:
+                raise UserError(f"--{tower}-{kind} is given, and --modality {args.modality} writes no {tower} tower. Leave it out.")
     from mmlg_scale.learngene.file import load_learngene
 
     learngene = load_learngene(Path(args.learngene))
@@ -78,6 +81,8 @@ def evaluate(arguments: list[str]) -> int:
     from mmlg_scale.evaluation.evaluate import evaluate_folder
     from mmlg_scale.files import write_json_atomic
 
+    if args.out is not None and Path(args.out).is_dir():
+        raise UserError(f"--out {args.out} is a folder. Give the name of a file.")
     pairs = open_pairs(args.data, cache_of(args.cache_dir, args.cache_bytes, OPTIONS), key="--data")
     metrics = evaluate_folder(Path(args.model), pairs, args.split)
     print(json.dumps(metrics, indent=1))

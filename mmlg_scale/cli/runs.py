@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 ANCESTOR_HELP = "The ancestor: a model folder, or a file of weights (.safetensors, .pt) for the recipe's architecture."
 FEATURES_HELP = "The folder that mmlg features wrote, for recipes with engine.keep_features."
 WIDTH_HELP = "Width of the {} tower, a multiple of its head dimension; left out: the ancestor's."
+DESCENDANT_OPTIONS = (
+    *(f"{tower}-{kind}" for tower in ("image", "text") for kind in ("layers", "width")),
+    *("ancestor-model", "learngene", "modality", "target-of", "features"),
+)
+"""Of mmlg train, with --init."""
 DEFAULT_MFU = 0.4
 RESUMES = "Start the same command again and it resumes from its last checkpoint, with the same numbers."
 
@@ -56,11 +61,17 @@ def train(arguments: list[str]) -> int:
     from mmlg_scale.training.run import run_role
 
     role: Role = AncestorRole(recipe)
-    if args.init != "ancestor":
+    if args.init == "ancestor":
+        given = next((name for name in DESCENDANT_OPTIONS if getattr(args, name.replace("-", "_")) is not None), None)
+        if given is not None:
+            raise UserError(
+                f"--{given} is of a descendant or a baseline, and the ancestor is trained. Say which with --init, or leave it out."
+            )
+    else:
         role = DescendantRole(
             recipe,
             args.init,
-            Size(args.image_layers, args.text_layers, args.image_width, args.text_width, args.modality),
+            Size(args.image_layers or 4, args.text_layers or 4, args.image_width, args.text_width, args.modality or "both"),
             ancestor=path_or_none(args.ancestor_model),
             learngene=path_or_none(args.learngene),
             target_of=path_or_none(args.target_of),
@@ -74,7 +85,8 @@ def _add_descendant(parser: ArgumentParser) -> None:
     """The options of mmlg train that say which descendant or baseline."""
     group = parser.add_argument_group("descendants and baselines (with --init)")
     for tower in ("image", "text"):
-        group.add_argument(f"--{tower}-layers", type=Layers, default=4, metavar="N", help=f"Depth of the {tower} tower.")
+        help_text = f"Depth of the {tower} tower. Default: 4."
+        group.add_argument(f"--{tower}-layers", type=Layers | None, default=None, metavar="N", help=help_text)
         group.add_argument(f"--{tower}-width", type=Width | None, default=None, metavar="N", help=WIDTH_HELP.format(tower))
     group.add_argument(
         "--ancestor-model",
@@ -86,10 +98,11 @@ def _add_descendant(parser: ArgumentParser) -> None:
     group.add_argument("--learngene", type=str | None, default=None, metavar="FILE", help="The learngene, for mmlg, direct, tleg and sws.")
     group.add_argument(
         "--modality",
-        type=str,
-        default="both",
-        choices=MODALITIES,
-        help="Both towers, or one, which is not trained (mmlg only).",
+        type=str | None,
+        default=None,
+        choices=(*MODALITIES, None),
+        metavar="{" + ",".join(MODALITIES) + "}",
+        help="Both towers, or one, which is not trained (mmlg only). Default: both.",
     )
     help_text = "A finished scratch run: training stops once it has reached that run's quality."
     group.add_argument("--target-of", type=str | None, default=None, metavar="DIR", help=help_text)
@@ -134,7 +147,6 @@ def pretrain(arguments: list[str]) -> int:
         f"of any size come out of its file. {RESUMES}",
         (
             "pretrain demo --data.path data --out runs/direct",
-            "pretrain my-recipe.yaml --data.path data --out runs/direct --runtime.num_workers 8",
             "pretrain my-recipe.yaml --learngene runs/gene/learngene.safetensors --data.path data --out runs/further",
         ),
     )
@@ -237,13 +249,15 @@ def plan(arguments: list[str]) -> int:
     help_text = "A cluster file (or the name of a shipped one): memory a GPU, time and GPU-hours on its GPUs."
     group.add_argument("--cluster", type=str | None, default=None, metavar="FILE", help=help_text)
     help_text = "Nodes of the cluster on which a step runs."
-    group.add_argument("--nodes", type=PositiveInt, default=1, metavar="N", help=help_text)
+    group.add_argument("--nodes", type=PositiveInt | None, default=None, metavar="N", help=f"{help_text} Default: 1.")
     help_text = "benchmark.json of mmlg benchmark on such GPUs: its MFU instead of an assumed one."
     group.add_argument("--benchmark", type=str | None, default=None, metavar="FILE", help=help_text)
     parsed = parse_family(parser, arguments)
     if parsed is None:
         return 0
     args, recipe, runtime = parsed
+    if args.cluster is None and args.nodes is not None:
+        raise UserError("--nodes needs --cluster, which says what a node is. Give both, or neither.")
     if args.cluster is None and args.benchmark is not None:
         raise UserError("--benchmark needs --cluster, whose GPUs it was measured on. Give both, or --mfu.")
     from mmlg_scale.forecast import forecast, print_forecast
@@ -254,7 +268,7 @@ def plan(arguments: list[str]) -> int:
 
         hardware = hardware_of(
             args.cluster,
-            nodes=args.nodes,
+            nodes=args.nodes or 1,
             precision=recipe.engine.precision,
             model=str(recipe.model.architecture),
             default_mfu=DEFAULT_MFU,

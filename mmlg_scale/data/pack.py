@@ -179,9 +179,19 @@ def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, 
     last, limit = 0, csv.field_size_limit(len(text) + 1)  # a long field is a bad row, not the end of the table
     try:
         names = next(reader, [])
+        if not names:
+            raise UserError(f"{table} is empty. Give a table whose first line names its columns, as filepath and caption.")
         for column in columns:
             if column not in names:
-                raise UserError(f"{table} has no column {column!r}; it has: {', '.join(names)}. Use --image-column and --caption-column.")
+                hint = (
+                    "Separate its columns by commas or tabs"
+                    if len(names) == 1 and ";" in names[0]
+                    else "Use --image-column and --caption-column"
+                )
+                raise UserError(f"{table} has no column {column!r}; it has: {', '.join(names)}. {hint}.")
+        twice = next((name for name in columns if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{table} has the column {twice!r} {names.count(twice)} times. Rename or remove the others.")
         last = reader.line_num
         for fields in reader:
             first, last = last + 1, reader.line_num

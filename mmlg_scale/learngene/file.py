@@ -181,6 +181,8 @@ def load_learngene(path: str | Path) -> Learngene:
         UserError: no such file, not a learngene, another version, damaged (its SHA-256 is compared), or tensors that do not fit the header.
     """
     path = Path(path)
+    if path.is_dir() and (path / "learngene.safetensors").is_file():
+        raise UserError(f"{path} is a folder. Give the file in it: {path / 'learngene.safetensors'}.")
     require_file(path, "learngene file", "mmlg extract writes one.")
     try:
         with safe_open(path, framework="pt") as file:

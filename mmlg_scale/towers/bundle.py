@@ -341,6 +341,8 @@ def _load_folder(folder: Path, config: Mapping[str, Any] | None) -> Bundle:
         if os.path.lexists(path):
             content = read_json(path, "model configuration", "Take the one that the model was published with.")
             return _load_open_clip(folder, content) if name == CONFIG_FILE else _load_hugging_face(folder, content, config)
+    if os.path.lexists(folder / TOWER_FILE):
+        raise UserError(f"{folder} is one tower ({TOWER_FILE}). Give a folder with both: write one with --modality both.")
     raise UserError(f"{folder} has no {CONFIG_FILE} and no config.json: not a model folder. Give one that mmlg train or open_clip wrote.")
 
 
