@@ -67,12 +67,12 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--precisions", nargs="+", type=str, choices=PRECISIONS, default=None, metavar="P", help=help_text)
     help_text = "DeepSpeed ZeRO stages, 0 to 3. Left out: runtime.zero_stage."
     parser.add_argument("--zero-stages", nargs="+", type=int, choices=STAGES, default=None, metavar="S", help=help_text)
-    help_text = "Of exchanged gradients: fp32, bf16."
+    help_text = "Precision of exchanged gradients: fp32, bf16."
     parser.add_argument("--communications", nargs="+", type=str, choices=PRECISIONS, default=None, metavar="P", help=help_text)
     help_text = "Ranks to start on this machine, fresh ones for each combination. Left out: the present ones."
     parser.add_argument("--num-processes", nargs="+", type=Processes, default=None, metavar="N", help=help_text)
     for tower in ("image", "text"):
-        help_text = f"Depth of the descendant's {tower} tower; half the ancestor's."
+        help_text = f"Depth of the descendant's {tower} tower. Default: half the ancestor's."
         parser.add_argument(f"--{tower}-layers", type=Layers | None, default=None, metavar="N", help=help_text)
     parser.add_argument("--steps", type=PositiveInt, default=10, metavar="N", help="Steps of a window.")
     parser.add_argument("--repeats", type=PositiveInt, default=5, metavar="N", help="Windows with and without the loader.")

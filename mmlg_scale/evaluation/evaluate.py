@@ -149,6 +149,7 @@ def evaluate_folder(model: Path, data: Path | PairSet, split: str) -> dict[str, 
         UserError: the folder is no model that is supported, or the split is missing.
     """
     loaded = _Loaded(model, data, split)
+    towers.say(f"{split}: {len(loaded.split.images.samples_N):,} images, {len(loaded.split.captions):,} captions")
     return evaluate_pairs(
         loaded.image,
         loaded.text,
