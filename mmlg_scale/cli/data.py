@@ -65,7 +65,10 @@ def pack(arguments: list[str]) -> int:
             "data pack dataset_flickr30k.json --images flickr30k-images --out flickr30k",
         ),
     )
-    help_text = "A CSV or TSV table (filepath,caption and, if you like, split), a COCO or Karpathy JSON file, or a folder with one folder of images per class."
+    help_text = (
+        "A CSV or TSV table (filepath,caption and, if you like, split), a COCO or Karpathy JSON file, or a folder with one folder of images "
+        "per class."
+    )
     parser.add_argument("source", type=str, metavar="SOURCE", help=help_text)
     parser.add_argument("--out", type=str, required=True, metavar="DIR", help=OUT_HELP)
     parser.add_argument("--tokenizer", type=str, default="none", metavar="T", help=TOKENIZER_HELP)
