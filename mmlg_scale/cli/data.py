@@ -66,7 +66,7 @@ def pack(arguments: list[str]) -> int:
         ),
     )
     help_text = (
-        "A CSV or TSV table (filepath,caption and, if you like, split), a COCO or Karpathy JSON file, or a folder with one folder of images "
+        "A CSV or TSV table (filepath,caption; split too if you like), a COCO or Karpathy JSON file, or a folder with one folder of images "
         "per class."
     )
     parser.add_argument("source", type=str, metavar="SOURCE", help=help_text)
