@@ -308,6 +308,12 @@ def test_a_recipe_that_says_nothing_or_two_things_is_refused(
         (["data", "pack", "semicolons.csv", "--out", "x"], "Separate its columns by commas or tabs."),
         (["data", "pack", "empty.csv", "--out", "x"], "empty.csv is empty."),
         (["data", "pack", "twice.csv", "--out", "x", "--resize", "99999999"], "resize: 99999999 does not fit."),
+        (
+            ["data", "pack", "empty.csv", "--out", "x", "--images", "gene"],
+            "--images is for a JSON file, and empty.csv is a table. Leave it out.",
+        ),
+        (["data", "pack", "gene", "--out", "x", "--caption-column", "b"], "--caption-column is for a table, and gene is a folder."),
+        (["data", "pack", "coco.json", "--out", "x", "--templates", "a {}"], "--templates is for a folder, and coco.json is a JSON file."),
         (["launch", "local", "--num-processes", "2", "train", "demo"], "the command train needs -- before it"),
         (["launch", "slurm", "--dry-run", "--", "train", "demo"], "mmlg train: --out is missing."),
     ],
@@ -325,6 +331,7 @@ def test_options_that_do_not_apply_are_refused(
         ("twice.csv", "filepath,caption,caption\na.png,b,c\n"),
         ("semicolons.csv", "filepath;caption\na.png;b\n"),
         ("empty.csv", ""),
+        ("coco.json", "{}"),
     ):
         (tmp_path / name).write_text(text)
     assert main(words) == 2

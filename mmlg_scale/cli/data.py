@@ -79,11 +79,15 @@ def pack(arguments: list[str]) -> int:
     from mmlg_scale.data.summary import print_summary
 
     source, out, bar = _local(args.source, "pack"), Path(args.out), progress("pack")
+    kind = "folder" if source.is_dir() else "JSON file" if source.suffix.lower() == ".json" else "table"
+    for key, its in _ONLY_FOR.items():
+        if source.exists() and its != kind and getattr(args, key) != parser.get_default(key):
+            raise UserError(f"--{key.replace('_', '-')} is for a {its}, and {source} is a {kind}. Leave it out.")
     keys = ("val", "test", "seed", "tokenizer", "resize", "skip_bad")
     settings = PackSettings(**{key: getattr(args, key) for key in keys}, as_shown=not args.as_stored)
-    if source.is_dir():
+    if kind == "folder":
         pack_folders(source, out, settings, templates=args.templates, progress=bar)
-    elif source.suffix.lower() == ".json":
+    elif kind == "JSON file":
         if args.images is None:
             raise UserError("--images is missing. Give the folder that the image names in the JSON file are relative to.")
         more = {"restval": args.restval, "allow_other_counts": args.allow_other_counts}
@@ -92,6 +96,14 @@ def pack(arguments: list[str]) -> int:
         pack_table(source, out, settings, image_column=args.image_column, caption_column=args.caption_column, progress=bar)
     print_summary(out)
     return 0
+
+
+_ONLY_FOR = {
+    **dict.fromkeys(("image_column", "caption_column"), "table"),
+    **dict.fromkeys(("images", "restval", "allow_other_counts"), "JSON file"),
+    "templates": "folder",
+}
+"""Options of mmlg data pack that one kind of source has."""
 
 
 def _add_packing(parser: ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from mmlg_scale.bounds import MAX_CAPTION, MAX_IMAGE_BYTES, MAX_TABLE_BYTES
 from mmlg_scale.data import SPLITS
 from mmlg_scale.data.images import as_shown, check_decodes, decode
 from mmlg_scale.data.manifest import Progress
-from mmlg_scale.data.publish import Sample, new_dataset, write_split
+from mmlg_scale.data.publish import Sample, new_dataset, require_target, write_split
 from mmlg_scale.data.tokens import NONE, read_offer
 from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
@@ -134,40 +134,51 @@ def pack_table(
     """
     if not table.is_file():
         raise UserError(f"no table {table}. Give a CSV or TSV file, or a folder with one folder of images per class.")
-    captions: dict[str, list[str]] = defaultdict(list)
-    split_of: dict[str, str] = {}
-    check, good = PairCheck(settings.skip_bad), dict[str, bool]()
-    for number, row in _rows(table, (image_column, caption_column)):
-        name, caption = row[image_column].strip(), row[caption_column].strip()
-        if len(name) > MAX_PATH:
-            check.leave_out(f"{table} row {number}: {image_column} has {len(name)} characters, more than any path.", "rows")
-            continue
-        if not name:
-            raise UserError(f"{table} row {number}: empty {image_column}. Give the image's path, or remove the row.")
-        name = os.path.normpath(name)  # a.png and ./a.png are one image, which must not land in two splits
-        if not check.is_caption(caption, f"{table} row {number}: "):
-            continue
-        if name not in good:
-            good[name] = check.is_good(table.parent / name, f"{table} row {number}: ")
-        if not good[name]:
-            continue
-        captions[name].append(caption)
-        if row.get("split"):
-            if row["split"] not in SPLITS:
-                raise UserError(f"{table} row {number}: split {row['split']!r} is not one of {', '.join(SPLITS)}. Correct it.")
-            if split_of.setdefault(name, row["split"]) != row["split"]:
-                raise UserError(f"{table} row {number}: {name} is in split {split_of[name]} and in {row['split']}. Keep it in one.")
-    items = {name: Item(table.parent / name, texts) for name, texts in captions.items()}
+    require_possible(out, settings)
+    check = PairCheck(settings.skip_bad)
+    captions, split_of, row_of = _captions(table, (image_column, caption_column), check)
+    if not split_of:
+        require_fractions(settings)
+    items = {
+        name: Item(table.parent / name, texts)
+        for name, texts in progress(list(captions.items()))
+        if check.is_good(table.parent / name, f"{table} row {row_of[name]}: ")
+    }
     if not items:
         told = (
             f": all {len(check.skipped)} are bad. First: {check.skipped[0]}" if check.skipped else ". Give one row per image and caption."
         )
         raise UserError(f"{table} has no rows{told}")
-    if split_of and len(split_of) < len(items):
-        raise UserError(f"{table}: some images have a split and {len(items) - len(split_of)} have none. Fill the column, or leave it out.")
-    groups = group(items, split_of) if split_of else draw(items, settings)
+    groups = group(items, split_of, settings) if split_of else draw(items, settings)
     source = digest({"": table, **{name: item.path for name, item in items.items()}})
     write_groups(out, groups, {"source": source}, settings, progress, skipped=check.skipped)
+
+
+def _captions(table: Path, columns: tuple[str, str], check: PairCheck) -> tuple[dict[str, list[str]], dict[str, str], dict[str, int]]:
+    """Of each image of a table its captions, its split where the table has them, and its first row."""
+    captions: dict[str, list[str]] = defaultdict(list)
+    split_of, row_of = dict[str, str](), dict[str, int]()
+    for number, row in _rows(table, columns):
+        name, caption = (row[column].strip() for column in columns)
+        if len(name) > MAX_PATH:
+            check.leave_out(f"{table} row {number}: {columns[0]} has {len(name)} characters, more than any path.", "rows")
+            continue
+        if not name:
+            raise UserError(f"{table} row {number}: empty {columns[0]}. Give the image's path, or remove the row.")
+        name = os.path.normpath(name)  # a.png and ./a.png are one image, which must not land in two splits
+        if not check.is_caption(caption, f"{table} row {number}: "):
+            continue
+        captions[name].append(caption)
+        row_of.setdefault(name, number)
+        if row.get("split"):
+            if row["split"] not in SPLITS:
+                raise UserError(f"{table} row {number}: split {row['split']!r} is not one of {', '.join(SPLITS)}. Correct it.")
+            if split_of.setdefault(name, row["split"]) != row["split"]:
+                raise UserError(f"{table} row {number}: {name} is in split {split_of[name]} and in {row['split']}. Keep it in one.")
+    if split_of and len(split_of) < len(captions):
+        without = len(captions) - len(split_of)
+        raise UserError(f"{table}: some images have a split and {without} have none. Fill the column, or leave it out.")
+    return captions, split_of, row_of
 
 
 def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -252,6 +263,7 @@ def pack_folders(
     for template in templates:
         if "{}" not in template:
             raise UserError(f"caption template {template!r} has no {{}} for the class name. Add it.")
+    require_possible(out, settings)
     # A folder of images that is called train is a class (the vehicle); one of folders is a split.
     missing = [split for split in SPLITS if not any(path.is_dir() for path in (folder / split).glob("*"))]
     if 0 < len(missing) < len(SPLITS):
@@ -262,6 +274,8 @@ def pack_folders(
     if len(names) < 2:
         raise UserError(f"{folder} has {len(names)} class folders. Give a folder with one folder of images per class.")
     _require_distinct(folder, names)
+    if not own_splits:
+        require_fractions(settings)
     items, split_of, check = {}, {}, PairCheck(settings.skip_bad)
     for split, root in roots.items():
         for label, name in enumerate(names):
@@ -276,7 +290,7 @@ def pack_folders(
                 key = str(path.relative_to(folder))
                 items[key] = Item(path, [template.replace("{}", _class_name(name)) for template in templates], label)
                 split_of[key] = split
-    groups = group(items, split_of) if own_splits else draw(items, settings)
+    groups = group(items, split_of, settings) if own_splits else draw(items, settings)
     classes = {"classnames": [_class_name(name) for name in names], "templates": list(templates)}
     args = {"source": digest({key: item.path for key, item in items.items()}), **classes}
     write_groups(out, groups, args, settings, progress, classes, skipped=check.skipped)
@@ -330,19 +344,33 @@ def digest(files: Mapping[str, Path]) -> str:
     return digest.hexdigest()
 
 
-def group(items: Mapping[str, Item], split_of: Mapping[str, str]) -> dict[str, list[Item]]:
-    """The items of each split."""
+def group(items: Mapping[str, Item], split_of: Mapping[str, str], settings: PackSettings) -> dict[str, list[Item]]:
+    """The items of each split that the source has; says so where others were asked for."""
+    if (settings.val, settings.test, settings.seed) != (DEFAULTS.val, DEFAULTS.test, DEFAULTS.seed):
+        print("the source has its own splits: --val, --test and --seed are not used")
     groups: dict[str, list[Item]] = {split: [] for split in SPLITS}
     for name, item in items.items():
         groups[split_of[name]].append(item)
     return groups
 
 
+def require_possible(out: Path, settings: PackSettings) -> None:
+    """Raise UserError where nothing can be written to `out`, or there is no such tokenizer: before images are decoded for hours."""
+    require_target(out)
+    read_offer(settings.tokenizer)
+
+
+def require_fractions(settings: PackSettings) -> None:
+    """Raise UserError where no split can be drawn by these fractions."""
+    fractions = settings.val, settings.test
+    if min(fractions) <= 0 or sum(fractions) >= 1:
+        raise UserError(f"the fractions of val and test are {settings.val} and {settings.test}. Use positive ones with a sum below 1.")
+
+
 def draw(items: Mapping[str, Item], settings: PackSettings) -> dict[str, list[Item]]:
     """A random split with at least one image in each part."""
+    require_fractions(settings)
     fractions = {"val": settings.val, "test": settings.test}
-    if min(fractions.values()) <= 0 or sum(fractions.values()) >= 1:
-        raise UserError(f"the fractions of val and test are {settings.val} and {settings.test}. Use positive ones with a sum below 1.")
     order = np.random.default_rng(settings.seed).permutation(len(items))
     listed = list(items.values())
     counts = {split: max(1, round(fractions[split] * len(listed))) for split in ("val", "test")}

@@ -11,7 +11,18 @@ from typing import Any
 from mmlg_scale.bounds import MAX_TABLE_BYTES
 from mmlg_scale.data import RESTVAL, SPLITS
 from mmlg_scale.data.manifest import Progress
-from mmlg_scale.data.pack import DEFAULTS, Item, PackSettings, PairCheck, digest, draw, group, write_groups
+from mmlg_scale.data.pack import (
+    DEFAULTS,
+    Item,
+    PackSettings,
+    PairCheck,
+    digest,
+    draw,
+    group,
+    require_fractions,
+    require_possible,
+    write_groups,
+)
 from mmlg_scale.errors import UserError
 from mmlg_scale.reading import read_json, shown
 
@@ -56,10 +67,12 @@ def pack_json(
     """
     if restval not in RESTVAL:
         raise UserError(f"restval {restval!r} is unknown. Use one of: {', '.join(RESTVAL)}.")
+    require_possible(out, settings)
     content, check = _load(source), PairCheck(settings.skip_bad)
     if not images.is_dir():
         raise UserError(f"no folder of images {images}. Give the one that image names in {source} are relative to with --images.")
     if "annotations" in content:
+        require_fractions(settings)
         entries = _coco_entries(source, content, check)
     else:
         entries = _karpathy_entries(source, content, restval, check)
@@ -67,7 +80,7 @@ def pack_json(
     kept = [entry for entry in progress(entries) if check.is_good(images / entry.name, entry.where)]
     items = {entry.name: Item(images / entry.name, entry.captions) for entry in kept}
     split_of = {entry.name: entry.split for entry in kept if entry.split is not None}
-    groups = group(items, split_of) if split_of else draw(items, settings)
+    groups = group(items, split_of, settings) if split_of else draw(items, settings)
     args = {"source": digest({"": source, **{name: item.path for name, item in items.items()}}), "restval": restval}
     write_groups(out, groups, args, settings, progress, skipped=check.skipped)
 

@@ -41,6 +41,16 @@ class Sample:
     label: int | None = None
 
 
+def require_target(root: Path) -> None:
+    """Raise UserError where `root` is a file, or a folder with files that are not a data set."""
+    if not root.exists():
+        return
+    if not root.is_dir():
+        raise UserError(f"{root} is a file. Give a folder that does not exist yet.")
+    if not (root / "dataset.json").is_file() and any(root.iterdir()):
+        raise UserError(f"{root} contains files that are not a data set. Give another --out, or remove it.")
+
+
 @contextmanager
 def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | None]:
     """Give a temporary folder to write a data set into; publish it as `root` when the block ends without an error.
@@ -52,18 +62,15 @@ def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | 
         OSError: it cannot be written, with the path; nothing is left of the set.
     """
     identity = {"format_version": DESCRIPTION_VERSION, "kind": kind, "args": args}
-    if root.exists():
-        if not root.is_dir():
-            raise UserError(f"{root} is a file. Give a folder that does not exist yet.")
-        marker = root / "dataset.json"
-        found = read_record(marker, "description of a data set", _REMEDY, MAX_MANIFEST_BYTES) if marker.is_file() else None
-        if found is not None and {key: found.get(key) for key in identity} == json.loads(json.dumps(identity)):
+    require_target(root)
+    marker = root / "dataset.json"
+    if marker.is_file():
+        found = read_record(marker, "description of a data set", _REMEDY, MAX_MANIFEST_BYTES)
+        if {key: found.get(key) for key in identity} == json.loads(json.dumps(identity)):
             print(f"{root} already contains this data set ({found.get('splits')}): nothing to do.")
             yield None
             return
-        if found is not None or any(root.iterdir()):
-            what = "a data set made with other arguments" if found is not None else "files that are not a data set"
-            raise UserError(f"{root} contains {what}. Give another --out, or remove it.")
+        raise UserError(f"{root} contains a data set made with other arguments. Give another --out, or remove it.")
     make_folder(root.parent)
     remove_leftovers(root.parent.absolute())
     temporary = temporary_name(root)

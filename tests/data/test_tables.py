@@ -15,6 +15,7 @@ from PIL import Image
 
 from mmlg_scale.data.indexing import index_dataset, index_shard, print_index
 from mmlg_scale.data.pack import PackSettings, PairCheck, _rows, pack_folders, pack_table
+from mmlg_scale.data.pack_json import pack_json
 from mmlg_scale.data.reader import ShardReader
 from mmlg_scale.errors import UserError
 from tests.data.test_check_and_index import image, write_tar
@@ -152,3 +153,51 @@ def test_keys_with_dots_and_other_members_are_counted(tmp_path: Path, capsys: py
     out = capsys.readouterr().out.splitlines()
     assert "left out: 18 members with a dot in their name before the extension, where webdataset ends the key" in out[2]
     assert out[1] == "left out: 18 members of other kinds"
+
+
+@pytest.mark.parametrize("kind", ["table", "folders", "json"])
+def test_nothing_is_decoded_before_it_is_known_that_it_can_be_packed(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding takes hours for millions of images."""
+    decoded = list[bytes]()
+    monkeypatch.setattr("mmlg_scale.data.pack.check_decodes", decoded.append)
+    images = write_images(tmp_path / "in" / "cat", 5) + write_images(tmp_path / "in" / "dog", 5)
+    table = tmp_path / "pairs.csv"
+    table.write_text("filepath,caption\n" + "".join(f"{path},an image\n" for path in images))
+    about = [{"id": number, "file_name": str(path)} for number, path in enumerate(images)]
+    captions = [{"image_id": number, "caption": "an image"} for number in range(len(images))]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": about, "annotations": captions}))
+    (tmp_path / "file").write_text("x")
+
+    def pack(out: Path, how: PackSettings) -> None:
+        if kind == "table":
+            pack_table(table, out, how)
+        elif kind == "folders":
+            pack_folders(tmp_path / "in", out, how, templates=["a {}"])
+        else:
+            pack_json(tmp_path / "coco.json", out, how, images=tmp_path)
+
+    new, drawn = tmp_path / "out", PackSettings(val=0.1, test=0.1)
+    for out, how, said in (
+        (tmp_path / "file", drawn, "file is a file"),
+        (tmp_path / "in", drawn, "in contains files that are not a data set"),
+        (new, PackSettings(val=0.0), "the fractions of val and test are 0.0 and 0.1"),
+        (new, PackSettings(val=0.5, test=0.5), "the fractions of val and test are 0.5 and 0.5"),
+        (new, PackSettings(tokenizer=str(tmp_path / "none")), "none"),
+    ):
+        with pytest.raises(UserError, match=said):
+            pack(out, how)
+    assert not decoded
+    assert not new.exists()
+    pack(new, drawn)
+    assert len(decoded) == 10
+
+
+def test_fractions_that_are_not_used_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_images(tmp_path / "in", 6)
+    table = tmp_path / "pairs.csv"
+    splits = ("train", "train", "val", "val", "test", "test")
+    table.write_text("filepath,caption,split\n" + "".join(f"{path},x,{split}\n" for path, split in zip(images, splits, strict=True)))
+    for name, how, told in (("a", PackSettings(), False), ("b", PackSettings(val=0.4), True), ("c", PackSettings(seed=1), True)):
+        pack_table(table, tmp_path / name, how)
+        assert ("--val, --test and --seed are not used" in capsys.readouterr().out) is told
+        assert [len(ShardReader(tmp_path / name / split)) for split in ("train", "val", "test")] == [2, 2, 2]
