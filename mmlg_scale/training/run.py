@@ -176,6 +176,8 @@ def _train_metered(role: Role, out: Path, session: Session, meters: Meters, star
             checkpoints.settle()  # the model was in good health when it was copied
             raise
     seconds = meters.seconds
+    if stage.teacher is not None:
+        stage.teacher.flush()  # before the ranks meet in the evaluation: the result is written after all of them
     metrics = session.evaluate(test)
     state = engine.state_dict()
     engine.close()

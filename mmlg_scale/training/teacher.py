@@ -75,6 +75,10 @@ class Teacher(Protocol):
         """Features, hidden states at relative depths, and what the logits need, without graph."""
         ...
 
+    def flush(self) -> None:
+        """See that what this rank wrote to be kept is on the disk. On every rank, before the last evaluation."""
+        ...
+
     def forget(self) -> None:
         """Remove what was written for this run only, which is complete."""
         ...
@@ -101,6 +105,9 @@ class LiveTeacher:
         """What the logits need, without a pass."""
         self._logits = {name: value.to(device) for name, value in self._logits.items()}  # once: a copy to a device waits for it
         return dict(self._logits)
+
+    def flush(self) -> None:
+        pass
 
     def forget(self) -> None:
         pass
@@ -181,6 +188,9 @@ class CachedTeacher:
         features = {f"{name}_features": torch.from_numpy(rows).to(device, non_blocking=True) for name, rows in found.items()}
         self._logits = {name: value.to(device) for name, value in self._logits.items()}  # once: a copy to a device waits for it
         return features | self._logits
+
+    def flush(self) -> None:
+        pass
 
     def forget(self) -> None:
         pass

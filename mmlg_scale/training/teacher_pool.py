@@ -13,6 +13,9 @@ gradients between two steps keeps a rank from asking for a row that another one 
 The rows are removed when the run is complete, unless the recipe's adaptation reuses them. Then run.json beside them says what they are of,
 and descendants of the learngene are compared with what is there (`KeptTeacher`): for them the ancestor does not run at all.
 
+Ranks on several nodes share the file over NFS, where a node may not see another one's row yet: then it computes the row again. Rows fill
+whole pages, which is what clients write, and every rank flushes what it wrote before the run's result says that the rows are there.
+
 Rows are read and written by offset, not through a memory map: on a full disk writing to a map kills the process, as reading does where the
 file has been cut short. The system's page cache serves both.
 """
@@ -49,7 +52,8 @@ from mmlg_scale.training.teacher import Autocast, LiveTeacher
 FOLDER = "teacher-pool"
 _HEADER = np.dtype([("checksum", "<u4"), ("length", "<u4"), ("sample", "<i8"), ("caption", "<i8"), ("place", "<i8")])
 _TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_FORMAT = 1
+_FORMAT = 2
+_PAGE = 4096
 REMEDY = "Extract again with adaptation.reuse_teacher_pool, or set that to false: then the ancestor runs for the adaptation too."
 
 
@@ -72,9 +76,9 @@ class Layout:
 
     @cached_property
     def row_bytes(self) -> int:
-        """Of a pair, with its header, rounded up to 8."""
+        """Of a pair, with its header, in whole pages: clients of NFS write pages, with what they knew of another node's row in them."""
         numbers = sum(math.prod(shape) for shape in self.shapes.values())
-        return _HEADER.itemsize + -(-numbers * _TYPES[self.dtype].itemsize // 8) * 8
+        return -(-(_HEADER.itemsize + numbers * _TYPES[self.dtype].itemsize) // _PAGE) * _PAGE
 
     def views(self, rows_BR: Tensor) -> dict[str, Tensor]:
         """Each output [B, ...] of rows of bytes, without a copy."""
@@ -187,13 +191,16 @@ class PoolFile:
         """Remove the rows from the disk."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def end(self) -> None:
-        """The run is complete: remove the rows, or see that those that are kept are on the disk."""
-        if self.kept_as is None:
-            self.remove()
-        else:
+    def flush(self) -> None:
+        """See that rows that are to be kept, and that this rank wrote, are on the disk."""
+        if self.kept_as is not None:
             with writing(self.file):
                 os.fsync(self._opened.fileno())
+
+    def end(self) -> None:
+        """The run is complete: remove the rows, unless they are to be kept."""
+        if self.kept_as is None:
+            self.remove()
 
     def read(self, rows_BR: np.ndarray, headers_B: np.ndarray) -> np.ndarray:
         """Read the rows at the places in `headers_B` into `rows_BR` (uint8); bool [B], which of them are whole and those of these pairs."""
@@ -271,6 +278,9 @@ class PooledTeacher:
         self.file.write(rows_MR.numpy(), headers_B[missing])
         rows_BR[torch.from_numpy(missing)] = rows_MR
 
+    def flush(self) -> None:
+        self.file.flush()
+
     def forget(self) -> None:
         self.file.end()
 
@@ -302,6 +312,9 @@ class KeptTeacher:
         device = inputs.text.device
         self._logits = {name: value.to(device) for name, value in self._logits.items()}  # once: a copy to a device waits for it
         return _outputs(self.file.layout, rows_BR, inputs, len(depths)) | self._logits
+
+    def flush(self) -> None:
+        pass
 
     def forget(self) -> None:
         pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -89,6 +90,11 @@ class Counting(LiveTeacher):
         return super().__call__(inputs, *rest)
 
 
+def pages(row_bytes: int) -> int:
+    """Bytes of whole pages: no two rows share one."""
+    return math.ceil(row_bytes / 4096) * 4096
+
+
 def pooled(root: Path, folder: Path, *, dtype: Any = "fp32", shard: bool = False) -> tuple[PooledTeacher, Counting]:
     model = ancestor(root)
     live = Counting(model, CPU, shard=shard)
@@ -136,9 +142,26 @@ def test_bf16_rounds_once_and_takes_half(made: Path, tmp_path: Path, one_rank: N
         assert torch.equal(first[name], expected[name].bfloat16())
         assert torch.equal(first[name], again[name])
     assert all(torch.equal(one, two) for one, two in zip(first["text_hidden"], again["text_hidden"], strict=True))
-    header = 32
-    assert 2 * (teacher.file.layout.row_bytes - header) == other.file.layout.row_bytes - header
+    numbers = sum(math.prod(shape) for shape in teacher.file.layout.shapes.values())
+    for file, size in ((teacher.file, 2), (other.file, 4)):
+        assert file.layout.row_bytes == pages(32 + size * numbers)
     assert teacher.file.file.stat().st_size == POOL * teacher.file.layout.row_bytes
+
+
+def test_rows_that_are_kept_are_flushed_by_every_rank(made: Path, tmp_path: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over NFS another node's rows are on the disk only when that node has written them back."""
+    flushed = list[str]()
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (flushed.append(os.readlink(f"/proc/self/fd/{number}")), sync(number)))
+    layout = Layout.of(ancestor(made).spec.config, LOSS)
+    for name, kept_as, expected in (("kept", {"x": 1}, True), ("removed", None, False)):
+        teacher = PooledTeacher(LiveTeacher(ancestor(made), CPU), PoolFile(tmp_path / name, layout, POOL, kept_as=kept_as))
+        teacher(inputs(made, steps=1)[0], nullcontext, DEPTHS)
+        flushed.clear()
+        teacher.flush()
+        assert flushed == ([str(teacher.file.file)] if expected else [])
+        teacher.forget()
+        assert teacher.file.file.exists() is expected
 
 
 def test_reading_does_not_wait_for_the_device(made: Path, tmp_path: Path, one_rank: None) -> None:
@@ -314,7 +337,7 @@ def test_what_does_not_fit_is_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By the budget, before a run or a family; by the disk. A row: 2 x 8 numbers of features, 2 x (5 + 16) tokens of 16, a header."""
-    settings, row = settings_for(made), 4 * (2 * 8 + 2 * (5 + 16) * 16) + 32
+    settings, row = settings_for(made), pages(4 * (2 * 8 + 2 * (5 + 16) * 16) + 32)
     role = ExtractionRole(settings, made / "model")
     small = dataclasses.replace(RUNTIME, teacher_pool_bytes=POOL * row - 1)
     said = (
@@ -341,7 +364,7 @@ def test_the_plan_charges_each_pair_once(capsys: pytest.CaptureFixture[str]) -> 
     assert pool["teacher_flops"] * 19_200 == plain["teacher_flops"] * 2400
     assert pool["flops"] == plain["flops"]
     # Features of 2 x 64 numbers, 17 + 16 tokens of width 64 at four depths, in bf16, with a header.
-    assert pool["checkpoint_bytes"] - plain["checkpoint_bytes"] == 2400 * (2 * (2 * 64 + 4 * 33 * 64) + 32)
+    assert pool["checkpoint_bytes"] - plain["checkpoint_bytes"] == 2400 * pages(2 * (2 * 64 + 4 * 33 * 64) + 32)
     assert learngene("--extraction.loss.teacher_pool=19200")["checkpoint_bytes"] == plain["checkpoint_bytes"]  # no pair comes twice
 
 
@@ -476,7 +499,7 @@ def test_the_plan_of_a_reused_pool(capsys: pytest.CaptureFixture[str]) -> None:
     name = next(name for name in plain if name.endswith("-mmlg") and plain[name]["steps"])
     assert plain[name]["teacher_flops"] > 0 == reused[name]["teacher_flops"]
     assert reused[name]["memory"] == {key: value for key, value in plain[name]["memory"].items() if key != "ancestor"}
-    pool = 4800 * (2 * (2 * 64 + 4 * 33 * 64) + 32)
+    pool = 4800 * pages(2 * (2 * 64 + 4 * 33 * 64) + 32)
     assert reused["learngene"]["export_bytes"] - plain["learngene"]["export_bytes"] == pool
     assert plain["learngene"]["checkpoint_bytes"] - reused["learngene"]["checkpoint_bytes"] == pool
     assert reused["learngene"]["teacher_flops"] == plain["learngene"]["teacher_flops"]
