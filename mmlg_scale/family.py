@@ -25,6 +25,8 @@ from rich.console import Console
 from mmlg_scale import recipe, towers
 from mmlg_scale.accounting import BYTES_PER_PARAMETER, WITHOUT_ANCESTOR, summarise
 from mmlg_scale.data.corpus import PairSet, pairs_of
+from mmlg_scale.data.manifest import load_manifest
+from mmlg_scale.data.mixture import Pattern, require_samples
 from mmlg_scale.data.summary import num_pairs
 from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
@@ -243,7 +245,7 @@ def check(settings: recipe.Recipe, runtime: Runtime, out: Path) -> dict[str, Any
     for section, elastic in settings.learngenes().items():
         with recipe.in_section(section):
             Structure(config, **{key: getattr(elastic, key) for key in Structure.SETTINGS})
-    _check_batches(settings, runtime)
+    _check_batches(settings, runtime, pairs)
     require_budgets(settings, config, runtime.teacher_pool_bytes)
     if pairs is not None:
         for member in Plan(settings, runtime, out, image_size=towers.image_size(config)).members:
@@ -252,18 +254,27 @@ def check(settings: recipe.Recipe, runtime: Runtime, out: Path) -> dict[str, Any
     return config
 
 
-def _check_batches(settings: recipe.Recipe, runtime: Runtime) -> None:
+def _check_batches(settings: recipe.Recipe, runtime: Runtime, pairs: PairSet | None) -> None:
+    """Raise UserError where a training's batch cannot be divided among the ranks, or there are fewer pairs than a batch or a pool takes."""
     trainings: dict[str, recipe.Training | None] = {"ancestor": settings.ancestor, "adaptation.training": settings.adaptation.training}
     trainings["adaptation.direct"] = settings.adaptation.direct
     trainings |= {f"baselines.{name}": getattr(settings.baselines, name) for name in ("scratch", "even", "distil")}
     trainings |= {f"{section}.training": found.training for section, found in settings.learngenes().items()}
+    sources = [] if pairs is None else pairs.training()
+    wheres = [str(source.folder) for source in sources] or ["the data set"]
+    counts = [load_manifest(source.folder)["num_samples"] for source in sources] or [settings.data.scenes.num_train]
+    pattern = Pattern([source.share for source in sources] or [1])
     for key, training in trainings.items():
-        share = runtime.num_processes * training.accumulation if training is not None else 1
-        if training is not None and training.batch_size % share:
+        if training is None or not training.steps:
+            continue
+        if training.batch_size % (runtime.num_processes * training.accumulation):
             raise UserError(
                 f"recipe key {key}.batch_size: {training.batch_size} is not a multiple of runtime.num_processes {runtime.num_processes} "
                 f"times accumulation {training.accumulation}. Change one of them."
             )
+        require_samples(wheres, counts, pattern, training.batch_size, key=key)
+    for key, (loss, training) in settings.comparisons().items():
+        require_samples(wheres, counts, pattern, training.batch_size, loss.teacher_pool, key)
 
 
 def claim(settings: recipe.Recipe, out: Path) -> None:

@@ -105,6 +105,8 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, capsys: pytest.CaptureFix
         ("--runtime.trackers=[mlflow]", "runtime.trackers"),
         ("--runtime.num_processes=3", "ancestor.batch_size: 128 is not a multiple of runtime.num_processes 3"),
         ("--engine.keep_features=true", "extraction.loss.hidden is 1.0 and compares hidden states"),
+        ("--baselines.scratch.batch_size=20001", "baselines.scratch: the data set has 20000 samples, batch_size is 20001. Use a smaller"),
+        ("--baselines.distil_loss.teacher_pool=20032", "baselines.distil_loss: the data set has 20,000 samples, a teacher_pool of 20,032"),
     ],
 )
 def test_values_out_of_range_name_their_key(option: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

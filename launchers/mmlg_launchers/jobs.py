@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -140,7 +140,18 @@ def cancel_jobs(jobs: Sequence[tuple[str, Found]]) -> list[str]:
     return cancelled[::-1]
 
 
-def follow(jobs: Sequence[tuple[str, Found]], rank: int, write: Callable[[str], None], tell: Callable[[str], None] | None) -> None:
+def log_sizes(folder: Path) -> dict[Path, int]:
+    """Bytes of the logs in a launch folder, to which the next launch there appends."""
+    return {path: path.stat().st_size for path in folder.absolute().glob("*.txt")}
+
+
+def follow(
+    jobs: Sequence[tuple[str, Found]],
+    rank: int,
+    write: Callable[[str], None],
+    tell: Callable[[str], None] | None,
+    after: Mapping[Path, int] | None = None,
+) -> None:
     """Write the logs of one rank of each job.
 
     Several logs are told apart by a line with the job's name in front of each part.
@@ -148,6 +159,7 @@ def follow(jobs: Sequence[tuple[str, Found]], rank: int, write: Callable[[str], 
     Args:
         tell: told of every change of a job's state, while what is added to the logs is written too, until the jobs have ended. None: only
             what is in the logs now is written.
+        after: of logs that have parts of earlier launches, where these end; they are left out.
 
     Raises:
         LaunchError: a job has no such rank.
@@ -157,7 +169,7 @@ def follow(jobs: Sequence[tuple[str, Found]], rank: int, write: Callable[[str], 
         paths = job.log_paths()
         if rank >= len(paths):
             raise LaunchError(f"{name} has no rank {rank}.")
-        logs.append(_Log(name, job, paths[rank]))
+        logs.append(_Log(name, job, paths[rank], (after or {}).get(paths[rank], 0)))
     last = logs[0]
     while True:
         if tell is not None:
@@ -178,8 +190,8 @@ def follow(jobs: Sequence[tuple[str, Found]], rank: int, write: Callable[[str], 
 class _Log:
     """A log that grows."""
 
-    def __init__(self, name: str, job: Found, path: Path) -> None:
-        self.name, self.path, self.offset = name, path, 0
+    def __init__(self, name: str, job: Found, path: Path, start: int) -> None:
+        self.name, self.path, self.offset = name, path, start
         self.has_ended = False
         self._job, self._said = job, ""
 

@@ -152,7 +152,7 @@ def check(arguments: list[str]) -> int:
     )
     args = parse(parser, arguments)
     from mmlg_launchers import Resources, SlurmLauncher, load_cluster
-    from mmlg_launchers.jobs import find_jobs, follow
+    from mmlg_launchers.jobs import find_jobs, follow, log_sizes
     from mmlg_launchers.slurm import preflight_argv
 
     with launch_errors():
@@ -161,8 +161,9 @@ def check(arguments: list[str]) -> int:
         wanted = Resources(num_nodes=args.nodes, gpus_per_node=gpus, time="30")
         folder = Path(args.run_folder)
         launcher = SlurmLauncher(dataclasses.replace(cluster, max_restarts=0), Path.cwd(), name="mmlg-check")
+        earlier = log_sizes(folder)
         job = launcher.submit(preflight_argv(wanted, args.gigabytes_per_second), wanted, folder)
-        follow(find_jobs(folder), 0, _write, _tell)
+        follow(find_jobs(folder), 0, _write, _tell, earlier)
     return 0 if job.exit_code == 0 else 1
 
 

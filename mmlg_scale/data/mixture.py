@@ -153,6 +153,28 @@ class Pattern:
         return [min(count, -(-int(share) * count // self.period) + 1) for share in self.shares]
 
 
+def require_samples(
+    wheres: Sequence[str], counts: Sequence[int], pattern: Pattern, batch_size: int, pool: int | None = None, key: str = ""
+) -> None:
+    """Raise UserError where a batch or a pool would have a sample twice.
+
+    Args:
+        wheres, counts: each source, for people, and its samples.
+        key: of the training in the recipe, which starts messages.
+    """
+    several, start = len(wheres) > 1, f"recipe key {key}: " if key else ""
+    for where, count, most in zip(wheres, counts, pattern.most(batch_size), strict=True):
+        if count < most:
+            told, less = (f", {most} of them of this source", ", a smaller weight") if several else ("", "")
+            raise UserError(
+                f"{start}{where} has {count} samples, batch_size is {batch_size}{told}. Use a smaller batch{less}, or more data."
+            )
+    for where, count, most in zip(wheres, counts, [] if pool is None else pattern.counts(pool).tolist(), strict=pool is not None):
+        if count < most:
+            told = f"takes {most:,} of this source" if several else "needs as many different ones"
+            raise UserError(f"{start}{where} has {count:,} samples, a teacher_pool of {pool:,} {told}. Use a smaller pool.")
+
+
 def _schedule(shares_n: np.ndarray) -> np.ndarray:
     """The earliest deadline first: int16 [period]; of equal deadlines the first source's."""
     num_sources, period = len(shares_n), int(shares_n.sum())

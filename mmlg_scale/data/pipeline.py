@@ -33,7 +33,7 @@ from mmlg_scale.data.augment import crop_batch, crop_boxes, draw_colours, recolo
 from mmlg_scale.data.captions import CaptionTokens, Texts
 from mmlg_scale.data.faults import MAX_BAD_FRACTION, EpochReport, FaultLog, fault_list, known_faults, print_report
 from mmlg_scale.data.manifest import Shards
-from mmlg_scale.data.mixture import JoinedReader, MixedOrder, Pattern, Source, require_names, source_seed
+from mmlg_scale.data.mixture import JoinedReader, MixedOrder, Pattern, Source, require_names, require_samples, source_seed
 from mmlg_scale.data.order import SHUFFLE_WINDOW, EpochOrder
 from mmlg_scale.data.pool import Pool
 from mmlg_scale.data.reader import DamagedSample, Fault
@@ -340,9 +340,7 @@ class TrainStream:
         self._order = MixedOrder(orders, reader.starts, Pattern([source.share for source in self.sources]))
         self._start, self._batch_size, self._pool = start_step, batch_size, settings.pool
         self._met: list[set[int]] = [set() for _ in self.sources]
-        self._require_enough(splits, batch_size)
-        if settings.pool is not None:
-            self._require_pool(splits, settings.pool)
+        require_samples([split.where for split in splits], self._order.num_intact.tolist(), self._order.pattern, batch_size, settings.pool)
         look = functools.partial(require_names, reader, self._order, self._seen(start_step))
         on_first_rank(look) if shared else look()
         fractions = self._order.pattern.fractions(batch_size, share * rank, share)
@@ -387,23 +385,6 @@ class TrainStream:
             shared=shared,
             label=self._label(source),
         )
-
-    def _require_enough(self, splits: Sequence[Shards], batch_size: int) -> None:
-        """Raise UserError where a batch would have a sample twice."""
-        for shards, count, most in zip(splits, self._order.num_intact.tolist(), self._order.pattern.most(batch_size), strict=True):
-            if count < most:
-                told = "" if len(splits) == 1 else f", {most} of them of this source"
-                less = "" if len(splits) == 1 else ", a smaller weight"
-                raise UserError(
-                    f"{shards.where} has {count} samples, batch_size is {batch_size}{told}. Use a smaller batch{less}, or more data."
-                )
-
-    def _require_pool(self, splits: Sequence[Shards], pool: int) -> None:
-        """Raise UserError where a pool would have a sample twice."""
-        for shards, count, most in zip(splits, self._order.num_intact.tolist(), self._order.pattern.counts(pool).tolist(), strict=True):
-            if count < most:
-                told = f"takes {most:,} of this source" if len(splits) > 1 else "needs as many different ones"
-                raise UserError(f"{shards.where} has {count:,} samples, a teacher_pool of {pool:,} {told}. Use a smaller pool.")
 
     def _seen(self, step: int) -> int:
         """Positions of the order that are read in the first `step` steps."""

@@ -13,7 +13,7 @@ import yaml
 from mmlg_scale import records
 from mmlg_scale.data.corpus import Corpus, pairs_of
 from mmlg_scale.errors import UserError
-from mmlg_scale.family import Plan
+from mmlg_scale.family import Plan, check
 from mmlg_scale.recipe import Data, Recipe
 from mmlg_scale.recipe_file import load_recipe, to_content
 from mmlg_scale.sources import Source
@@ -188,3 +188,26 @@ def test_steps_of_a_family_read_the_mixture_of_its_recipe(root: Path, tmp_path: 
         again, runtime = load_recipe(str(tmp_path / "recipe.yaml"))
         assert again.data == settings.data
         settings = again
+
+
+def test_a_family_needs_enough_pairs_of_each_source_before_anything_is_trained(root: Path, tmp_path: Path) -> None:
+    """Of 20 pairs a batch at most 5 are the small source's 21; of a pool of 120, 24."""
+    settings, runtime = load_recipe("demo")
+    settings.data = mixture_of(root)
+    for training in (settings.ancestor, settings.baselines.scratch, settings.pretraining and settings.pretraining.training):
+        assert training is not None
+        training.batch_size = 20
+    for training in (settings.baselines.distil, settings.baselines.even):
+        assert training is not None
+        training.batch_size = 8
+    for loss, _ in settings.comparisons().values():
+        loss.teacher_pool = None
+    check(settings, runtime, tmp_path)
+    settings.extraction.loss.teacher_pool = 120
+    with pytest.raises(UserError, match=r"recipe key extraction\.loss: .*small/train has 21 samples, a teacher_pool of 120 takes 24"):
+        check(settings, runtime, tmp_path)
+    settings.extraction.loss.teacher_pool = None
+    assert settings.baselines.scratch is not None
+    settings.baselines.scratch.batch_size = 128
+    with pytest.raises(UserError, match=r"recipe key baselines\.scratch: .*small/train has 21 samples, batch_size is 128, 27 of them"):
+        check(settings, runtime, tmp_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from mmlg_launchers import JobState, LaunchError, LocalLauncher, Resources
-from mmlg_launchers.jobs import cancel_jobs, find_jobs, follow, in_words
+from mmlg_launchers.jobs import cancel_jobs, find_jobs, follow, in_words, log_sizes
 from mmlg_launchers.local import LocalJob
 
 from mmlg_scale.cli import main
@@ -55,6 +55,18 @@ def test_the_steps_of_a_graph_are_told_apart(tmp_path: Path) -> None:
     assert "".join(written) == f"==> a: {logs[0]} <==\none\n==> parts/b: {logs[1]} <==\ntwo\n"
     assert told == ["a: completed", "parts/b: failed (exit code 3)"]
     assert cancel_jobs(jobs) == []
+
+
+def test_what_earlier_launches_logged_is_left_out(tmp_path: Path) -> None:
+    """A second check of a cluster's nodes must not begin with the first one's findings."""
+    folder, written = tmp_path / "check.launch", list[str]()
+    assert log_sizes(folder) == {}
+    start("print('first')", folder).wait(60)
+    earlier = log_sizes(folder)
+    start("print('second')", folder).wait(60)
+    assert (folder / "log.txt").read_text() == "first\nsecond\n"
+    follow(find_jobs(folder), 0, written.append, lambda _: None, earlier)
+    assert written == ["second\n"]
 
 
 def test_following_ends_with_the_job(tmp_path: Path) -> None:
