@@ -178,6 +178,7 @@ class Runner:
             "method": piece.method,
             "schedule": piece.schedule,
             **({"family": piece.family} if piece.family else {}),
+            **({"continues": piece.continues} if piece.continues else {}),
             **({"size": list(piece.size), "modality": piece.modality} if piece.size else {}),
             "options": dict(piece.options),
             "inputs": {key: made_of[key] for key in ("ancestor", "learngene") if key in made_of},
@@ -369,6 +370,8 @@ def _run_trials(
                 every += [pieces.learngene_of(method, asked["of"], "five")]
             elif method in LEARNGENES:
                 piece = pieces.learngene(method, name, whole, None)
+                if "continues" in whole:
+                    every.append(pieces.continued(method, whole["continues"], None))
             else:
                 (piece,) = pieces.of_method(method, name, whole, [tuple(plan.tuning["size"])])
             every.append(piece)

@@ -90,9 +90,16 @@ class Seed:
         names = {size: f"{_ADAPTATION.get(method)}/{schedule}/{family}/{size_name(size)}" for size in sizes}
         return {size: self.pieces[name] for size, name in names.items() if name in self.pieces}
 
-    def learngene(self, method: str, schedule: str, family: str) -> Piece:
-        """The learngene of a schedule."""
-        return self.pieces[f"{method}/{schedule}/{family}/learngene"]
+    def learngenes(self, method: str, schedule: str, family: str) -> list[Piece]:
+        """The learngene of a schedule, then the one whose training it continues, if any."""
+        found = [self.pieces[f"{method}/{schedule}/{family}/learngene"]]
+        while origin := found[-1].get("continues"):
+            found.append(self.pieces[origin])
+        return found
+
+    def learngene_flops(self, method: str, schedule: str, family: str) -> float:
+        """What the learngene of a schedule costs: all of its training, the teacher included."""
+        return float(sum(piece["flops"] + piece["teacher_flops"] for piece in self.learngenes(method, schedule, family)))
 
     def is_complete(self, method: str, schedule: str, family: str) -> bool:
         """Whether every size of the family is there."""
@@ -124,8 +131,7 @@ class Seed:
         point = reaching(points, target, self.plan.metric)
         if point is None:
             return Cost(None, 0)
-        learngene = self.learngene(method, schedule, family) if method in LEARNGENES else None
-        total = point["flops"] if learngene is None else learngene["flops"] + learngene["teacher_flops"]
+        total = self.learngene_flops(method, schedule, family) if method in LEARNGENES else point["flops"]
         return Cost(total, len(members))
 
     def _mean_point(self, way: str, members: Sequence[Piece], row: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -145,8 +151,7 @@ class Seed:
         members = self.members(method, schedule, family) | self.adapted(method, schedule, family)
         points = [reaching(members[size]["curve"], target, self.plan.metric) for size, target in targets.items()]
         spent = [point["flops"] for point in points if point]
-        learngene = self.learngene(method, schedule, family)
-        total = learngene["flops"] + learngene["teacher_flops"] + sum(spent)
+        total = self.learngene_flops(method, schedule, family) + sum(spent)
         return Cost(total if len(spent) == len(targets) else None, len(spent), sum(cost > 0 for cost in spent))
 
     def _separate(self, method: str, schedules: Sequence[str], family: str, targets: Targets) -> Cost:
@@ -269,8 +274,8 @@ def ends(seed: Seed, family: str) -> list[dict[str, Any]]:
                 flops = sum(piece["flops"] for piece in members.values()) + (max(teacher) if way.endswith("_joint") else sum(teacher))
                 rows.append(_end(seed, way, schedule, members, flops, sum(piece["params"] for piece in members.values())))
                 continue
-            learngene = seed.learngene(method, schedule, family)
-            flops, params = learngene["flops"] + learngene["teacher_flops"], learngene["params"]
+            flops = seed.learngene_flops(method, schedule, family)
+            params = seed.learngenes(method, schedule, family)[0]["params"]
             rows.append(_end(seed, way, schedule, members, flops, params))
             adapted = seed.adapted(method, schedule, family)
             if len(adapted) == len(members):
@@ -320,7 +325,7 @@ def _of_other_ancestors(seed: Seed, family: str) -> list[str]:
         for schedule in seed.schedules(method):
             members = seed.adapted(ADAPTED[method], schedule, family) if method in ADAPTED else seed.members(method, schedule, family)
             if method in LEARNGENES and members:
-                members = dict.fromkeys(members, seed.learngene(method, schedule, family))
+                members = dict.fromkeys(members, seed.learngenes(method, schedule, family)[-1])
             # Pieces of versions that did not record it count as of one ancestor.
             of_size = {size_name(size): piece.get("inputs", {}).get("ancestor", "") for size, piece in members.items()}
             sources[method, schedule] = of_size

@@ -13,6 +13,8 @@ import yaml
 from mmlg_scale import recipe
 from mmlg_scale.accounting import reaches
 from mmlg_scale.errors import UserError
+from mmlg_scale.learngene.structure import Structure
+from mmlg_scale.recipe_file import load_recipe
 
 PLANS = Path(__file__).with_name("plans")
 RESULTS = Path(__file__).with_name("results")
@@ -68,6 +70,8 @@ class Piece:
     """Of a learngene and what is written from it."""
     size: Size | None = None
     modality: str = "both"
+    continues: str | None = None
+    """Of a learngene: the one whose training it continues."""
 
 
 @dataclass(frozen=True)
@@ -220,13 +224,33 @@ class Pieces:
         return max(1, self.plan.eval_samples // int(settings.get("batch_size", untuned)))
 
     def learngene(self, method: str, schedule: str, settings: Settings, family: str | None) -> Piece:
-        """Extraction or pre-training; for a family with the family's settings."""
+        """Extraction or pre-training, or pre-training that continues another schedule; for a family with the family's settings."""
+        if "continues" in settings:
+            return self._continued(method, schedule, settings, family)
         settings = settings | self.plan.family_settings.get(family or "five", {})
         command = ("pretrain",) if method == "direct" else ("extract", "--method", method)
         needs = ("ancestor",) if method in NEEDS_ANCESTOR else ()
         identifier = f"{method}/{schedule}/{family}/learngene" if family else f"{method}/{schedule}"
         options = options_of(method, settings) | self._reuse(method, schedule)
         return self._piece(identifier, method, schedule, command, options, needs=needs, family=family)
+
+    def continued(self, method: str, schedule: str, family: str | None) -> Piece:
+        """The learngene of a schedule that another one continues."""
+        return self.learngene(method, schedule, self._chosen(method, schedule, self.plan.methods[method][schedule]), family)
+
+    def _continued(self, method: str, schedule: str, settings: Settings, family: str | None) -> Piece:
+        origin = self.continued(method, settings["continues"], family)
+        settings = {key: value for key, value in settings.items() if key != "continues"}
+        options = options_of("direct", settings | self.plan.family_settings.get(family or "five", {})) | self._structure(method)
+        identifier = f"{method}/{schedule}/{family}/learngene" if family else f"{method}/{schedule}"
+        more: Settings = {"needs": (origin.id,), "family": family, "continues": origin.id}
+        return self._piece(identifier, method, schedule, ("pretrain",), options, **more)
+
+    def _structure(self, method: str) -> Settings:
+        """What pre-training must say to continue a learngene that was extracted by a method."""
+        settings, _ = load_recipe(self.plan.recipe, **dict(as_options(self.plan.settings)))
+        extraction = settings.extraction if method == "mmlg" else settings.baselines.learngenes()[method]
+        return {f"pretraining.{key}": getattr(extraction, key) for key in (*Structure.SETTINGS, "min_layers", "max_layers")}
 
     def _reuse(self, origin: str, schedule: str) -> Settings:
         """What a recipe must say besides, for an extraction as for the adaptation, where this reuses that one's pool; else nothing."""
@@ -263,8 +287,7 @@ class Pieces:
 
     def learngene_of(self, method: str, schedule: str, family: str) -> Piece:
         """The learngene whose descendants a method of `ADAPTED` trains."""
-        origin = ADAPTED[method]
-        return self.learngene(origin, schedule, self._chosen(origin, schedule, self.plan.methods[origin][schedule]), family)
+        return self.continued(ADAPTED[method], schedule, family)
 
     def all(self) -> list[Piece]:
         """Every piece, in the order in which they run: short schedules of all methods before long ones, and adaptations at the end."""
