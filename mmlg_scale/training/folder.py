@@ -23,6 +23,7 @@ import platform
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -36,6 +37,8 @@ from mmlg_scale.records import read_record, write_record
 
 IDENTITY_FILE, RESULT_FILE, LOCK_FILE = "run.json", "result.json", ".lock"
 INCARNATION_FILE = "incarnation.json"
+LEASE_SECONDS = 120
+"""How long a holder on another node is waited for: NFS servers keep the locks of a node that has gone for 90 seconds by default."""
 _LEFTOVER = re.compile(r"\.lock|\..*\.tmp")
 """What a start that was killed while it claimed the folder may have left in it."""
 _OF_A_START = (
@@ -56,7 +59,8 @@ def hold(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, so that no two processes write in it.
 
     The kernel lets go of the lock when its holder ends, however it ends: the next start takes over from a dead one. Over a network file
-    system this reaches as far as its locks do (NFS 4, Lustre with flock).
+    system this reaches as far as its locks do (NFS 4, Lustre with flock). There the locks of a node that has gone are kept until its lease
+    ends: a holder on another node is waited for so long, so that a job that Slurm has moved does not end at its lock.
 
     Raises:
         UserError: another process holds it (names host, process and since when).
@@ -66,12 +70,7 @@ def hold(folder: Path) -> Iterator[None]:
     # A symbolic link in place of the lock could name any file: it is not followed.
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise UserError(f"{folder} is in use by {_holder(descriptor)}. Wait for it, or give another --out.") from error
-            print(f"{folder}: this file system has no locks ({error.strerror}): a second start would not be noticed.", file=sys.stderr)
+        _lock(folder, descriptor)
         content = {"host": platform.node(), "pid": os.getpid(), "since": _now()}
         os.ftruncate(descriptor, 0)
         with writing(folder / LOCK_FILE):
@@ -82,12 +81,34 @@ def hold(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _holder(descriptor: int) -> str:
+def _lock(folder: Path, descriptor: int) -> None:
+    """Take the lock, or raise UserError; a holder on another node is waited for until the lease of a node that has gone has ended."""
+    until = time.monotonic() + LEASE_SECONDS
+    told = False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                print(f"{folder}: this file system has no locks ({error.strerror}): a second start would not be noticed.", file=sys.stderr)
+                return
+            host, holder = _holder(descriptor)
+            if host in (None, platform.node()) or time.monotonic() > until:
+                raise UserError(f"{folder} is in use by {holder}. Wait for it, or give another --out.") from error
+        if not told:
+            print(f"{folder} is in use by {holder}: waiting up to {LEASE_SECONDS} s, in case that node has gone.", file=sys.stderr)
+            told = True
+        time.sleep(1.0)
+
+
+def _holder(descriptor: int) -> tuple[str | None, str]:
+    """The host of who holds the lock, where that is known, and the holder for people."""
     try:
         content = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {content['pid']} on {content['host']} since {content['since']}"
+        return str(content["host"]), f"process {content['pid']} on {content['host']} since {content['since']}"
     except (ValueError, KeyError, TypeError, RecursionError):
-        return "another process"
+        return None, "another process"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from mmlg_scale.errors import UserError
+from mmlg_scale.training import folder as folders
 from mmlg_scale.training.folder import (
     IDENTITY_FILE,
     LOCK_FILE,
@@ -57,6 +59,27 @@ def test_a_second_start_is_told_who_works_here_and_takes_over_from_a_dead_one(tm
     with hold(folder):
         assert json.loads((folder / LOCK_FILE).read_text())["pid"] == os.getpid()
     assert (folder / LOCK_FILE).read_text() == ""
+
+
+def test_a_holder_on_another_node_is_waited_for_while_its_lease_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that Slurm moves off a dead node starts while the file server still keeps that node's locks."""
+    run = tmp_path / "run"
+    process = holder(run)
+    content = json.loads((run / LOCK_FILE).read_text())
+    (run / LOCK_FILE).write_text(json.dumps(content | {"host": "gone"}))
+    monkeypatch.setattr(folders, "LEASE_SECONDS", 1)
+    with pytest.raises(UserError, match=f"in use by process {process.pid} on gone since"), hold(run):
+        pass
+    monkeypatch.setattr(folders, "LEASE_SECONDS", 120)
+    threading.Timer(2.0, process.kill).start()
+    with hold(run):
+        assert json.loads((run / LOCK_FILE).read_text())["pid"] == os.getpid()
+    process.wait()
+    said = capsys.readouterr().err.splitlines()
+    who = f"{run} is in use by process {process.pid} on gone since {content['since']}"
+    assert said == [f"{who}: waiting up to {seconds} s, in case that node has gone." for seconds in (1, 120)]
 
 
 def test_the_lock_is_let_go_after_an_error(tmp_path: Path) -> None:
