@@ -51,6 +51,18 @@ def require_target(root: Path) -> None:
         raise UserError(f"{root} contains files that are not a data set. Give another --out, or remove it.")
 
 
+def _is_there(root: Path, identity: dict[str, Any]) -> bool:
+    """Whether `root` is the data set of this identity, which is then told. Raises UserError where it is another one."""
+    marker = root / "dataset.json"
+    if not marker.is_file():
+        return False
+    found = read_record(marker, "description of a data set", _REMEDY, MAX_MANIFEST_BYTES)
+    if {key: found.get(key) for key in identity} != json.loads(json.dumps(identity)):
+        raise UserError(f"{root} contains a data set made with other arguments. Give another --out, or remove it.")
+    print(f"{root} already contains this data set ({found.get('splits')}): nothing to do.")
+    return True
+
+
 @contextmanager
 def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | None]:
     """Give a temporary folder to write a data set into; publish it as `root` when the block ends without an error.
@@ -63,14 +75,9 @@ def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | 
     """
     identity = {"format_version": DESCRIPTION_VERSION, "kind": kind, "args": args}
     require_target(root)
-    marker = root / "dataset.json"
-    if marker.is_file():
-        found = read_record(marker, "description of a data set", _REMEDY, MAX_MANIFEST_BYTES)
-        if {key: found.get(key) for key in identity} == json.loads(json.dumps(identity)):
-            print(f"{root} already contains this data set ({found.get('splits')}): nothing to do.")
-            yield None
-            return
-        raise UserError(f"{root} contains a data set made with other arguments. Give another --out, or remove it.")
+    if _is_there(root, identity):
+        yield None
+        return
     make_folder(root.parent)
     remove_leftovers(root.parent.absolute())
     temporary = temporary_name(root)
@@ -79,9 +86,13 @@ def new_dataset(root: Path, kind: str, args: dict[str, Any]) -> Iterator[Path | 
         yield temporary
         counts = {split: load_manifest(temporary / split)["num_samples"] for split in SPLITS if (temporary / split).is_dir()}
         write_record(temporary / "dataset.json", {**identity, "splits": counts, **tokenizer_digests(temporary)})
-        if root.exists():
-            root.rmdir()  # empty, as checked above
-        os.replace(temporary, root)
+        try:
+            if root.exists():
+                root.rmdir()  # empty, as checked above
+            os.replace(temporary, root)
+        except OSError:
+            if not _is_there(root, identity):  # else another process has made the same set meanwhile
+                raise
     except OSError as error:
         if isinstance(error.filename, str) and Path(error.filename).is_relative_to(temporary):
             error.filename = str(root)  # the name that the user knows

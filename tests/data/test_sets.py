@@ -327,6 +327,26 @@ def test_a_set_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_set_that_another_process_makes_meanwhile_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+
+    def write(root: Path, args: dict[str, object], meanwhile: Path | None = None) -> None:
+        with new_dataset(root, "scenes", args) as new:
+            assert new is not None
+            write_split(new, "train", iter([Sample("00000000", b"x", "png", ["x"])]), samples_per_shard=1)
+            if meanwhile is not None:
+                meanwhile.rename(root)
+
+    write(tmp_path / "same", {"seed": 0})
+    write(out, {"seed": 0}, tmp_path / "same")
+    assert "already contains this data set" in capsys.readouterr().out
+    assert len(load_manifest(out / "train")["shards"]) == 1
+    out.rename(tmp_path / "other")
+    with pytest.raises(UserError, match="out contains a data set made with other arguments"):
+        write(out, {"seed": 1}, tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_is_in_the_way_is_kept(tmp_path: Path) -> None:
     file, folder, damaged = tmp_path / "file", tmp_path / "folder", tmp_path / "damaged"
     file.write_text("mine")
