@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmlg_scale.cli.parsing import make_parser, nearest, parse
+from mmlg_scale.cli.parsing import make_parser, nearest, parse, require_options
 from mmlg_scale.errors import UserError
 from mmlg_scale.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -348,6 +348,8 @@ def _check(command: list[str]) -> str:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             run_command([*command, "--print-config"])
         return printed.getvalue()
+    with contextlib.redirect_stdout(io.StringIO()):
+        require_options(lambda: run_command(command))
     return ""
 
 

@@ -36,7 +36,8 @@ Step by step:
   mmlg extract RECIPE --data.path DIR --ancestor-model DIR --out DIR
                                             distil the learngene
   mmlg pretrain RECIPE --data.path DIR --out DIR
-                                            or train a learngene directly on the pairs, without an ancestor
+                                            or train a learngene directly on the pairs, without an ancestor;
+                                            --learngene FILE trains an extracted one further
   mmlg features RECIPE --data.path DIR --ancestor-model DIR --out DIR
                                             keep the ancestor's features, for recipes with engine.keep_features
   mmlg descend LEARNGENE --image-layers A --text-layers B --out DIR

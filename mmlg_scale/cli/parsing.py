@@ -7,6 +7,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,24 @@ def make_parser(name: str, usage: str, description: str, examples: Sequence[str]
     )
 
 
+class _Parsed(Exception):
+    """A command's options are right, and the command is not to run."""
+
+
+_only_parses = ContextVar("_only_parses", default=False)
+
+
+def require_options(command: Callable[[], Any]) -> None:
+    """Raise UserError where `command`, which parses its options first, would refuse them; it does not run."""
+    token = _only_parses.set(True)
+    try:
+        command()
+    except _Parsed:
+        pass
+    finally:
+        _only_parses.reset(token)
+
+
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
     """Parse, turning what argparse says of a mistake into one line with the nearest valid option."""
     options = {option for action in parser._actions for option in action.option_strings}
@@ -64,6 +83,8 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
             raise UserError(
                 f"--out {shown(out)} is a URL: results are written on this machine. Give a folder, and copy it when it is complete."
             )
+        if _only_parses.get():
+            raise _Parsed
         return args
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         message = in_words(" ".join(str(error).split()))
