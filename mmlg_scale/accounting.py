@@ -262,7 +262,10 @@ def _totals(family: FamilyResult, entries: Sequence[DescendantEntry], init: str,
     flops = once + total(lambda entry: _charge(entry).flops_to_target)
     with_ancestor = flops if init in WITHOUT_ANCESTOR else flops + ancestor.flops if ancestor.flops is not None else None
     seconds = total(lambda entry: _charge(entry).seconds_to_target)
-    shipped = learngene.params if learngene else ancestor.params if init == "even" else total(lambda entry: entry.params)
+    source = learngene.params if learngene else ancestor.params if init == "even" else None
+    trained = [group for group in groups if source is None or any(_charge(entry).flops_to_target for entry in group)]
+    shipped = sum(mean(entry.params for entry in group) for group in trained)
+    shipped += source if source is not None and len(trained) < len(groups) else 0
     at_0 = [entry.metrics_at_0[family.metric] for group in groups for entry in group if entry.metrics_at_0]
     return Totals(
         num_sizes=len(groups),
@@ -279,7 +282,13 @@ def _totals(family: FamilyResult, entries: Sequence[DescendantEntry], init: str,
 
 def _even_compares(family: FamilyResult) -> bool:
     """Whether uniform layer selection was trained against the ancestor."""
-    return (family.recipe.get("baselines") or {}).get("even_loss") is not None
+    return _part(family.recipe, "baselines").get("even_loss") is not None
+
+
+def _part(recipe: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    """A section of the recipe that a file of ours, or a stranger's, has; {} where it has none."""
+    found = recipe.get(section)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _learngene(family: FamilyResult, init: str) -> LearngeneEntry | None:
@@ -366,16 +375,21 @@ def _quality_at_0(metric: str, entries: Sequence[DescendantEntry], sizes: Sequen
 def _storage_ratios(family: FamilyResult, entries: Sequence[DescendantEntry]) -> dict[str, Any]:
     """At equal precision and counting every parameter; the report shows the file's own bytes beside them.
 
-    The learngene holds the ancestor's stems and logit scale whole, so what else the ancestor has are its blocks.
+    Files that do not say how much of the ancestor are blocks are of learngenes that hold its stems and logit scale whole, unless the
+    recipe stores the token embedding factorised.
     """
     learngene, ancestor = family.learngene, family.ancestor.params
+    blocks = family.ancestor.block_params
+    if blocks is None and _part(family.recipe, "extraction").get("embedding_rank") is None:
+        blocks = ancestor - learngene.stem_params
     written = {size_of(entry): entry.params for entry in entries if entry.init == "mmlg"}  # seeds of a size are one descendant
     return {
         "storage_ratio_ancestor": learngene.params / ancestor,
         "storage_ratio_family": _divide(learngene.params, sum(written.values())),
         "storage_share_blocks": learngene.block_params / ancestor,
         "storage_share_stems": learngene.stem_params / ancestor,
-        "storage_ratio_blocks": _divide(learngene.block_params, ancestor - learngene.stem_params),
+        "storage_ratio_blocks": _divide(learngene.block_params, blocks) if blocks is not None else None,
+        "storage_ratio_stems": _divide(learngene.stem_params, ancestor - blocks) if blocks is not None else None,
     }
 
 
@@ -385,6 +399,8 @@ def chance(metric: str, split: SplitSize) -> float | None:
     None for a metric that is not recall or accuracy.
     """
     kind, _, number = metric.rpartition("@") if "@" in metric else (metric[:3], "", metric[3:])
+    if not (number.isdecimal() and len(number) < 4) or (not split.captions and "recall" in kind):
+        return None
     if kind == "acc":
         return min(1.0, int(number) / split.classes) if split.classes else None
     if not kind.endswith("recall"):

@@ -435,7 +435,8 @@ def assemble(plan: Plan) -> FamilyResult:
         "ancestor": {
             **{key: ancestor[key] for key in ("params", "metrics", "image_layers", "text_layers", "curve")},
             **cost,
-            "num_bytes": 4 * ancestor["params"],
+            "num_bytes": BYTES_PER_PARAMETER * ancestor["params"],
+            "block_params": ancestor.get("block_params"),
         },
         "kept_features": learngene["kept_features"],
         "splits": _split_sizes(pairs_of(plan.settings.data)),
@@ -464,10 +465,14 @@ def _split_sizes(pairs: PairSet) -> dict[str, dict[str, int | None]]:
 
 
 def _cost_of_weights(weights: Path) -> dict[str, Any]:
-    """What training the weights cost: known where they are the model of a finished run of ours, else unknown."""
+    """What training the weights cost: known where they are the model of a finished run of ours that began at random weights.
+
+    Unknown of what was only read by its run, and of what came out of another model.
+    """
     run = weights.parent if weights.is_dir() else weights
     result = result_of(run) if (run / RESULT_FILE).is_file() else None
-    return {key: result.get(key) if result is not None else None for key in ("flops", "seconds")}
+    is_whole = result is not None and (result.get("role") == "ancestor" or result.get("init") == "scratch") and result.get("steps", 0) > 0
+    return {key: result.get(key) if result is not None and is_whole else None for key in ("flops", "seconds")}
 
 
 def _entry(folder: Path, role: DescendantRole) -> dict[str, Any]:

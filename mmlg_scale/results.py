@@ -22,6 +22,10 @@ Init = Literal["mmlg", "direct", "scratch", "distil", "even", "tleg", "sws"]
 INITS: tuple[Init, ...] = get_args(Init)
 Point = dict[str, float]
 POINT_KEYS = ("step", "samples", "flops", "seconds")
+MOST = 10**30
+"""Of a number in a file: more than anything that is counted, FLOPs included, and few enough digits to divide by."""
+MOST_SAMPLES = 10**12
+"""Of a split."""
 OMIT_NONE = {"omit_none": True}
 """Metadata of a field that was not always written: where it is None, its key is left out of the JSON."""
 
@@ -63,6 +67,8 @@ def _check_plain(kind: Any, value: Any, path: str) -> None:
     allowed: dict[Any, tuple[type, ...]] = {str: (str,), bool: (bool,), int: (int,), float: (int, float)}
     if not isinstance(value, allowed.get(kind, ())) or (isinstance(value, bool) and kind is not bool):
         raise _Wrong(f"{path} is not {words[kind]}")
+    if isinstance(value, int) and abs(value) > MOST:
+        raise _Wrong(f"{path} is larger than {MOST:.0e}")
     if kind is float and not math.isfinite(cast(float, value)):
         raise _Wrong(f"{path} is not a finite number")
 
@@ -150,7 +156,7 @@ class RunResult:
     image_width: int | None = field(default=None, metadata=OMIT_NONE)
     text_width: int | None = field(default=None, metadata=OMIT_NONE)
     bytes: int | None = field(default=None, metadata=OMIT_NONE)
-    """Of learngene.safetensors; this and the next two belong only to an extraction."""
+    """Of learngene.safetensors; this and stem_params belong only to a learngene."""
     block_params: int | None = field(default=None, metadata=OMIT_NONE)
     stem_params: int | None = field(default=None, metadata=OMIT_NONE)
     method: str | None = field(default=None, metadata=OMIT_NONE)
@@ -196,6 +202,8 @@ class AncestorEntry:
     text_layers: int | None = field(default=None, metadata=OMIT_NONE)
     curve: list[Point] | None = field(default=None, metadata=OMIT_NONE)
     num_bytes: int | None = field(default=None, metadata=OMIT_NONE)
+    block_params: int | None = field(default=None, metadata=OMIT_NONE)
+    """Of both towers; None in older files."""
 
     def check(self) -> None:
         """Raise where the fields do not fit together."""
@@ -315,7 +323,7 @@ class Totals:
     """None where the ancestor is needed and its cost is unknown."""
     seconds: float
     params_shipped: int | float
-    """What must be stored to have every size."""
+    """What must be stored to have every size at its target: what untrained sizes are written from, and each size that is trained."""
     mean_metric_at_0: float | None
     mean_metric_final: float
 
@@ -338,6 +346,8 @@ class Summary:
     storage_share_blocks: float
     storage_share_stems: float
     storage_ratio_blocks: float | None
+    """The learngene's blocks, of the ancestor's. None where these are not known."""
+    storage_ratio_stems: float | None
     notes: list[str]
 
 
@@ -361,8 +371,15 @@ class FamilyResult:
         """Raise where the fields do not fit together."""
         if self.metric not in self.ancestor.metrics:
             raise _Wrong(f"ancestor.metrics.{self.metric} is missing")
+        if self.ancestor.params < 1:
+            raise _Wrong("ancestor.params is not a number of parameters")
+        for name, split in (self.splits or {}).items():
+            if not (1 <= split.images <= MOST_SAMPLES and 0 <= split.captions <= MOST_SAMPLES):
+                raise _Wrong(f"splits.{name} has {split.images} images and {split.captions} captions")
         for index, entry in enumerate(self.descendants):
             entry.check(self.metric, f"descendants[{index}]")
+            if entry.init in ("direct", "tleg", "sws") and entry.init not in self.rival_learngenes:
+                raise _Wrong(f"rival_learngenes.{entry.init} is missing, and descendants[{index}] is written from it")
 
     def to_json(self) -> dict[str, Any]:
         """As family.json holds it: what is derived is beside the rest, not below it."""

@@ -154,7 +154,7 @@ def test_cost_ratios_by_hand() -> None:
         "flops": 220,
         "flops_with_ancestor": 3220,
         "seconds": 8.0,
-        "params_shipped": 4000,
+        "params_shipped": 4000 + 4000,  # the file, and the size of four layers, which is trained
         "mean_metric_at_0": pytest.approx(0.45),
         "mean_metric_final": pytest.approx(0.7),
     }
@@ -184,11 +184,14 @@ def test_never_breaks_even_where_adaptation_costs_more_than_scratch() -> None:
 
 def test_baselines_pay_for_the_ancestor_too() -> None:
     even = [_entry("even", 2, (0.3, 0.4, 0.5), flops=40), _entry("even", 4, (0.3, 0.4, 0.45), flops=40)]
+    untrained = [_entry("even", 2, (0.4, 0.4)), even[1]]
+    shipped = summarise(_family(*_two_sizes(), *untrained))["totals_by_init"]["even"]["params_shipped"]
+    assert shipped == 20_000 + 4000  # the whole ancestor for the size that is not trained
     family = summarise(_family(*_two_sizes(), *even))
     # Reached at its second evaluation (40) and never reached (its whole schedule, 80).
     assert family["cost_ratio_by_baseline"] == {"even": pytest.approx(120 / 220)}
     assert family["cost_ratio_with_ancestor_by_baseline"] == {"even": pytest.approx(3120 / 3220)}
-    assert family["totals_by_init"]["even"]["params_shipped"] == 20_000  # it needs the whole ancestor
+    assert family["totals_by_init"]["even"]["params_shipped"] == 2000 + 4000  # both are trained
     assert family["totals_by_init"]["even"]["num_reached"] == 1
     assert "targets that are never reached: even 1 of 2. Only what was spent is charged" in family["notes"][0]
 
@@ -326,7 +329,7 @@ def test_another_methods_learngene_is_charged_its_own_extraction() -> None:
     family["rival_learngenes"] = {"tleg": {**family["learngene"], "params": 5000, "flops": 200, "teacher_flops": 100, "seconds": 9.0}}
     found = summarise(family)
     assert found["totals_by_init"]["tleg"]["flops_once"] == 300
-    assert found["totals_by_init"]["tleg"]["params_shipped"] == 5000
+    assert found["totals_by_init"]["tleg"]["params_shipped"] == 5000 + 4000
     assert found["cost_ratio_by_baseline"] == {"tleg": pytest.approx((300 + 0 + 40) / (200 + 20))}
 
 
@@ -347,6 +350,17 @@ def test_the_json_is_that_of_the_version_before_the_schema() -> None:
     assert found == golden["after"]
     assert list(found) == list(golden["after"])
     assert {entry["init"] for entry in golden["after"]["descendants"]} >= {"scratch", "mmlg", "even", "distil", "tleg"}
+
+
+def test_blocks_and_stems_are_of_the_ancestors_own() -> None:
+    """A factorised embedding: stems of 1,000 where the ancestor has 5,000. Files without the ancestor's blocks do not say."""
+    family = _family(*_two_sizes())
+    family["ancestor"]["block_params"] = 15_000
+    found = summarise(family)
+    assert (found["storage_ratio_blocks"], found["storage_ratio_stems"]) == (pytest.approx(3000 / 15_000), pytest.approx(1000 / 5000))
+    for recipe, known in (({}, True), ({"extraction": {"embedding_rank": 12}}, False), ({"extraction": []}, True)):
+        found = summarise(_family(*_two_sizes()) | {"recipe": recipe})
+        assert (found["storage_ratio_blocks"] is not None) is (found["storage_ratio_stems"] == 1) is known
 
 
 def test_an_ancestor_of_unknown_cost_has_no_ratios_with_it() -> None:

@@ -295,6 +295,10 @@ def test_a_recipe_that_says_nothing_or_two_things_is_refused(
         (["train", "demo", "--out", "x", "--learngene", "g"], "--learngene is of a descendant or a baseline, and the ancestor is trained."),
         (["train", "demo", "--out", "x", "--image-layers", "4"], "--image-layers is of a descendant or a baseline"),
         (["train", "demo", "--out", "x", "--modality", "both"], "--modality is of a descendant or a baseline"),
+        (
+            ["train", "demo", "--out", "x", "--init", "mmlg", "--learngene", "g", "--modality", "image", "--text-width", "8"],
+            "--text-width is given, and --modality image has no text tower.",
+        ),
         (["plan", "demo", "--nodes", "4"], "--nodes needs --cluster"),
         (["plan", "demo.yaml"], "no recipe file 'demo.yaml'."),
         (["plan", "demo", "--model", "null"], "--model: is null, and has keys: architecture, config"),

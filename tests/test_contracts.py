@@ -246,3 +246,26 @@ def test_cut_captions_are_counted(data: Path, tmp_path: Path, capsys: pytest.Cap
     cut = int(((whole != 0).sum(dim=1) > 9).sum())
     assert 0 < cut < len(captions)
     assert f"{cut} of {len(captions)} captions" in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"init": "scratch", "learngene": Path("g")}, "--learngene is not read by --init scratch. Leave it out, or use --init mmlg or"),
+        ({"init": "distil", "learngene": Path("g"), "ancestor": Path("a")}, "--learngene is not read by --init distil"),
+        (
+            {"init": "distil", "features": Path("f"), "ancestor": Path("a")},
+            "--features is given, and recipe key engine.keep_features is fal",
+        ),
+        ({"init": "scratch", "target_of": Path("t")}, "--target-of is given, and recipe key family.stop_at_target is false"),
+        ({"init": None, "features": Path("f"), "ancestor": Path("a")}, "--features is given, and recipe key engine.keep_features is false"),
+    ],
+)
+def test_what_a_run_would_not_read_is_refused(given: dict[str, Any], said: str, data: Path) -> None:
+    """Someone who forgot --init mmlg would train from random weights for days."""
+    settings = settings_for(data / "none")
+    settings.family.stop_at_target = False
+    init = given.pop("init")
+    role = ExtractionRole(settings, **given) if init is None else DescendantRole(settings, init, recipe.Size(2, 1), **given)
+    with pytest.raises(UserError, match=said):
+        role.check(open_pairs(settings.data.path))

@@ -145,12 +145,12 @@ def test_cost_table_and_totals_by_hand(tmp_path: Path) -> None:
     start = page.rows.index(size_2[0])
     assert page.rows[start : start + 4] == size_2
     assert [row[0] for row in page.rows[start : start + 12] if row[0]] == ["2 + 2", "4 + 4", "8 + 8"]
-    # Scratch 18e12; ours 3e12 + 3 * 1e11 = 3.3e12; even 6e12 and distil 9e12; the ancestor 6e12; stored: 1.4 M, 0.2 M, 1 M parameters.
-    ours = ["learngene", "3 of 3", "3.3 T", "1.00 ×", "9.3 T", "1.00 ×", "50 s", "800 kB", "37.0 %", "42.0 %"]
+    # Scratch 18e12; ours 3e12 + 3 * 1e11 = 3.3e12; even 6e12 and distil 9e12; the ancestor 6e12; stored: 1.4 M, all trained.
+    ours = ["learngene", "3 of 3", "3.3 T", "1.00 ×", "9.3 T", "1.00 ×", "50 s", "5.6 MB", "37.0 %", "42.0 %"]
     assert ours in page.rows
     scratch = ["scratch", "3 of 3", "18 T", "5.45 ×", "18 T", "1.94 ×", "7 min 30 s", "5.6 MB", "–", "39.0 %"]
     assert scratch in page.rows
-    assert ["uniform layer selection", "0 of 3", "6 T", "1.82 ×", "12 T", "1.29 ×", "2 min 30 s", "4 MB", "19.0 %", "34.0 %"] in page.rows
+    assert ["uniform layer selection", "0 of 3", "6 T", "1.82 ×", "12 T", "1.29 ×", "2 min 30 s", "5.6 MB", "19.0 %", "34.0 %"] in page.rows
     assert ["separate distillation", "3 of 3", "9 T", "2.73 ×", "15 T", "1.61 ×", "4 min 0 s", "5.6 MB", "–", "44.0 %"] in page.rows
     # (6e12 + 3e12) / (6e12 - 1e11) = 1.53: two descendants.
     assert "costs less than scratch from 2 descendants" in " ".join(page.text.split())
@@ -232,7 +232,7 @@ def test_the_frontier_draws_totals_and_a_dearer_learngene_is_not_praised(tmp_pat
     family = _summarised()
     left, right = plot_frontier(family).axes
     marks = {marks.get_label(): (marks.get_offsets()[0].tolist(), marks.get_sizes()[0]) for marks in left.collections}
-    assert marks["learngene"] == ([3.3e12, pytest.approx(42)], pytest.approx(25 + 90 * 0.2))
+    assert marks["learngene"] == ([3.3e12, pytest.approx(42)], pytest.approx(25 + 90 * 1.4))
     assert marks["scratch"] == ([18e12, pytest.approx(39)], pytest.approx(25 + 90 * 1.4))
     assert [marks.get_offsets()[0].tolist()[0] for marks in right.collections] == [9.3e12, 18e12, 15e12, 12e12]
     # Extraction at ten times the cost: 30 + 0.3 against scratch's 18.
@@ -320,6 +320,12 @@ def _without(*path: str | int) -> dict[str, Any]:
         (raw_family(descendants=[_entry("mmlg", 2, params="many")]), r"descendants\[0\]\.params is not a whole number"),
         (raw_family(descendants=[_entry("mmlg", 2, metrics_at_0={"acc1": 0.5})]), r"descendants\[0\]\.metrics_at_0\.mean_recall@1 is"),
         (raw_family(descendants=[{**_entry("mmlg", 2), "init": "magic"}]), r"descendants\[0\]\.init: 'magic' is not one of mmlg"),
+        (raw_family(descendants=[_entry("mmlg", 2, params=10**400)]), r"descendants\[0\]\.params is larger than 1e\+30"),
+        (raw_family(descendants=[_entry("mmlg", 2, flops=10**400)]), r"descendants\[0\]\.flops is larger than 1e\+30"),
+        (raw_family(descendants=[{**_entry("mmlg", 2), "init": "tleg"}]), r"rival_learngenes\.tleg is missing"),
+        (raw_family(ancestor=raw_family()["ancestor"] | {"params": 0}), r"ancestor\.params is not a number of parameters"),
+        (raw_family(splits={"val": {"images": 0, "captions": 3}}), r"splits\.val has 0 images and 3 captions"),
+        (raw_family(splits={"test": {"images": 2, "captions": 10**13}}), r"splits\.test has 2 images and"),
     ],
 )
 def test_a_damaged_family_is_one_clear_line(tmp_path: Path, family: Any, message: str) -> None:
@@ -357,7 +363,7 @@ def test_an_ancestor_of_unknown_cost_is_drawn_with_dashes(tmp_path: Path) -> Non
     ancestor = {**raw_family()["ancestor"], "flops": None, "seconds": None}
     page = _write(tmp_path, raw_family(ancestor=ancestor))
     assert ["training of the ancestor, once", "–", "–"] in page.rows
-    assert ["learngene", "3 of 3", "3.3 T", "1.00 ×", "–", "–", "50 s", "800 kB", "37.0 %", "42.0 %"] in page.rows
+    assert ["learngene", "3 of 3", "3.3 T", "1.00 ×", "–", "–", "50 s", "5.6 MB", "37.0 %", "42.0 %"] in page.rows
     assert ["scratch", "3 of 3", "18 T", "5.45 ×", "18 T", "–", "7 min 30 s", "5.6 MB", "–", "39.0 %"] in page.rows
     text = " ".join(page.text.split())
     assert "Note: the ancestor's own training cost is unknown" in text
@@ -378,3 +384,11 @@ def test_numbers_in_words() -> None:
         "–", "0.0 s", "9.9 s", "87 s", "119 s", "3 min 20 s", "4 min 0 s", "2 h 13 min",
     ]  # fmt: skip
     assert (percent(0.4731), percent(None), ratio(4.8123), ratio(None)) == ("47.3 %", "–", "4.81 ×", "–")
+
+
+@pytest.mark.parametrize("metric", ["recall@x", "accx", "acc5", "acc" + "9" * 5000, "mean_recall@10000000"])
+def test_a_metric_without_a_chance_level_is_reported_all_the_same(metric: str, tmp_path: Path) -> None:
+    family = json.loads(json.dumps(raw_family(splits={"val": {"images": 9, "captions": 0}, "test": {"images": 9, "captions": 10**12}})))
+    text = json.dumps(family).replace(METRIC, metric)
+    _write(tmp_path, json.loads(text) | {"recipe": {"baselines": [], "extraction": 3}})
+    assert (tmp_path / "report.html").exists()

@@ -68,6 +68,10 @@ def train(arguments: list[str]) -> int:
                 f"--{given} is of a descendant or a baseline, and the ancestor is trained. Say which with --init, or leave it out."
             )
     else:
+        other = {"image": "text", "text": "image"}.get(args.modality or "both")
+        for kind in ("layers", "width"):
+            if getattr(args, f"{other}_{kind}", None) is not None:
+                raise UserError(f"--{other}-{kind} is given, and --modality {args.modality} has no {other} tower. Leave it out.")
         role = DescendantRole(
             recipe,
             args.init,

@@ -107,7 +107,7 @@ class ImageChunks:
             UserError: an image that could be read when the split was opened cannot be any more.
         """
         kept = self._kept if self._kept is not None else {}
-        threads, reader = num_threads(), self._reader.clone()
+        threads = num_threads()
         # Threads share what a chunk has been cut into; a reader's files are not for several threads, and reading is the lesser part.
         with ThreadPoolExecutor(threads) as pool:
 
@@ -124,7 +124,11 @@ class ImageChunks:
             with ThreadPoolExecutor(1) as ordered:
                 for _, found in ahead(ordered, chunk, numbers, _AHEAD):
                     yield found
-        reader.close()
+
+    def one(self, index: int) -> Tensor:
+        """Image `index` alone, uint8 [3, H, W]. Raises as `read`."""
+        kept = (self._kept or {}).get(index // CHUNK)
+        return kept[index % CHUNK] if kept is not None else self._decoded(self.samples_N[index : index + 1])[0]
 
     def _decoded(self, samples: np.ndarray) -> Tensor:
         reader, spec = self._reader.clone(), self._spec
@@ -198,7 +202,7 @@ class EvalSplit:
 
     def image_png(self, index: int) -> bytes:
         """Image `index` as a PNG file."""
-        image_CHW = next(self.images.read([index // CHUNK]))[index % CHUNK]
+        image_CHW = self.images.one(index)
         buffer = io.BytesIO()
         Image.fromarray(image_CHW.permute(1, 2, 0).numpy()).save(buffer, "PNG")
         return buffer.getvalue()

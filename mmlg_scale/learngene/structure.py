@@ -83,8 +83,7 @@ class Structure:
                 )
         if self.embedding_rank is not None:
             self._check_rank()
-        if self.num_multimodal:
-            self._check_fit()
+        self._check_fit()
 
     def _check_rank(self) -> None:
         most = min(towers.vocab_size(self.config), towers.width(self.config, "text"))
@@ -100,7 +99,7 @@ class Structure:
                 if any(n > most for n, most in zip(own.shape, wide.shape, strict=True)):
                     raise UserError(
                         f"recipe key model: {own.name} of the {tower} tower, {list(own.shape)}, does not fit into the wider tower's "
-                        f"{list(wide.shape)}. Set extraction.num_multimodal to 0, or use towers whose MLP ratios agree."
+                        f"{list(wide.shape)}. Use towers whose MLP ratios agree."
                     )
 
     @property

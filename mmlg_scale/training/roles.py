@@ -196,6 +196,12 @@ def pool_identity(settings: recipe.Recipe, pairs: PairSet, ancestor: Path) -> di
     return identity | {"role": "teacher pool", "recipe": identity["recipe"] | {key: drawn[key] for key in ("seed", "data")}}
 
 
+def _require_kept(features: Path | None, settings: recipe.Recipe) -> None:
+    """Raise UserError where features are given that the recipe does not read."""
+    if features is not None and not settings.engine.keep_features:
+        raise UserError("--features is given, and recipe key engine.keep_features is false: they would not be read. Change either.")
+
+
 def kept_teacher(settings: recipe.Recipe, context: Context, model: towers.Bundle, ancestor: Path, init: str, learngene: Path) -> Teacher:
     """The ancestor's outputs that the extraction of `learngene`, whose method is `init`, kept beside it.
 
@@ -231,6 +237,7 @@ class ExtractionRole:
         return "extraction" if self.method == "mmlg" else f"baselines.{self.method}"
 
     def check(self, pairs: PairSet) -> None:
+        _require_kept(self.features, self.settings)
         config = recipe_config(self.settings)
         if config is not None:
             with recipe.in_section(self._section):
@@ -404,6 +411,12 @@ class DescendantRole:
         ):
             if needed and given is None:
                 raise UserError(f"--init {self.init} needs {name}. Give what mmlg train or mmlg extract wrote.")
+        if self.learngene is not None and self.init not in FROM_LEARNGENE:
+            raise UserError(f"--learngene is not read by --init {self.init}. Leave it out, or use --init {' or '.join(FROM_LEARNGENE)}.")
+        if self.target_of is not None and not self.settings.family.stop_at_target:
+            raise UserError("--target-of is given, and recipe key family.stop_at_target is false: the run would not stop. Change either.")
+        if self.weights is not None:
+            _require_kept(self.features, self.settings)
         if self.size.modality != "both" and self.init != "mmlg":
             raise UserError(f"--modality {self.size.modality} can only be written from a learngene. Use --init mmlg.")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmlg_scale import recipe, towers
-from mmlg_scale.accounting import TextLength, over_lengths, training_flops
+from mmlg_scale.accounting import TextLength, over_lengths, parameter_counts, training_flops
 from mmlg_scale.digests import file_digest
 from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
 from mmlg_scale.learngene.blocks import BlockLayout
@@ -276,7 +276,9 @@ class ClipStage:
         """OUT/model, an open_clip folder."""
         model = towers.Bundle(self.spec, _strip(state, "clip."))
         towers.export(model, out / "model", overwrite=True)
-        return _described(self.config, TOWERS) | {"params": sum(tensor.numel() for tensor in model.state.values())}
+        counts = parameter_counts(model.state)
+        blocks = counts["image_blocks"] + counts["text_blocks"]
+        return _described(self.config, TOWERS) | {"params": counts["total"], "block_params": blocks}
 
 
 class TowerStage(ClipStage):
