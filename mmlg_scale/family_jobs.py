@@ -10,10 +10,12 @@ from pathlib import Path
 
 import yaml
 from mmlg_launchers import Resources, SlurmLauncher, Step
-from mmlg_launchers.slurm_graph import batches, plan_graph, submit_graph
+from mmlg_launchers.slurm import active_job
+from mmlg_launchers.slurm_graph import batches, launch_folder, plan_graph, submit_graph
 from rich.console import Console
 
 from mmlg_scale import recipe, towers
+from mmlg_scale.errors import UserError
 from mmlg_scale.family import SUPERSEDED, Plan, check, check_folder, claim, is_complete, standing
 from mmlg_scale.files import write_text_atomic
 from mmlg_scale.recipe_file import to_content
@@ -55,11 +57,12 @@ class FamilyJobs:
             for step in (member.step for member in self.plan.members)
         ]
         argv = (sys.executable, "-m", "mmlg_scale", "family", str(self.out / "recipe.yaml"), "--out", str(self.out))
-        self.steps.append(Step(REPORT, argv, small, tuple(self._members), self.out / "family.json"))
+        self.steps.append(Step(REPORT, argv, small, tuple(self._members), self.out / "report.html"))
 
     def scripts(self, max_parallel: int | None) -> list[tuple[str, str]]:
         """Name and batch script of each part that would be submitted now. Nothing is written or moved."""
         check_folder(self.settings, self.out)
+        self._require_no_changes_under_way()
         planned = plan_graph(self.steps, self._looks_complete)
         return [(batch.name, self.launcher.script(batch)) for batch in batches(planned, self.launcher, self.out, max_parallel=max_parallel)]
 
@@ -67,20 +70,19 @@ class FamilyJobs:
         """Submit what is neither complete nor under way. Runs that the recipe no longer asks for are moved aside.
 
         Raises:
-            UserError: `out` holds something else; another process works there.
+            UserError: `out` holds something else; another process works there; the recipe has changed while steps are under way.
             LaunchError: Slurm refuses a job.
         """
         console = Terminal(stderr=True)
         with hold(self.out):
             claim(self.settings, self.out)
-            text = yaml.safe_dump(to_content(self.settings, self.runtime), sort_keys=False)
-            file = self.out / "recipe.yaml"
-            is_new = not file.is_file() or file.read_text() != text
-            write_text_atomic(file, text)
+            self._require_no_changes_under_way()
+            is_drawn = self._is_drawn()
+            write_text_atomic(self.out / "recipe.yaml", self._text)
 
             def complete(step: Step, needs_complete: bool) -> bool:
                 if step.id == REPORT:
-                    return needs_complete and not is_new and self._is_assembled()
+                    return needs_complete and is_drawn
                 return self._is_complete(step, needs_complete, console)
 
             planned = plan_graph(self.steps, complete)
@@ -101,15 +103,38 @@ class FamilyJobs:
 
     def _looks_complete(self, step: Step, needs_complete: bool) -> bool:
         if step.id == REPORT:
-            return needs_complete and self._is_assembled()
+            return needs_complete and self._is_drawn()
         return needs_complete and step.marker.exists() and standing(self._members[step.id], self.plan) == []
 
-    def _is_assembled(self) -> bool:
-        """Whether family.json is newer than every step's result."""
+    def _is_drawn(self) -> bool:
+        """Whether the report is of this recipe, and newer than every step's result."""
         with contextlib.suppress(FileNotFoundError):
             newest = max(member.step.marker.stat().st_mtime for member in self.plan.members)
-            return (self.out / "family.json").stat().st_mtime >= newest
+            return self._known == self._text and (self.out / "report.html").stat().st_mtime >= newest
         return False
+
+    @property
+    def _text(self) -> str:
+        return yaml.safe_dump(to_content(self.settings, self.runtime), sort_keys=False)
+
+    @property
+    def _known(self) -> str | None:
+        """The recipe of what is there."""
+        file = self.out / "recipe.yaml"
+        return file.read_text() if file.is_file() else None
+
+    def _require_no_changes_under_way(self) -> None:
+        """Raise UserError where jobs wait or run whose recipe, which they read when they start, would change under them."""
+        if self._known is None:
+            return
+        before, now = (yaml.safe_load(text) for text in (self._known, self._text))
+        changed = [key for key in before | now if key != "runtime" and before.get(key) != now.get(key)]
+        active = [step.id for step in self.steps if changed and active_job(launch_folder(step)) is not None]
+        if active:
+            raise UserError(
+                f"{self.out}: the recipe's {', '.join(changed)} changed, and {len(active)} of its steps are under way ({active[0]}). "
+                f"Wait for them, or end them first: mmlg launch cancel {self.out}."
+            )
 
 
 def alone(resources: Resources) -> Resources:

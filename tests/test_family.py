@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -17,11 +18,15 @@ from typing import Any
 
 import pytest
 import yaml
+from mmlg_launchers import Cluster, Resources, SlurmLauncher
 from PIL import Image
 
+from mmlg_scale import records
 from mmlg_scale.cli import main
 from mmlg_scale.data.scenes import write_scenes
+from mmlg_scale.errors import UserError
 from mmlg_scale.family import _cost_of_weights
+from mmlg_scale.family_jobs import FamilyJobs
 from mmlg_scale.forecast import forecast
 from mmlg_scale.recipe_file import load_recipe
 from mmlg_scale.records import KEY
@@ -384,7 +389,17 @@ def test_the_cost_of_bare_weights_is_unknown(undisturbed: Path, tmp_path: Path) 
     model = undisturbed / "ancestor" / "model"
     assert _cost_of_weights(model)["flops"] == json.loads((undisturbed / "ancestor" / "result.json").read_text())["flops"] > 0
     shutil.copytree(model, tmp_path / "bare")
-    assert _cost_of_weights(tmp_path / "bare") == {"flops": None, "seconds": None}
+    unknown = {"flops": None, "seconds": None}
+    assert _cost_of_weights(tmp_path / "bare") == unknown
+    assert _cost_of_weights(undisturbed / "descendants" / "i2-t2-scratch" / "model")["flops"] > 0
+    for name in ("distil", "even", "mmlg"):  # what they came out of cost something too
+        assert _cost_of_weights(undisturbed / "descendants" / f"i2-t2-{name}" / "model") == unknown
+    shutil.copytree(undisturbed / "ancestor", tmp_path / "read")  # by a family that was given the weights of another one
+    result = json.loads((tmp_path / "read" / "result.json").read_text())
+    records.write_record(
+        tmp_path / "read" / "result.json", {key: value for key, value in result.items() if key != KEY} | {"steps": 0, "flops": 0}
+    )
+    assert _cost_of_weights(tmp_path / "read" / "model") == unknown
 
 
 def test_two_families_at_once(recipe_file: Path, tmp_path: Path) -> None:
@@ -453,3 +468,32 @@ def test_kept_features_change_no_number(tmp_path: Path) -> None:
     assert kept_flops == json.loads((found[True] / "features" / "result.json").read_text())["flops"] > 0
     assert family["totals_by_init"]["mmlg"]["flops_once"] == family["learngene"]["flops"] + kept_flops
     assert family["totals_by_init"]["distil"]["flops_once"] == kept_flops
+
+
+def test_jobs_under_way_keep_their_recipe_and_a_family_is_complete_with_its_report(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs read the recipe when they start, hours after it was submitted. The report is written last."""
+    out = tmp_path / "family"
+    shutil.copytree(undisturbed, out)
+    settings, runtime = load_recipe(str(out / "recipe.yaml"))
+
+    def jobs(**changes: int) -> FamilyJobs:
+        changed = copy.deepcopy(settings)
+        changed.extraction.training.steps += changes.get("steps", 0)
+        nodes = changes.get("nodes", 1)
+        return FamilyJobs(changed, runtime, out, SlurmLauncher(Cluster(), tmp_path), Resources(num_nodes=nodes))
+
+    assert jobs()._is_drawn()
+    assert not jobs(steps=1)._is_drawn()
+    jobs(steps=1).scripts(None)
+    with monkeypatch.context() as patched:
+        patched.setattr("mmlg_scale.family_jobs.active_job", lambda folder: object() if folder.name == "ancestor.launch" else None)
+        jobs()._require_no_changes_under_way()
+        jobs(nodes=2)._require_no_changes_under_way()
+        for submit in (lambda: jobs(steps=1).scripts(None), lambda: jobs(steps=1).submit(None)):
+            with pytest.raises(UserError, match=r"the recipe's extraction changed, and 1 of its steps are under way \(ancestor\)"):
+                submit()
+        assert (out / "recipe.yaml").read_text() == (undisturbed / "recipe.yaml").read_text()
+    (out / "report.html").unlink()
+    assert not jobs()._is_drawn()
