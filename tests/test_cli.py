@@ -322,6 +322,12 @@ def test_a_recipe_that_says_nothing_or_two_things_is_refused(
         (["data", "pack", "coco.json", "--out", "x", "--templates", "a {}"], "--templates is for a folder, and coco.json is a JSON file."),
         (["launch", "local", "--num-processes", "2", "train", "demo"], "the command train needs -- before it"),
         (["launch", "slurm", "--dry-run", "--", "train", "demo"], "mmlg train: --out is missing."),
+        (
+            ["launch", "slurm", "--dry-run", "--nodes", "2", "--", "eval", "m", "--data", "d"],
+            "mmlg eval runs in one process. Leave --nodes",
+        ),
+        (["launch", "slurm", "--dry-run", "--gpus-per-node=8", "--", "eval", "m", "--data", "d"], "Leave --gpus-per-node out."),
+        (["launch", "local", "--num-processes", "2", "--", "data", "check", "d"], "mmlg data runs in one process."),
         (["launch", "slurm", "--dry-run", "--", "eval", "m", "--dta", "d"], "Did you mean '--data'? See mmlg eval --help."),
         (["launch", "slurm", "--dry-run", "--", "data", "index", "cc3m", "--part", "0/x", "--processes", "0"], "processes"),
     ],

@@ -25,6 +25,8 @@ RUN_FOLDER_HELP = (
     "Where the job's state and logs are written. Left out: DIR.launch beside the command's --out DIR, or the next of runs/launch/1, 2, ..."
 )
 PACKAGES = ("mmlg_scale", "mmlg_kernels", "mmlg_launchers")
+ON_RANKS = ("train", "extract", "pretrain", "features", "family", "benchmark")
+"""Commands that divide their work among ranks; of the others every rank would do the same, and write the same files."""
 WITH_RECIPE = ("train", "extract", "pretrain", "features", "family", "plan", "benchmark")
 
 
@@ -47,6 +49,8 @@ def local(arguments: list[str]) -> int:
     _need(command, "mmlg launch local --num-processes 2 -- train demo --data.path DIR --out DIR")
     from mmlg_launchers import LocalLauncher, Resources
 
+    if args.num_processes > 1 and command[0] not in ON_RANKS:
+        raise UserError(f"mmlg {command[0]} runs in one process. Leave --num-processes out.")
     launcher = LocalLauncher(stream=True)
     job = launcher.submit(_argv(command), Resources(num_processes=args.num_processes), _run_folder(args, command))
     try:
@@ -173,6 +177,11 @@ def _slurm_launcher(args: Any, command: list[str]) -> tuple[SlurmLauncher, Resou
 
     cluster = load_cluster(args.cluster)
     gpus = cluster.gpus_per_node if args.gpus_per_node is None else args.gpus_per_node
+    if command[0] not in ON_RANKS:
+        given = {"nodes": args.nodes, "gpus-per-node": args.gpus_per_node, "processes-per-node": args.processes_per_node}
+        if several := next((name for name, number in given.items() if (number or 1) > 1), None):
+            raise UserError(f"mmlg {command[0]} runs in one process. Leave --{several} out.")
+        gpus = min(gpus, 1)
     time = args.time or cluster.time
     if time is not None:
         check_time(time)

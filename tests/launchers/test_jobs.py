@@ -189,6 +189,17 @@ def test_a_mistake_is_found_before_the_queue(words: list[str], said: str, capsys
     assert printed.err.count("\n") == 1
 
 
+def test_a_command_of_one_process_gets_one_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On eight of them eight processes would do the same on the first."""
+    site = tmp_path / "site.yaml"
+    site.write_text("gpus_per_node: 8\n")
+    for command, tasks in ((["train", "demo", "--out", str(tmp_path / "run")], 8), (["eval", "m", "--data", "d"], 1)):
+        assert main(["launch", "slurm", "--dry-run", "--cluster", str(site), "--", *command]) == 0
+        script = capsys.readouterr().out
+        assert f"#SBATCH --nodes=1\n#SBATCH --ntasks-per-node={tasks}\n" in script
+        assert f"--gpus-per-node={tasks}\n" in script
+
+
 def test_commands_that_write_no_folder_get_one_for_every_launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for number in (1, 2):
