@@ -7,9 +7,10 @@
 A check that fails or runs past its limit does not stop the others: benchmarks leave the JSON of the sizes that they have measured. Each
 call prints a table and leaves three files: `gpu_check_PART.json` with the GPU's name and each check's status, seconds and last lines,
 `gpu_check_PART.tar.gz` with all that the checks wrote (JSON, plots, logs, the tests' JUnit file), and after part 1 the table of tiles,
-`tiles-GPU.json`. Both are written anew after every check. Part 2 reads the table from --out or from benchmarks/results, and its JSON says
-which one; without one the kernels have their fixed tiles. Exit status 0 when all passed, 1 when one did not, 2 without a GPU. Needs torch,
-triton and pytest; what else is missing is left out and named.
+`tiles-GPU.json`. The first two are written anew after every check; with --only their names end in the checks', so that they replace no
+others. Part 2 reads the table from --out, from benchmarks/results or the user's cache, and its JSON says which one; without one the
+kernels have their fixed tiles. Exit status 0 when all passed, 1 when one did not, 2 without a GPU. Needs torch, triton and pytest; what
+else is missing is left out and named.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from mmlg_kernels.tiles import read_table, table_path
 
 from benchmarks import measure
 
@@ -68,7 +70,18 @@ def all_checks(part: int, out: Path) -> list[Check]:
 
     cuda = ("--device", "cuda")
     if part == 1:
-        tests = ("-m", "pytest", "-m", "gpu", "tests/gpu", "--tb=short", f"--junitxml={out / 'gpu_tests.xml'}", "-o", "junit_family=xunit2")
+        tests = (
+            "-m",
+            "pytest",
+            "-m",
+            "gpu",
+            "tests/gpu",
+            "--tb=short",
+            f"--junitxml={out / 'gpu_tests.xml'}",
+            "-o",
+            "junit_family=xunit2",
+            "--confcutdir=tests/gpu",
+        )
         workers = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
         return [
             Check("tests", (sys.executable, *tests, *workers), 270),
@@ -129,11 +142,11 @@ def _run(check: Check, out: Path, limit_s: float) -> Outcome:
     return Outcome(check.name, status, time.monotonic() - start, log.read_text(errors="replace").splitlines()[-LAST_LINES:])
 
 
-def write_results(outcomes: Sequence[Outcome], found: Path, out: Path, part: int, environment: measure.Row) -> None:
-    """`gpu_check_PART.json`, all files of the folder `found` in one archive, and the table of tiles."""
+def write_results(outcomes: Sequence[Outcome], found: Path, out: Path, name: str, environment: measure.Row) -> None:
+    """`NAME.json`, all files of the folder `found` in one archive, and the table of tiles."""
     content = {"environment": environment, "checks": [asdict(outcome) for outcome in outcomes]}
-    (out / f"gpu_check_{part}.json").write_text(json.dumps(content, indent=1) + "\n")
-    with tarfile.open(out / f"gpu_check_{part}.tar.gz", "w:gz") as archive:
+    (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    with tarfile.open(out / f"{name}.tar.gz", "w:gz") as archive:
         for path in sorted(found.iterdir()):
             archive.add(path, path.name)
             if path.match("tiles-*.json"):
@@ -151,11 +164,19 @@ def show(outcomes: Sequence[Outcome]) -> int:
     return int(any(outcome.status != "passed" for outcome in outcomes))
 
 
-def tuned_tiles(out: Path) -> Path | None:
-    """The folder whose table of tiles part 2 uses: the one that MMLG_TILES names, `out`, or the committed results; None: fixed tiles."""
-    given = os.environ.get("MMLG_TILES")
-    folders = [Path(given)] if given else [out.absolute(), RESULTS]
-    return next((folder for folder in folders if any(folder.glob("tiles-*.json"))), None)
+def tuned_tiles(out: Path, gpu: str) -> Path | None:
+    """The table of tiles that part 2 uses: under MMLG_TILES, else in `out`, the committed results or the user's cache; None: fixed tiles.
+
+    It is of this GPU and this Triton: others are not read by the kernels.
+    """
+    own = table_path(gpu)
+    folders = [own.parent] if "MMLG_TILES" in os.environ else [out.absolute(), RESULTS, own.parent]
+    return next((folder / own.name for folder in folders if read_table(folder / own.name)), None)
+
+
+def part_name(part: int, checks: Sequence[Check], every: Sequence[Check]) -> str:
+    """Of a part's files: those of a few checks, run again, leave those of all in place."""
+    return "_".join([f"gpu_check_{part}", *(check.name for check in checks if len(checks) < len(every))])
 
 
 def main() -> int:
@@ -165,21 +186,25 @@ def main() -> int:
     names = [check.name for part in (1, 2) for check in all_checks(part, Path())]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="CHECK", help=", ".join(names))
     args = parser.parse_args()
+    if not any(check.name in args.only for check in all_checks(args.part, Path())):
+        parser.error(f"part {args.part} has none of {', '.join(args.only)}")
     if not torch.cuda.is_available():
         print("gpu-check: torch sees no CUDA GPU here; `make test` runs the kernels in Triton's interpreter instead", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     environment = measure.environment("cuda")
     if args.part == 2:
-        tiles = tuned_tiles(args.out)
+        tiles = tuned_tiles(args.out, torch.cuda.get_device_name())
         if tiles is not None:
-            os.environ["MMLG_TILES"] = str(tiles)
-        environment["tiles"] = "fixed" if tiles is None else sorted(path.name for path in tiles.glob("tiles-*.json"))
+            os.environ["MMLG_TILES"] = str(tiles.parent)
+        environment["tiles"] = "fixed" if tiles is None else tiles.name
         print(f"tiles: {environment['tiles']}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder)
-        checks = [check for check in all_checks(args.part, found) if check.name in args.only]
-        return show(run_checks(checks, found, TOTAL_SECONDS, lambda done: write_results(done, found, args.out, args.part, environment)))
+        every = all_checks(args.part, found)
+        checks = [check for check in every if check.name in args.only]
+        name = part_name(args.part, checks, every)
+        return show(run_checks(checks, found, TOTAL_SECONDS, lambda done: write_results(done, found, args.out, name, environment)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,13 @@ from mmlg_scale.errors import FollowingError, UserError, in_words
 T = TypeVar("T")
 
 
+def gloo_group() -> dist.ProcessGroup:
+    """A group of all ranks for what is on the host. As patient as the default group, whose timeout it would not have. Collective."""
+    from mmlg_kernels import exchange
+
+    return dist.new_group(backend="gloo", timeout=exchange.timeout)
+
+
 def several_ranks() -> bool:
     """Whether this process is one of several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

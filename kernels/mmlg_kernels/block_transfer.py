@@ -35,7 +35,8 @@ def block_transfer(
     _check(plan, sources, coefficients)
     name = choose(backend, sources[0])
     if backend == "triton" and plan.mixes is None:
-        raise ValueError("the Triton kernel mixes at most 8 blocks out of two of at most four sources, equally many in every target")
+        told = "mixes at most 8 blocks out of two of at most four sources, equally many in every target, and reads a number once a layer"
+        raise ValueError(f"the Triton kernel {told}")
     if name == "triton" and plan.mixes is not None:
         out = _transfer(list(sources), list(coefficients), plan.key, out_dtype or sources[0].dtype)
         sizes = [target.num_layers * sum(target.sizes) for target in plan.targets]
@@ -196,6 +197,7 @@ def _(grad: Tensor, sources: Sequence[Tensor], coefficients: Sequence[Tensor], p
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     sources, coefficients, ctx.plan, _ = inputs
+    ctx.kept = find_plan(ctx.plan)  # alive until its gradients are computed
     ctx.num_sources = len(sources)
     ctx.save_for_backward(*sources, *coefficients)
 

@@ -8,6 +8,7 @@ others' texts travel while those of the own texts are computed; they are summed 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -17,13 +18,15 @@ import torch.distributed as dist
 # torch imports it on its own at an operator's first call: too late, since its default arguments then keep the group alive.
 import torch.distributed.nn.functional
 from torch import Tensor
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 # torch 2.13 renamed them.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 # Weak: a group kept alive past destroy_process_group keeps its threads, and gloo's abort a process that ends while they let go of tensors.
 _over_gloo: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+timeout: timedelta | None = None
+"""Of groups that are made here, which do not take the default group's; None: torch's own."""
 
 
 def name_group(group: Any) -> str:
@@ -34,7 +37,7 @@ def name_group(group: Any) -> str:
 
 
 def _group(name: str) -> Any:
-    return _resolve_process_group(GroupName(name))
+    return _resolve_process_group(name)  # type: ignore[arg-type]  # a string, whose type torch 2.10 named
 
 
 def check_shape(local_BD: Tensor, group_name: str) -> None:
@@ -63,7 +66,7 @@ def _host_group(name: str) -> Any:
         return group
     if group not in _over_gloo:
         ranks = dist.get_process_group_ranks(group)
-        _over_gloo[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        _over_gloo[group] = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
     return _over_gloo[group]
 
 

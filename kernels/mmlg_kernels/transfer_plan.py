@@ -9,6 +9,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,11 +113,12 @@ class TransferPlan:
 
     Attributes:
         key: a number under which `find_plan` gives the plan, since torch's custom operators take tensors and numbers only.
-        mixes: (K_A, K_B), blocks that every layer takes from its first and its second source; None where targets differ in it, or what
-            they mix is more than the Triton kernel can.
+        mixes: (K_A, K_B), blocks that every layer takes from its first and its second source; None where targets differ in it, what they
+            mix is more than the Triton kernel can, or tensors of a layer may read the same numbers, to which its programs would add
+            gradients at the same time.
 
     Raises:
-        ValueError: slices that do not have their tensor's size, pass the end of their source, or read one of its numbers twice.
+        ValueError: slices that do not have their tensor's size, pass the end of their source, or read one of its numbers twice themselves.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class TransferPlan:
         self._check()
         self.key = next(_keys)
         _plans[self.key] = self
+        self.kept: dict[str, Any] = {}  # what backends make of it
         self.mixes = self._mixes()
         self.out_size = sum(target.num_layers * sum(target.sizes) for target in self.targets)
         # Every matrix of a ViT block is a multiple of width^2: in pieces of the common divisor all T tensors are one batched product.
@@ -176,7 +179,10 @@ class TransferPlan:
         if counts or len(self.source_shapes) > MAX_SOURCES or not 0 < len(pair) <= 2 or sum(pair) > MAX_BLOCKS:
             return None
         for target in self.targets:
-            for pieces in zip(*(target.slices[i] for i in self.used(target)), strict=True):
+            used = self.used(target)
+            if len({target.sources[i] for i in used}) < len(used) or any(_meet(target.slices[i]) for i in used):
+                return None
+            for pieces in zip(*(target.slices[i] for i in used), strict=True):
                 same_shape = len({(piece.groups, piece.rows, piece.columns) for piece in pieces}) == 1
                 if not same_shape and not all(piece.contiguous for piece in pieces):
                     return None
@@ -193,6 +199,12 @@ class TransferPlan:
                     raise ValueError(f"source {source}: a slice passes its {self.source_shapes[source][1]} numbers")
                 if any(piece.overlaps for piece in slices):
                     raise ValueError(f"source {source}: a slice reads a number twice")
+
+
+def _meet(slices: Sequence[Slice]) -> bool:
+    """Whether the ranges of two slices of a source overlap."""
+    ranges = sorted((piece.offset, piece.end) for piece in slices)
+    return any(start < end for (_, end), (start, _) in itertools.pairwise(ranges))
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,6 @@ Works under TRITON_INTERPRET=1 on CPU tensors.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -200,9 +199,14 @@ def add_shares_kernel(part_ptr, coefficient_tiles_ptr, out_ptr, num_tiles, BLOCK
     tl.store(out_ptr + place, tl.sum(total, axis=0))
 
 
-@functools.lru_cache(maxsize=64)
 def cut(plan: TransferPlan) -> Tiles:
-    """The plan's tiles; made once."""
+    """The plan's tiles; made once, and kept as long as the plan."""
+    if "tiles" not in plan.kept:
+        plan.kept["tiles"] = _cut(plan)
+    return plan.kept["tiles"]
+
+
+def _cut(plan: TransferPlan) -> Tiles:
     assert plan.mixes is not None
     entries: list[Tensor] = []
     ranges, rows_of_coefficients = [], []

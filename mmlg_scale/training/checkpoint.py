@@ -35,7 +35,7 @@ from torch import Tensor
 from mmlg_scale.digests import content_digest
 from mmlg_scale.errors import FollowingError, UserError, is_of_the_machine
 from mmlg_scale.files import flush, make_folder, require_space, writing
-from mmlg_scale.ranks import is_first_rank, on_first_rank, several_ranks
+from mmlg_scale.ranks import gloo_group, is_first_rank, on_first_rank, several_ranks
 from mmlg_scale.records import read_record, write_record
 from mmlg_scale.training.engine import Engine
 from mmlg_scale.training.state import write_files
@@ -127,7 +127,7 @@ class Checkpoints:
             self._give_up(temporary, step)
             raise
         if self.background and several_ranks() and self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = gloo_group()
         files = list(engine.copies()) if self.background else engine.copies()
         self._pending = _Work(lambda: self._write_and_publish(files, temporary, final, content, started), self.background)
         if not self.background:

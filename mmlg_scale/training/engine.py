@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from mmlg_kernels import exchange
 from torch import Tensor, nn
 
 from mmlg_scale import recipe, towers
@@ -50,6 +51,7 @@ def start_ranks(runtime: Runtime) -> torch.device:
     _allow_open_files()
     if not dist.is_initialized():
         backend, timeout = "nccl" if use_cuda else "gloo", _patience(runtime)
+        exchange.timeout = timeout
         if "RANK" in os.environ:  # our launcher's, torchrun's, or a scheduler's
             missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
             if missing:
@@ -57,7 +59,7 @@ def start_ranks(runtime: Runtime) -> torch.device:
             dist.init_process_group(backend, timeout=timeout)
         else:
             # A store in this process: no port that another run on this host could hold.
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
             _set_here.extend(name for name in _RANK if name not in os.environ)
             os.environ.update({name: _RANK[name] for name in _set_here})
     return device

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from mmlg_scale.errors import EXIT_REQUEUE, EXIT_STOPPED, RunStopped
-from mmlg_scale.ranks import is_first_rank, several_ranks
+from mmlg_scale.ranks import gloo_group, is_first_rank, several_ranks
 
 SECONDS_BETWEEN = 1.0
 MAX_STEPS_BETWEEN = 1000
@@ -134,7 +134,7 @@ class Requests:
         own, pause = max(self._received, self._in_files()), self._steps_between(step)
         if several_ranks():
             if self._group is None:
-                self._group = dist.new_group(backend="gloo")
+                self._group = gloo_group()
             # Only the first rank's clock and view of the folder count.
             said = torch.tensor([own, pause])
             dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group)

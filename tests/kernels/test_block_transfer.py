@@ -69,6 +69,35 @@ def test_triton_equals_fp64_and_repeats(multimodal: int, unimodal: int, depths: 
         assert torch.equal(got, repeated)
 
 
+@pytest.mark.parametrize("kind", ["tied tensors", "tensors that overlap", "one source twice"])
+def test_numbers_that_a_layer_reads_twice_get_both_gradients(kind: str) -> None:
+    """Programs of a launch run side by side: they would overwrite each other's gradients. So the Triton kernel leaves such plans alone."""
+    first, second = Slice(0, 1, 0, 1, 8, 0), Slice(0 if kind == "tied tensors" else 5, 1, 0, 1, 8, 0)
+    if kind == "one source twice":
+        target = Target(2, ("a",), ((8,),), (0, 0), ((first,), (first,)))
+    else:
+        target = Target(2, ("a", "b"), ((8,), (8,)), (0,), ((first, second),))
+    plan = TransferPlan([(2, 16)], [target])
+    generator = torch.Generator().manual_seed(0)
+    sources = [torch.randn(2, 16, generator=generator)]
+    coefficients = [torch.randn(2, len(target.names), plan.num_blocks(target), generator=generator)]
+    assert plan.mixes is None
+    with pytest.raises(ValueError, match="reads a number once a layer"):
+        block_transfer(plan, sources, coefficients, backend="triton")
+    exact = run(plan, [x.double() for x in sources], [x.double() for x in coefficients], "reference")
+    for got, want in zip(run(plan, sources, coefficients, "chunked"), exact, strict=True):
+        assert (got.double() - want).norm() <= 2e-6 * want.norm()
+
+
+def test_a_plan_lives_until_its_gradients_are_computed() -> None:
+    """Each call makes a plan of its own, which nothing else keeps; the backward pass comes after all of them."""
+    blocks = [{"w": torch.randn(4, 4, generator=torch.Generator().manual_seed(k)).requires_grad_()} for k in range(2)]
+    layers = [transfer_blocks(blocks, torch.ones(1, 1, 2), backend="triton")[0]["w"] for _ in range(80)]
+    grads = torch.autograd.grad(sum(layer.sum() for layer in layers), [block["w"] for block in blocks])  # type: ignore[arg-type]
+    for grad in grads:
+        assert torch.equal(grad, torch.full((4, 4), 80.0))
+
+
 def test_triton_adds_up_more_tiles_than_it_reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """As beyond 1,024 tiles of a tensor: here 2, of up to 27."""
     monkeypatch.setattr(transfer_tiles, "SHARES", 2)

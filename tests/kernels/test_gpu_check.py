@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from mmlg_kernels.tiles import Tile, read_table, write_table
 
 from benchmarks import gpu_check
-from benchmarks.gpu_check import TOTAL_SECONDS, Check, all_checks, run_checks, show, tuned_tiles, write_results
+from benchmarks.gpu_check import TOTAL_SECONDS, Check, all_checks, part_name, run_checks, show, tuned_tiles, write_results
 
 
 def python(code: str) -> tuple[str, ...]:
@@ -45,7 +46,7 @@ time.sleep(600)
     (found / "tiles-some-gpu.json").write_text("{}")
     (found / "tests.log").write_text("log")
     for done in (outcomes[:2], outcomes):
-        write_results(done, found, out, 1, {"device": "some GPU"})
+        write_results(done, found, out, "gpu_check_1", {"device": "some GPU"})
         content = json.loads((out / "gpu_check_1.json").read_text())
         assert (content["environment"], len(content["checks"])) == ({"device": "some GPU"}, len(done))
     assert (show(outcomes), show([outcomes[0], outcomes[3]])) == (1, 0)
@@ -75,19 +76,39 @@ def test_each_part_fits_into_nine_minutes(tmp_path: Path) -> None:
     assert "throughput" in {check.name for check in all_checks(2, tmp_path)}
 
 
-def test_tiles_are_those_of_part_1_or_the_committed_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results, out, given = (tmp_path / name for name in ("results", "out", "given"))
+def test_tiles_are_those_that_the_kernels_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Part 1's, the committed ones, or the user's; of this GPU, and of this Triton."""
+    results, out, given, cache = (tmp_path / name for name in ("results", "out", "given", "cache"))
     monkeypatch.setattr(gpu_check, "RESULTS", results)
     monkeypatch.delenv("MMLG_TILES", raising=False)
-    for folder in (results, out, given):
-        folder.mkdir()
-    assert tuned_tiles(out) is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    tiles = {"softmax_forward bfloat16": Tile(64, 64, 64, 4, 3)}
+
+    def write(folder: Path, gpu: str = "Some GPU") -> None:
+        write_table(folder / f"tiles-{gpu.lower().replace(' ', '-')}.json", gpu, tiles, {})
+
+    assert tuned_tiles(out, "Some GPU") is None
+    write(results, "Other GPU")
     (results / "tiles-some-gpu.json").write_text("{}")
-    assert tuned_tiles(out) == results  # --out is emptied between the parts
-    (out / "tiles-some-gpu.json").write_text("{}")
-    assert tuned_tiles(out) == out
+    read_table.cache_clear()
+    assert tuned_tiles(out, "Some GPU") is None
+    write(cache / "mmlg_kernels")
+    assert tuned_tiles(out, "Some GPU") == cache / "mmlg_kernels" / "tiles-some-gpu.json"
+    write(results)
+    assert tuned_tiles(out, "Some GPU") == results / "tiles-some-gpu.json"  # --out is emptied between the parts
+    write(out)
+    assert tuned_tiles(out, "Some GPU") == out / "tiles-some-gpu.json"
     monkeypatch.setenv("MMLG_TILES", str(given))
-    assert tuned_tiles(out) is None
+    assert tuned_tiles(out, "Some GPU") is None
+
+
+def test_checks_that_run_again_leave_the_results_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = all_checks(2, tmp_path)
+    assert part_name(2, every, every) == "gpu_check_2"
+    assert part_name(2, every[1:3], every) == f"gpu_check_2_{every[1].name}_{every[2].name}"
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--part", "1", "--only", "throughput"])
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main()
 
 
 def test_what_is_not_installed_is_named(tmp_path: Path) -> None:
