@@ -34,9 +34,10 @@ from mmlg_launchers import Launcher, LaunchError, LocalLauncher, Resources, Slur
 
 from benchmarks.family_plan import ADAPTED, LEARNGENES, RESULTS, SECTIONS, Piece, Pieces, Plan, Settings, as_options, load_plan
 from mmlg_scale import recipe
+from mmlg_scale.assemble import environment
 from mmlg_scale.data.corpus import open_pairs
 from mmlg_scale.errors import UserError
-from mmlg_scale.family import environment, num_parallel
+from mmlg_scale.family import num_parallel
 from mmlg_scale.files import write_text_atomic
 from mmlg_scale.recipe_file import load_recipe
 from mmlg_scale.terminal import Terminal

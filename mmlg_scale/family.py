@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,24 +22,22 @@ from mmlg_launchers import Launcher, LocalLauncher, Resources, Step, StepFailed,
 from rich.console import Console
 
 from mmlg_scale import recipe, towers
-from mmlg_scale.accounting import BYTES_PER_PARAMETER, WITHOUT_ANCESTOR, summarise
+from mmlg_scale.accounting import BYTES_PER_PARAMETER, WITHOUT_ANCESTOR
+from mmlg_scale.assemble import assemble, draw_samples
 from mmlg_scale.data.corpus import PairSet, pairs_of
 from mmlg_scale.data.manifest import load_manifest
 from mmlg_scale.data.mixture import Pattern, require_samples
-from mmlg_scale.data.summary import num_pairs
 from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
-from mmlg_scale.evaluation.evaluate import folder_features
 from mmlg_scale.files import require_space, write_text_atomic
-from mmlg_scale.hardware import device_name
 from mmlg_scale.learngene.baselines import FROM_LEARNGENE
 from mmlg_scale.learngene.structure import Structure
 from mmlg_scale.memory import checkpoint_bytes
 from mmlg_scale.metric_names import check_metric
 from mmlg_scale.recipe_file import to_content
 from mmlg_scale.records import write_record
-from mmlg_scale.report import console_table, retrieval_samples, write_report
-from mmlg_scale.results import FORMAT_VERSION, FamilyResult
+from mmlg_scale.report import console_table, write_report
+from mmlg_scale.results import FamilyResult
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.terminal import Terminal
 from mmlg_scale.training.folder import IDENTITY_FILE, RESULT_FILE, differences, has_work, hold, result_of, set_aside
@@ -57,7 +54,6 @@ from mmlg_scale.training.roles import (
 from mmlg_scale.training.teacher_pool import FOLDER as TEACHER_POOL
 from mmlg_scale.training.teacher_pool import require_budgets
 
-LEARNGENE_KEYS = ("params", "bytes", "block_params", "stem_params", "flops", "teacher_flops", "seconds", "metrics", "curve")
 SUPERSEDED = "superseded"
 
 
@@ -215,7 +211,7 @@ def run_family(settings: recipe.Recipe, runtime: Runtime, out: Path, *, launcher
             raise UserError(f"{error} Start the same command to resume.") from error
         family = assemble(plan)
         write_record(out / "family.json", family.to_json())
-        _draw_samples(plan)
+        draw_samples(plan)
         report = write_report(out)
     console.print(console_table(family))
     console.print(f"report: {report}", highlight=False)
@@ -420,100 +416,3 @@ def num_parallel(runtime: Runtime) -> int:
         return max(1, torch.cuda.device_count() // runtime.num_processes)
     cores = len(os.sched_getaffinity(0))
     return max(1, cores // (runtime.num_processes * (runtime.threads or cores)))
-
-
-def assemble(plan: Plan) -> FamilyResult:
-    """family.json's content from the steps' results: of the recipe's members, whatever else is in the folder."""
-    settings = plan.settings
-    ancestor, learngene = _result(plan.ancestor), _result(plan.learngene("mmlg"))
-    cost = {key: ancestor[key] for key in ("flops", "seconds")}
-    if settings.model.weights is not None:
-        cost = _cost_of_weights(Path(settings.model.weights))
-    family = {
-        "format_version": FORMAT_VERSION,
-        "metric": settings.evaluation.metric,
-        "ancestor": {
-            **{key: ancestor[key] for key in ("params", "metrics", "image_layers", "text_layers", "curve")},
-            **cost,
-            "num_bytes": BYTES_PER_PARAMETER * ancestor["params"],
-            "block_params": ancestor.get("block_params"),
-        },
-        "kept_features": learngene["kept_features"],
-        "splits": _split_sizes(pairs_of(plan.settings.data)),
-        "learngene": {key: learngene[key] for key in LEARNGENE_KEYS},
-        "rival_learngenes": {method: {key: _result(plan.learngene(method))[key] for key in LEARNGENE_KEYS} for method in plan.rivals()},
-        "descendants": [_entry(member.step.folder, member.role) for member in plan.members if isinstance(member.role, DescendantRole)],
-        "environment": environment(plan.runtime),
-        "recipe": to_content(plan.given, plan.runtime),
-    }
-    return summarise(FamilyResult.from_json(family, "family.json"))
-
-
-def _result(folder: Path) -> dict[str, Any]:
-    found = result_of(folder)
-    assert found is not None, folder
-    return found
-
-
-def _split_sizes(pairs: PairSet) -> dict[str, dict[str, int | None]]:
-    """What recall and accuracy were measured among."""
-    classes, found = pairs.classes, {}
-    for split in ("val", "test"):
-        images, captions = num_pairs(pairs.root / split, pairs.store)
-        found[split] = {"images": images, "captions": captions, "classes": len(classes["classnames"]) if classes else None}
-    return found
-
-
-def _cost_of_weights(weights: Path) -> dict[str, Any]:
-    """What training the weights cost: known where they are the model of a finished run of ours that began at random weights.
-
-    Unknown of what was only read by its run, and of what came out of another model.
-    """
-    run = weights.parent if weights.is_dir() else weights
-    result = result_of(run) if (run / RESULT_FILE).is_file() else None
-    is_whole = result is not None and (result.get("role") == "ancestor" or result.get("init") == "scratch") and result.get("steps", 0) > 0
-    return {key: result.get(key) if result is not None and is_whole else None for key in ("flops", "seconds")}
-
-
-def _entry(folder: Path, role: DescendantRole) -> dict[str, Any]:
-    run = _result(folder)
-    return {
-        "name": folder.name,
-        **{key: run[key] for key in ("image_layers", "text_layers", "image_width", "text_width", "params", "init", "seed")},
-        "modality": role.size.modality,
-        "in_sum": role.size.in_sum,
-        "metrics_at_0": run["metrics_at_0"],
-        "metrics_final": run["metrics"],
-        "metric": role.settings.evaluation.metric,
-        "steps": run["steps"],
-        "flops": run["flops"] + run["teacher_flops"],
-        "seconds": run["seconds"],
-        "curve": run["curve"],
-    }
-
-
-def environment(runtime: Runtime) -> dict[str, Any]:
-    """What the figures were measured on: processor, cores, versions. No host name."""
-    from importlib.metadata import version
-
-    packages = ("torch", "deepspeed", "open_clip_torch", "mmlg-scale")
-    return {
-        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads_per_rank": runtime.threads,
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
-
-
-def _draw_samples(plan: Plan) -> None:
-    """retrieval_samples.json: what the middle descendant finds in the test split."""
-    sizes = sorted((s for s in plan.settings.family.sizes if s.modality == "both"), key=lambda s: s.image_layers + s.text_layers)
-    if not sizes:
-        return
-    folder = plan.descendant(sizes[len(sizes) // 2], "mmlg") / "model"
-    image_ND, text_MD, split = folder_features(folder, pairs_of(plan.settings.data), "test")
-    if not len(text_MD):  # a split of images and labels
-        return
-    samples = retrieval_samples(image_ND, text_MD, split.text_to_image_M, split.captions, split.image_png, num_image_queries=4)
-    write_record(plan.out / "retrieval_samples.json", {"samples": samples})

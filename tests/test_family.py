@@ -22,10 +22,10 @@ from mmlg_launchers import Cluster, Resources, SlurmLauncher
 from PIL import Image
 
 from mmlg_scale import records
+from mmlg_scale.assemble import _cost_of_weights, _measured_on
 from mmlg_scale.cli import main
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.errors import UserError
-from mmlg_scale.family import _cost_of_weights
 from mmlg_scale.family_jobs import FamilyJobs
 from mmlg_scale.forecast import forecast
 from mmlg_scale.recipe_file import load_recipe
@@ -400,6 +400,16 @@ def test_the_cost_of_bare_weights_is_unknown(undisturbed: Path, tmp_path: Path) 
         tmp_path / "read" / "result.json", {key: value for key, value in result.items() if key != KEY} | {"steps": 0, "flops": 0}
     )
     assert _cost_of_weights(tmp_path / "read" / "model") == unknown
+
+
+def test_the_report_names_the_machines_of_the_runs(undisturbed: Path) -> None:
+    """On Slurm the report is drawn without a GPU by a job of its own."""
+    here = json.loads((undisturbed / "family.json").read_text())["environment"]
+    assert here["device"] == json.loads((undisturbed / "ancestor" / "result.json").read_text())["device"]
+    gpu = {"device": "H100", "cores": 8}
+    assert _measured_on([gpu, gpu]) == gpu
+    assert _measured_on([gpu, {"device": "L40S", "cores": 8}, {}]) == {"device": "H100, L40S", "cores": 8}
+    assert _measured_on([{}]) == {}  # of earlier versions
 
 
 def test_two_families_at_once(recipe_file: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ result.json holds the curve (validation split), the metrics at step 0 and at the
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -20,6 +21,7 @@ from mmlg_scale import recipe
 from mmlg_scale.data.corpus import Corpus, PairSet, pairs_of
 from mmlg_scale.data.pipeline import TrainStream
 from mmlg_scale.errors import UserError
+from mmlg_scale.hardware import device_name
 from mmlg_scale.metric_names import check_metric
 from mmlg_scale.ranks import is_first_rank, on_first_rank
 from mmlg_scale.records import write_record
@@ -232,6 +234,8 @@ def _result(
         "teacher_flops": progress.teacher_flops,
         "kept_features": teacher.cost if teacher is not None else None,
         "seconds": seconds,
+        "device": device_name(session.engine.device.type),
+        "cores": len(os.sched_getaffinity(0)),
         "metrics": metrics,
         "metrics_at_0": None,
         "curve": progress.curve,
