@@ -110,7 +110,10 @@ def test_what_is_pre_trained_directly_is_adapted_without_an_ancestor() -> None:
 
 def test_a_schedule_that_continues_another_is_pre_training_of_its_end() -> None:
     """By the structure of the extraction, on the pairs alone; the extraction's own settings are not its."""
-    schedules = {"long": {"steps": 8, "batch_size": 4}, "polished": {"continues": "long", "steps": 30, "batch_size": 64}}
+    schedules = {
+        "long": {"steps": 8, "batch_size": 4, "embedding_rank": 5},
+        "polished": {"continues": "long", "steps": 30, "batch_size": 64},
+    }
     plan = replace(PLAN, methods={"tleg": schedules}, family_settings={"two": {"width_shares": [1.0]}})
     pieces = {each.id: each for each in Pieces(plan, 0, {"tleg": {"learning_rate": 3e-3}, "tleg@polished": {"learning_rate": 5e-4}}).all()}
     polished, origin = pieces["tleg/polished/two/learngene"], pieces["tleg/long/two/learngene"]
@@ -121,7 +124,7 @@ def test_a_schedule_that_continues_another_is_pre_training_of_its_end() -> None:
     pretraining, tleg = settings.pretraining, settings.baselines.tleg
     assert pretraining is not None
     assert tleg is not None
-    assert (pretraining.basis, pretraining.num_multimodal, pretraining.num_unimodal) == ("linear", 0, 2)
+    assert (pretraining.basis, pretraining.num_multimodal, pretraining.num_unimodal, pretraining.embedding_rank) == ("linear", 0, 2, 5)
     assert pretraining.width_shares == [1.0]
     training = pretraining.training
     assert (training.steps, training.batch_size, training.optimizer.learning_rate, training.eval_every) == (30, 64, 5e-4, 30)

@@ -105,7 +105,7 @@ def evaluate_pairs(
     image_ND = encode_in_chunks(lambda images: encode_image(preprocess(images)), split.images, device)
     metrics = dict[str, float]()
     if is_captioned:
-        metrics |= recall_at_k(image_ND, encode_texts(encode_text, split.texts, device), split.text_to_image_M)
+        metrics |= recall_at_k(image_ND, encode_texts(encode_text, split.texts, device), split.text_to_image_M, device=device)
     if classes is not None and split.labels_N is not None:
         assert tokenize is not None
         class_CD = class_embeddings(

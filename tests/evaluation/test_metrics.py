@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmlg_scale.data.evaluation import TensorChunks
 from mmlg_scale.errors import UserError
+from mmlg_scale.evaluation import retrieval
 from mmlg_scale.evaluation.evaluate import encode_in_chunks
 from mmlg_scale.evaluation.retrieval import recall_at_k, retrieval_ranks
 from mmlg_scale.evaluation.zeroshot import class_embeddings, zero_shot_metrics
@@ -118,3 +119,27 @@ def test_zero_shot_metrics_need_classes() -> None:
             UserError, match=rf"{name} needs classes, the data set has none \(no classes\.json\)\. Use mean_recall@1\. Shards with a \.cls"
         ):
             check_metric(name, has_classes=False)
+
+
+def _ranks_on_rank(rank: int, store: str, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
+    torch.save(retrieval_ranks(*_made(), chunk_size=4), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _made() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """11 images with one to three captions; some captions of other images are the same."""
+    generator = torch.Generator().manual_seed(0)
+    owner_M = torch.arange(11).repeat_interleave(torch.tensor([1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2]))
+    return torch.randn(11, 3, generator=generator), torch.randn(21, 3, generator=generator).round(), owner_M
+
+
+def test_each_rank_ranks_its_share_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = retrieval_ranks(*_made())
+    monkeypatch.setattr(retrieval, "SCORES", 40)  # chunks of 3 captions, and of a single image
+    for one, other in zip(retrieval_ranks(*_made()), expected, strict=True):
+        assert torch.equal(one, other)
+    run_ranks(_ranks_on_rank, (str(tmp_path / "store"), str(tmp_path)), 3)
+    for rank in range(3):
+        for one, other in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
+            assert torch.equal(one, other)
