@@ -239,18 +239,19 @@ class Pieces:
         return self.learngene(method, schedule, self._chosen(method, schedule, self.plan.methods[method][schedule]), family)
 
     def _continued(self, method: str, schedule: str, settings: Settings, family: str | None) -> Piece:
-        origin = self.continued(method, settings["continues"], family)
+        origin, of_origin = self.continued(method, settings["continues"], family), self.plan.methods[method][settings["continues"]]
         settings = {key: value for key, value in settings.items() if key != "continues"}
-        options = options_of("direct", settings | self.plan.family_settings.get(family or "five", {})) | self._structure(method)
+        options = options_of("direct", settings | self.plan.family_settings.get(family or "five", {})) | self._structure(method, of_origin)
         identifier = f"{method}/{schedule}/{family}/learngene" if family else f"{method}/{schedule}"
         more: Settings = {"needs": (origin.id,), "family": family, "continues": origin.id}
         return self._piece(identifier, method, schedule, ("pretrain",), options, **more)
 
-    def _structure(self, method: str) -> Settings:
-        """What pre-training must say to continue a learngene that was extracted by a method."""
+    def _structure(self, method: str, schedule: Settings) -> Settings:
+        """What pre-training must say to continue a learngene that was extracted by a method with a schedule's settings."""
         settings, _ = load_recipe(self.plan.recipe, **dict(as_options(self.plan.settings)))
         extraction = settings.extraction if method == "mmlg" else settings.baselines.learngenes()[method]
-        return {f"pretraining.{key}": getattr(extraction, key) for key in (*Structure.SETTINGS, "min_layers", "max_layers")}
+        keys = (*Structure.SETTINGS, "min_layers", "max_layers")
+        return {f"pretraining.{key}": schedule.get(key, getattr(extraction, key)) for key in keys}
 
     def _reuse(self, origin: str, schedule: str) -> Settings:
         """What a recipe must say besides, for an extraction as for the adaptation, where this reuses that one's pool; else nothing."""

@@ -169,8 +169,9 @@ class Theirs:
             return float(self._loss(**self.model(*(x.to(self._device) for x in batch))))
 
     def prepared(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A batch of ours as their loader would give it: normalised fp32 images (on the CPU, as theirs) and token ids."""
-        return self._preprocess(batch.image_uint8_BCHW), batch.text_NT
+        """A batch of ours as their loader would give it: normalised fp32 images and token ids on the CPU; pinned for a GPU, as ours are."""
+        made = self._preprocess(batch.image_uint8_BCHW), batch.text_NT
+        return (made[0].pin_memory(), made[1].pin_memory()) if self._device.type == "cuda" else made
 
     def _batches(self, session: Session) -> Iterator[Any]:
         """Their loader over our shards, epoch after epoch."""
