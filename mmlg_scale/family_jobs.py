@@ -127,7 +127,11 @@ class FamilyJobs:
         """Raise UserError where jobs wait or run whose recipe, which they read when they start, would change under them."""
         if self._known is None:
             return
-        before, now = (yaml.safe_load(text) for text in (self._known, self._text))
+        try:
+            before = yaml.safe_load(self._known)
+        except yaml.YAMLError:
+            before = None
+        before, now = before if isinstance(before, dict) else {}, yaml.safe_load(self._text)
         changed = [key for key in before | now if key != "runtime" and before.get(key) != now.get(key)]
         active = [step.id for step in self.steps if changed and active_job(launch_folder(step)) is not None]
         if active:

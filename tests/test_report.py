@@ -388,7 +388,10 @@ def test_numbers_in_words() -> None:
 
 @pytest.mark.parametrize("metric", ["recall@x", "accx", "acc5", "acc" + "9" * 5000, "mean_recall@10000000"])
 def test_a_metric_without_a_chance_level_is_reported_all_the_same(metric: str, tmp_path: Path) -> None:
-    family = json.loads(json.dumps(raw_family(splits={"val": {"images": 9, "captions": 0}, "test": {"images": 9, "captions": 10**12}})))
+    ancestor = raw_family()["ancestor"] | {"block_params": 10**9}
+    family = json.loads(
+        json.dumps(raw_family(ancestor=ancestor, splits={"val": {"images": 9, "captions": 0}, "test": {"images": 9, "captions": 10**12}}))
+    )
     text = json.dumps(family).replace(METRIC, metric)
     _write(tmp_path, json.loads(text) | {"recipe": {"baselines": [], "extraction": 3}})
     assert (tmp_path / "report.html").exists()
