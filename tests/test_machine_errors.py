@@ -39,6 +39,8 @@ RECIPE: dict[str, Any] = {
         }
     },
     "ancestor": TRAINING,
+    "extraction": {"training": TRAINING},
+    "baselines": {"scratch": None, "even": None, "distil": None},  # their batches of 128 are more than there is
     "runtime": {"log_every": 1},
 }
 FULL = ("the disk is full", "the limit on file sizes", "reading or writing failed")

@@ -115,7 +115,7 @@ def test_a_run_is_the_same_on_any_ranks_and_workers(ranks: int, workers: int, ro
 
 
 def test_a_plan_and_another_mixture_are_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(root / "recipe.yaml"), "--engine.keep_features=true", *NO_HIDDEN]) == 0
+    assert main(["plan", str(root / "recipe.yaml"), "--engine.keep_features=true", *NO_HIDDEN, *SMALL]) == 0
     # All captions that may be read: two of each sample of the large set.
     assert "features of 131 images and 221 captions" in " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert main(["train", str(root / "recipe.yaml"), "--out", str(root / "straight"), "--data.max_bad_fraction=0.2"]) == 0  # the same run
@@ -129,4 +129,6 @@ def test_a_plan_and_another_mixture_are_told(root: Path, capsys: pytest.CaptureF
     assert "recipe key data.sources: is given, and data.path is" in capsys.readouterr().err
 
 
+SMALL = ["--extraction.training.batch_size=12", *(f"--baselines.{name}=null" for name in ("scratch", "even", "distil"))]
+"""Batches that the smallest set is enough for."""
 NO_HIDDEN = ["--data.augment=none", "--extraction.loss.hidden=0", "--baselines.distil_loss.hidden=0"]

@@ -8,7 +8,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +15,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from mmlg_kernels import exchange
 from safetensors.torch import load_file
 
 from mmlg_scale import files
 from mmlg_scale.errors import SupersededError, UserError
-from mmlg_scale.ranks import gloo_group
-from mmlg_scale.runtime import Runtime
-from mmlg_scale.training import checkpoint, engine
+from mmlg_scale.training import checkpoint
 from mmlg_scale.training.checkpoint import MARKER, Checkpoints
 from mmlg_scale.training.folder import Incarnation, has_work
 
@@ -309,17 +305,3 @@ def test_a_save_that_fails_in_the_background_is_told_at_once_and_raised_at_the_n
         checkpoints.save(Engine(), 30, {})  # type: ignore[arg-type]
     assert names(tmp_path) == ["step-00000010"]
     assert loaded(checkpoints)[0] == 10.0
-
-
-def test_groups_of_the_host_are_as_patient_as_the_default_one(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank's slow disk must not end the others' wait for it after torch's own half an hour."""
-    dist.destroy_process_group()
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(exchange, "timeout", None)
-    engine.start_ranks(Runtime(hang_minutes=41.0))
-    group = gloo_group()
-    for each in (group, dist.group.WORLD):
-        assert each is not None
-        assert each._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=82)
-    assert exchange.timeout == timedelta(minutes=82)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import closing
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from mmlg_kernels import exchange
 
 from mmlg_scale import towers
 from mmlg_scale.cli.benchmark import benchmark
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.errors import UserError
 from mmlg_scale.learngene.file import load_learngene
+from mmlg_scale.ranks import gloo_group
 from mmlg_scale.recipe import Extraction, Pretraining, Size, Training
 from mmlg_scale.recipe_file import load_recipe
 from mmlg_scale.records import write_record
@@ -222,3 +225,16 @@ def test_the_training_of_an_extracted_learngene_is_continued(options: dict[str, 
     with pytest.raises(UserError, match=r"no learngene file .*none\.safetensors"):
         run_role(PretrainingRole(settings, tmp_path / "none.safetensors"), tmp_path / "other", runtime)
     assert not (tmp_path / "other").exists()
+
+
+def test_groups_of_the_host_are_as_patient_as_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank's slow disk must not end the others' wait for it after torch's own half an hour."""
+    monkeypatch.setattr(exchange, "timeout", None)
+    start_ranks(Runtime(hang_minutes=41.0))
+    try:
+        for group in (gloo_group(), dist.group.WORLD):
+            assert group is not None
+            assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=82)
+        assert exchange.timeout == timedelta(minutes=82)
+    finally:
+        stop_ranks()
