@@ -129,6 +129,6 @@ def test_a_plan_and_another_mixture_are_told(root: Path, capsys: pytest.CaptureF
     assert "recipe key data.sources: is given, and data.path is" in capsys.readouterr().err
 
 
-SMALL = ["--extraction.training.batch_size=12", *(f"--baselines.{name}=null" for name in ("scratch", "even", "distil"))]
+SMALL = [f"--{key}.batch_size=12" for key in ("extraction.training", "baselines.scratch", "baselines.even", "baselines.distil")]
 """Batches that the smallest set is enough for."""
 NO_HIDDEN = ["--data.augment=none", "--extraction.loss.hidden=0", "--baselines.distil_loss.hidden=0"]
