@@ -252,8 +252,11 @@ def check(settings: recipe.Recipe, runtime: Runtime, out: Path) -> dict[str, Any
 
 def _check_batches(settings: recipe.Recipe, runtime: Runtime, pairs: PairSet | None) -> None:
     """Raise UserError where a training's batch cannot be divided among the ranks, or there are fewer pairs than a batch or a pool takes."""
-    trainings: dict[str, recipe.Training | None] = {"ancestor": settings.ancestor, "adaptation.training": settings.adaptation.training}
-    trainings["adaptation.direct"] = settings.adaptation.direct
+    trainings: dict[str, recipe.Training | None] = {
+        "ancestor": settings.ancestor if settings.model.weights is None else None,
+        "adaptation.training": settings.adaptation.training,
+        "adaptation.direct": settings.adaptation.direct if settings.pretraining is not None else None,
+    }
     trainings |= {f"baselines.{name}": getattr(settings.baselines, name) for name in ("scratch", "even", "distil")}
     trainings |= {f"{section}.training": found.training for section, found in settings.learngenes().items()}
     sources = [] if pairs is None else pairs.training()

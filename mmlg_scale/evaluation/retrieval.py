@@ -36,12 +36,12 @@ def retrieval_ranks(
     image_ND, text_MD = F.normalize(image_ND.float(), dim=-1), F.normalize(text_MD.float(), dim=-1)
     # Results have a place beforehand: small ones that stay, made among large ones that go, would leave the heap full of holes.
     image_ranks, text_ranks = (torch.zeros(len(rows), dtype=torch.long) for rows in (text_MD, image_ND))
-    for rows in _own_chunks(len(text_MD), min(chunk_size, max(1, SCORES // len(image_ND)))):
+    for rows in _own_chunks(len(text_MD), chunk_size, len(image_ND)):
         scores = text_MD[rows] @ image_ND.T
         own = scores.gather(1, text_to_image_M[rows, None])
         # The right image is one of those counted; written so that a NaN score counts as the worst rank, not the best.
         image_ranks[rows] = (~(scores < own)).sum(dim=1)
-    for rows in _own_chunks(len(image_ND), min(chunk_size, max(1, SCORES // len(text_MD)))):
+    for rows in _own_chunks(len(image_ND), chunk_size, len(text_MD)):
         scores = image_ND[rows] @ text_MD.T
         right = text_to_image_M[None, :] == torch.arange(rows.start, rows.start + len(scores))[:, None]
         best = scores.masked_fill(~right, -torch.inf).max(dim=1, keepdim=True).values
@@ -51,8 +51,9 @@ def retrieval_ranks(
     return image_ranks, text_ranks
 
 
-def _own_chunks(num_rows: int, chunk_size: int) -> Iterator[slice]:
-    """The chunks of rows that fall to this rank."""
+def _own_chunks(num_rows: int, chunk_size: int, num_candidates: int) -> Iterator[slice]:
+    """The chunks of rows that fall to this rank, of at most `SCORES` scores each."""
+    chunk_size = min(chunk_size, max(1, SCORES // max(1, num_candidates)))
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if several_ranks() else (0, 1)
     return (slice(start, start + chunk_size) for start in range(rank * chunk_size, num_rows, world_size * chunk_size))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ import yaml
 from mmlg_scale import records
 from mmlg_scale.data.corpus import Corpus, pairs_of
 from mmlg_scale.errors import UserError
-from mmlg_scale.family import Plan, check
-from mmlg_scale.recipe import Data, Recipe
+from mmlg_scale.family import Plan, _check_batches, check
+from mmlg_scale.recipe import Data, Recipe, Training
 from mmlg_scale.recipe_file import load_recipe, to_content
 from mmlg_scale.sources import Source
 from tests.data.sets import SIZES, about, batches, keys, mixture_of, write_set
@@ -211,3 +212,16 @@ def test_a_family_needs_enough_pairs_of_each_source_before_anything_is_trained(r
     settings.baselines.scratch.batch_size = 128
     with pytest.raises(UserError, match=r"recipe key baselines\.scratch: .*small/train has 21 samples, batch_size is 128, 27 of them"):
         check(settings, runtime, tmp_path)
+
+
+def test_what_is_not_trained_needs_no_pairs() -> None:
+    """An ancestor that is given, an adaptation of no steps, and one of a learngene that is left out: their batches of 128 do not count."""
+    settings, runtime = load_recipe("demo", **{"pretraining": "null", "data.scenes.num_train": "20"})
+    settings.baselines = replace(settings.baselines, scratch=None, even=None, distil=None, tleg=None)
+    settings.extraction.loss.teacher_pool = None
+    settings.adaptation.training.steps, settings.adaptation.training.batch_size = 0, 128
+    settings.adaptation.direct = Training(steps=5)
+    with pytest.raises(UserError, match="recipe key ancestor: the data set has 20 samples, batch_size is 128"):
+        _check_batches(settings, runtime, None)
+    settings.model.weights = "weights.safetensors"
+    _check_batches(settings, runtime, None)

@@ -141,5 +141,5 @@ def test_each_rank_ranks_its_share_of_the_rows(tmp_path: Path, monkeypatch: pyte
         assert torch.equal(one, other)
     run_ranks(_ranks_on_rank, (str(tmp_path / "store"), str(tmp_path)), 3)
     for rank in range(3):
-        for one, other in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
+        for one, other in zip(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected, strict=True):
             assert torch.equal(one, other)
