@@ -41,7 +41,7 @@ import torch
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.recipe_file import load_recipe
 from mmlg_scale.runtime import Runtime
-from mmlg_scale.training.roles import ExtractionRole
+from mmlg_scale.training.learngene_roles import ExtractionRole
 from mmlg_scale.training.session import build_session
 
 name, ancestor, batches, data, options = json.loads(sys.argv[1])

@@ -18,7 +18,7 @@ from mmlg_scale.hardware import device_name
 from mmlg_scale.recipe_file import to_content
 from mmlg_scale.records import write_record
 from mmlg_scale.report import retrieval_samples
-from mmlg_scale.results import FORMAT_VERSION, FamilyResult
+from mmlg_scale.results import FORMAT_VERSION, POINT_KEYS, FamilyResult
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.folder import RESULT_FILE, result_of
 from mmlg_scale.training.roles import DescendantRole
@@ -32,7 +32,7 @@ LEARNGENE_KEYS = ("params", "bytes", "block_params", "stem_params", "flops", "te
 def assemble(plan: Plan) -> FamilyResult:
     """family.json's content from the steps' results: of the recipe's members, whatever else is in the folder."""
     settings = plan.settings
-    ancestor, learngene = _result(plan.ancestor), _result(plan.learngene("mmlg"))
+    ancestor, extracted = _result(plan.ancestor), _result(plan.extracted("mmlg"))
     cost = {key: ancestor[key] for key in ("flops", "seconds")}
     if settings.model.weights is not None:
         cost = _cost_of_weights(Path(settings.model.weights))
@@ -45,10 +45,10 @@ def assemble(plan: Plan) -> FamilyResult:
             "num_bytes": BYTES_PER_PARAMETER * ancestor["params"],
             "block_params": ancestor.get("block_params"),
         },
-        "kept_features": learngene["kept_features"],
+        "kept_features": extracted["kept_features"],
         "splits": _split_sizes(pairs_of(plan.settings.data)),
-        "learngene": {key: learngene[key] for key in LEARNGENE_KEYS},
-        "rival_learngenes": {method: {key: _result(plan.learngene(method))[key] for key in LEARNGENE_KEYS} for method in plan.rivals()},
+        "learngene": _learngene(plan, "mmlg"),
+        "rival_learngenes": {method: _learngene(plan, method) for method in plan.rivals()},
         "descendants": [_entry(member.step.folder, member.role) for member in plan.members if isinstance(member.role, DescendantRole)],
         "environment": environment(plan.runtime) | _measured_on([_result(member.step.folder) for member in plan.members if member.role]),
         "recipe": to_content(plan.given, plan.runtime),
@@ -70,6 +70,18 @@ def _result(folder: Path) -> dict[str, Any]:
     found = result_of(folder)
     assert found is not None, folder
     return found
+
+
+def _learngene(plan: Plan, method: str) -> dict[str, Any]:
+    """A learngene as it ends, and what all of its training cost: a continuation's curve begins where the extraction's ends."""
+    found = {key: _result(plan.learngene(method))[key] for key in LEARNGENE_KEYS}
+    if plan.learngene(method) == plan.extracted(method):
+        return found
+    before = _result(plan.extracted(method))
+    spent = {key: before[key] for key in ("flops", "teacher_flops", "seconds")}
+    end = before["curve"][-1]
+    later = [point | {key: point[key] + end[key] for key in POINT_KEYS} for point in found["curve"]]
+    return found | {key: found[key] + value for key, value in spent.items()} | {"curve": [*before["curve"], *later]}
 
 
 def _split_sizes(pairs: PairSet) -> dict[str, dict[str, int | None]]:

@@ -41,11 +41,10 @@ from mmlg_scale.results import FamilyResult
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.terminal import Terminal
 from mmlg_scale.training.folder import IDENTITY_FILE, RESULT_FILE, differences, has_work, hold, result_of, set_aside
+from mmlg_scale.training.learngene_roles import ExtractionRole, PretrainingRole
 from mmlg_scale.training.roles import (
     AncestorRole,
     DescendantRole,
-    ExtractionRole,
-    PretrainingRole,
     Role,
     features_identity,
     load_ancestor,
@@ -106,9 +105,14 @@ class Plan:
         """The other learngenes that the recipe asks for."""
         return [*(["direct"] if self.settings.pretraining is not None else []), *self.settings.baselines.learngenes()]
 
-    def learngene(self, method: str) -> Path:
-        """The folder in which a learngene is trained."""
+    def extracted(self, method: str) -> Path:
+        """The folder in which a learngene is extracted, or pre-trained directly."""
         return self.out / ("learngene" if method == "mmlg" else method)
+
+    def learngene(self, method: str) -> Path:
+        """The folder of the learngene that descendants are written from."""
+        folder = self.extracted(method)
+        return folder.with_name(f"{folder.name}-continued") if method in self.settings.continuations() else folder
 
     def descendant(self, size: recipe.Size, init: str) -> Path:
         """The folder of a descendant or a baseline."""
@@ -141,10 +145,15 @@ class Plan:
         self._add(identifier, words, (*self._first, *needs), folder / RESULT_FILE, role.identity, role, total)
 
     def _extract(self, method: str) -> None:
-        folder = self.learngene(method)
-        role = ExtractionRole(self.settings, self.ancestor / "model", method, self._features)
+        folder, continued = self.extracted(method), self.learngene(method)
+        extraction = ExtractionRole(self.settings, self.ancestor / "model", method, self._features)
         words = [*self._model_options(), "--method", method]
-        self._train(folder.name, folder, (self._source,), role.extraction.training.steps, role, *words)
+        self._train(folder.name, folder, (self._source,), extraction.extraction.training.steps, extraction, *words)
+        if continued != folder:
+            file = folder / "learngene.safetensors"
+            role = PretrainingRole(self.settings, file, method)
+            words = ["--learngene", str(file), "--method", method]
+            self._train(continued.name, continued, (folder.name,), role.pretraining.training.steps, role, *words)
 
     def _descend(self, init: str, size: recipe.Size) -> None:
         settings, counted = self.settings, size.in_sum and size.modality == "both"
@@ -259,6 +268,8 @@ def _check_batches(settings: recipe.Recipe, runtime: Runtime, pairs: PairSet | N
     }
     trainings |= {f"baselines.{name}": getattr(settings.baselines, name) for name in ("scratch", "even", "distil")}
     trainings |= {f"{section}.training": found.training for section, found in settings.learngenes().items()}
+    continued = settings.continuations().items()
+    trainings |= {f"{recipe.section_of(method)}.continuation.training": found.training for method, found in continued}
     sources = [] if pairs is None else pairs.training()
     wheres = [str(source.folder) for source in sources] or ["the data set"]
     counts = [load_manifest(source.folder)["num_samples"] for source in sources] or [settings.data.scenes.num_train]

@@ -32,8 +32,9 @@ from mmlg_scale.report import NAMES, seconds, si
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.checkpoint import Checkpoints
 from mmlg_scale.training.folder import has_work, result_of
+from mmlg_scale.training.learngene_roles import ExtractionRole, PretrainingRole
 from mmlg_scale.training.meters import measure_peak_flops
-from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole, PretrainingRole, fresh_spec
+from mmlg_scale.training.roles import AncestorRole, DescendantRole, fresh_spec
 from mmlg_scale.training.sizes import SizeDraw, compared_depths, pooled_towers
 from mmlg_scale.training.teacher_pool import pool_bytes
 
@@ -251,7 +252,8 @@ class _Costs:
         if isinstance(role, ExtractionRole):
             return self._elastic(_NAMES[role.method], role.extraction, role.extraction.loss, keeps=self.settings.reuses_teacher_pool)
         if isinstance(role, PretrainingRole):
-            return self._elastic(_NAMES["direct"], role.pretraining, None)
+            name = _NAMES["direct"] if role.method is None else f"{_NAMES[role.method]}, continued on pairs"
+            return self._elastic(name, role.pretraining, None)
         if isinstance(role, AncestorRole):
             if self.settings.model.weights is not None:
                 return StepCost(f"{self._sizes(self.config)} (its weights are given)", **self._export(self.params({})))

@@ -38,8 +38,9 @@ from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.communication import exposed_communication
 from mmlg_scale.training.engine import deepspeed_version
 from mmlg_scale.training.inputs import text_length
+from mmlg_scale.training.learngene_roles import ExtractionRole
 from mmlg_scale.training.meters import measure_peak_flops
-from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole, Role, fresh_spec
+from mmlg_scale.training.roles import AncestorRole, DescendantRole, Role, fresh_spec
 from mmlg_scale.training.session import Session, build_session
 from mmlg_scale.training.sizes import SizeDraw
 

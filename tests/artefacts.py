@@ -20,7 +20,8 @@ from mmlg_scale.records import write_record
 from mmlg_scale.results import FamilyResult
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training import loop
-from mmlg_scale.training.roles import AncestorRole, ExtractionRole
+from mmlg_scale.training.learngene_roles import ExtractionRole
+from mmlg_scale.training.roles import AncestorRole
 from mmlg_scale.training.run import run_role, write_features
 from tests.test_report import raw_family
 from tests.training.tiny import ANY_SIZE

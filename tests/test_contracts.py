@@ -26,7 +26,8 @@ from mmlg_scale.data.tokens import word_tokenizer_files
 from mmlg_scale.errors import UserError
 from mmlg_scale.evaluation.evaluate import evaluate_folder, folder_features
 from mmlg_scale.runtime import Runtime
-from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole, features_identity
+from mmlg_scale.training.learngene_roles import ExtractionRole
+from mmlg_scale.training.roles import AncestorRole, DescendantRole, features_identity
 from mmlg_scale.training.run import run_role
 
 CAPTIONS = [

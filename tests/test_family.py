@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import os
@@ -295,6 +296,35 @@ def test_a_changed_recipe_runs_again_what_depends_on_the_change(change: str, und
     assert family["metric"] == changed.get("evaluation", {}).get("metric", "mean_recall@1")
     assert ("i2-t2-distil" in listed) == (change.startswith("another"))  # what the recipe leaves out is not counted, and not removed
     assert (out / "descendants" / "i2-t2-distil" / "result.json").exists()
+
+
+def test_a_continued_learngene_is_what_descendants_are_written_from(undisturbed: Path, tmp_path: Path) -> None:
+    """Added to a family that is complete: the extraction stays, and what was spent on both trainings is charged."""
+    out, recipe = tmp_path / "family", tmp_path / "r.yaml"
+    shutil.copytree(undisturbed, out)
+    before = stamps(out)
+    continuation = {"training": {"steps": 6, "batch_size": 16, "eval_every": 3}, "growth": 0.5}
+    complete(written(recipe, {**RECIPE, "extraction": {**RECIPE["extraction"], "continuation": continuation}}), out)
+    after = stamps(out)
+    again = {"descendants/i2-t2-mmlg", "descendants/i2-mmlg"}
+    assert {step for step in before if after[step][0] != before[step][0]} == again
+    assert set(after) - set(before) == {"learngene-continued"}
+    file = out / "learngene-continued" / "learngene.safetensors"
+    assert {after[step][1]["learngene"] for step in again} == {hashlib.sha256(file.read_bytes()).hexdigest()}
+    results = [json.loads((out / name / "result.json").read_text()) for name in ("learngene", "learngene-continued")]
+    entry = json.loads((out / "family.json").read_text())["learngene"]
+    assert entry["flops"] == sum(result["flops"] for result in results)
+    assert (entry["teacher_flops"], results[1]["teacher_flops"]) == (results[0]["teacher_flops"], 0)
+    assert entry["metrics"] == results[1]["metrics"] != results[0]["metrics"]
+    assert [point["step"] for point in entry["curve"]] == [12, 24, 36, 48, 60, 63, 66]
+    assert [point["samples"] for point in entry["curve"]] == [384, 768, 1152, 1536, 1920, 1968, 2016]
+    assert entry["curve"][-1]["flops"] == entry["flops"] + entry["teacher_flops"]
+    settings, runtime = load_recipe(str(recipe))
+    steps = {step.id: step for step in forecast(settings, runtime, out, peak_flops=1e12, mfu=0.5).steps}
+    assert {step.state for step in steps.values()} == {"kept"}
+    planned = steps["learngene-continued"]
+    assert (planned.needs, planned.cost.flops, planned.cost.teacher_flops) == (("data", "learngene"), results[1]["flops"], 0)
+    assert "learngene, continued on pairs" in planned.cost.trains
 
 
 def test_an_extraction_without_the_outputs_that_are_to_be_reused_runs_again(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from mmlg_scale.forecast import StepCost, StepForecast, _until_the_end, forecast
 from mmlg_scale.memory import activation_bytes, peak_bytes, state_bytes
 from mmlg_scale.recipe_file import load_recipe
 from mmlg_scale.records import write_record
-from mmlg_scale.training.roles import AncestorRole, Context, ExtractionRole
+from mmlg_scale.training.learngene_roles import ExtractionRole
+from mmlg_scale.training.roles import AncestorRole, Context
 from mmlg_scale.training.stages import ClipStage
 from tests.training.tiny import CONFIG
 

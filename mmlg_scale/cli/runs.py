@@ -135,7 +135,7 @@ def extract(arguments: list[str]) -> int:
         return 0
     args, recipe, runtime = parsed
     required(args, "ancestor-model", "out")
-    from mmlg_scale.training.roles import ExtractionRole
+    from mmlg_scale.training.learngene_roles import ExtractionRole
     from mmlg_scale.training.run import run_role
 
     run_role(ExtractionRole(recipe, Path(args.ancestor_model), args.method, path_or_none(args.features)), Path(args.out), runtime)
@@ -156,6 +156,11 @@ def pretrain(arguments: list[str]) -> int:
     )
     help_text = "Continue from this learngene, extracted or pre-trained, of the recipe's structure. Left out: from random weights."
     parser.add_argument("--learngene", type=str | None, default=None, metavar="FILE", help=help_text)
+    help_text = (
+        "Continue with the settings of extraction.continuation (mmlg), or of baselines.tleg.continuation, baselines.sws.continuation. "
+    )
+    help_text += "Left out: with those of pretraining."
+    parser.add_argument("--method", type=str | None, default=None, choices=METHODS, help=help_text)
     help_text = "The run's folder; the result is DIR/learngene.safetensors."
     parser.add_argument("--out", type=str | None, default=None, metavar="DIR", help=help_text)
     parsed = parse_recipe(parser, arguments)
@@ -163,11 +168,10 @@ def pretrain(arguments: list[str]) -> int:
         return 0
     args, recipe, runtime = parsed
     required(args, "out")
-    from mmlg_scale.training.roles import PretrainingRole
+    from mmlg_scale.training.learngene_roles import PretrainingRole
     from mmlg_scale.training.run import run_role
 
-    learngene = Path(args.learngene) if args.learngene is not None else None
-    run_role(PretrainingRole(recipe, learngene), Path(args.out), runtime)
+    run_role(PretrainingRole(recipe, path_or_none(args.learngene), args.method), Path(args.out), runtime)
     return 0
 
 

@@ -1,4 +1,7 @@
-"""The roles that a run can have: ancestor, extraction, descendant or baseline. What each reads, builds, and compares at a restart."""
+"""What a run can be, and what each kind reads, builds, and compares at a restart: here the ancestor, and a descendant or baseline.
+
+Those that train a learngene are in `learngene_roles`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -16,18 +19,13 @@ from mmlg_scale.data.corpus import PairSet, choose_tokenizer
 from mmlg_scale.data.images import READING
 from mmlg_scale.digests import file_digest
 from mmlg_scale.errors import UserError
-from mmlg_scale.learngene.auxiliary import AuxiliaryCLIP
 from mmlg_scale.learngene.baselines import FROM_ANCESTOR, FROM_LEARNGENE, initialise
 from mmlg_scale.learngene.file import Learngene, load_learngene
-from mmlg_scale.learngene.inherit import inherit
-from mmlg_scale.learngene.structure import Structure
-from mmlg_scale.ranks import on_first_rank
 from mmlg_scale.results import RunResult
 from mmlg_scale.runtime import Runtime
 from mmlg_scale.training.folder import RESULT_FILE, result_of
 from mmlg_scale.training.loop import Curve
-from mmlg_scale.training.sizes import most_layers
-from mmlg_scale.training.stages import ClipStage, ElasticStage, ExtractionStage, Stage, TowerStage
+from mmlg_scale.training.stages import ClipStage, Stage, TowerStage
 from mmlg_scale.training.teacher import CachedTeacher, LiveTeacher, Teacher
 from mmlg_scale.training.teacher_pool import KeptTeacher, Layout, PooledTeacher, PoolFile, is_walked_again, require_budget
 
@@ -196,7 +194,7 @@ def pool_identity(settings: recipe.Recipe, pairs: PairSet, ancestor: Path) -> di
     return identity | {"role": "teacher pool", "recipe": identity["recipe"] | {key: drawn[key] for key in ("seed", "data")}}
 
 
-def _require_kept(features: Path | None, settings: recipe.Recipe) -> None:
+def require_kept(features: Path | None, settings: recipe.Recipe) -> None:
     """Raise UserError where features are given that the recipe does not read."""
     if features is not None and not settings.engine.keep_features:
         raise UserError("--features is given, and recipe key engine.keep_features is false: they would not be read. Change either.")
@@ -208,136 +206,10 @@ def kept_teacher(settings: recipe.Recipe, context: Context, model: towers.Bundle
     Raises:
         UserError: it kept none, or those of another ancestor, data set, seed or recipe.
     """
-    loss = (settings.extraction if init == "mmlg" else settings.baselines.learngenes()[init]).loss
+    loss = settings.extractions()[init].loss
     assert loss.teacher_pool is not None
     layout, identity = Layout.of(model.spec.config, loss), pool_identity(settings, context.pairs, ancestor)
     return KeptTeacher(model, PoolFile(learngene.parent, layout, loss.teacher_pool, kept_as=identity, finished=True))
-
-
-@dataclass(frozen=True)
-class ExtractionRole:
-    """Distilling a learngene out of the ancestor; `method` is mmlg, or tleg or sws with the settings of the recipe's baselines."""
-
-    settings: recipe.Recipe
-    ancestor: Path
-    method: str = "mmlg"
-    features: Path | None = None
-    evaluate_first: ClassVar[bool] = False
-
-    @property
-    def extraction(self) -> recipe.Extraction:
-        """The method's settings. Raises UserError where the recipe leaves them out."""
-        found = self.settings.extraction if self.method == "mmlg" else self.settings.baselines.learngenes().get(self.method)
-        if found is None:
-            raise UserError(f"recipe key baselines.{self.method} is null: this baseline is left out. Give it settings to extract it.")
-        return found
-
-    @property
-    def _section(self) -> str:
-        return "extraction" if self.method == "mmlg" else f"baselines.{self.method}"
-
-    def check(self, pairs: PairSet) -> None:
-        _require_kept(self.features, self.settings)
-        config = recipe_config(self.settings)
-        if config is not None:
-            with recipe.in_section(self._section):
-                most_layers(self.extraction, config)
-
-    def identity(self, pairs: PairSet) -> dict[str, Any]:
-        inputs = {"data_set": pairs.digest(), "ancestor": file_digest(self.ancestor, "--ancestor-model")}
-        used = self.settings.used_by("extraction", init=self.method)
-        return {"role": "extraction", "method": self.method, "recipe": used, "inputs": inputs}
-
-    def build(self, context: Context) -> Stage:
-        model, extraction = load_ancestor(self.settings, self.ancestor, context.pairs), self.extraction
-        with recipe.in_section(self._section):
-            structure = Structure(model.spec.config, **{key: getattr(extraction, key) for key in Structure.SETTINGS})
-            most_layers(extraction, model.spec.config)
-        fitted = None
-        if extraction.start == "fitted" and not context.resumes:
-            fitted = on_first_rank(lambda: inherit(structure, model.state))
-        return ExtractionStage(
-            extraction,
-            AuxiliaryCLIP.from_ancestor(model.state, structure, seed=self.settings.seed, fitted=fitted),
-            teacher_of(self.settings, context, model, self.ancestor, self.features, f"{self._section}.loss"),
-            context.device,
-            seed=self.settings.seed,
-            compose_per_layer=context.runtime.compose_per_layer,
-        )
-
-    def stop(self, curve: Curve) -> bool:
-        return False
-
-
-@dataclass(frozen=True)
-class PretrainingRole:
-    """A learngene trained on the pairs themselves, without an ancestor: from random weights, or the training of one is continued.
-
-    Attributes:
-        learngene: the file of the one whose training is continued, of whatever method with the recipe's structure.
-    """
-
-    settings: recipe.Recipe
-    learngene: Path | None = None
-    evaluate_first: ClassVar[bool] = False
-
-    @property
-    def pretraining(self) -> recipe.Pretraining:
-        """Its settings. Raises UserError where the recipe leaves them out."""
-        if self.settings.pretraining is None:
-            raise UserError("recipe key pretraining is null: direct pre-training is left out. Give it settings, or {} for the defaults.")
-        return self.settings.pretraining
-
-    def check(self, pairs: PairSet) -> None:
-        with recipe.in_section("pretraining"):
-            most_layers(self.pretraining, self._spec(pairs).config)
-
-    def identity(self, pairs: PairSet) -> dict[str, Any]:
-        inputs = {"data_set": pairs.digest()}
-        if self.learngene is None:
-            inputs["model_spec"] = fresh_spec(self.settings, pairs).digest()
-        else:
-            inputs["learngene"] = file_digest(self.learngene, "--learngene")
-        return {"role": "pretraining", "recipe": self.settings.used_by("pretraining"), "inputs": inputs}
-
-    def build(self, context: Context) -> Stage:
-        settings, pretraining, start = self.settings, self.pretraining, self._start(context.pairs)
-        spec = self._spec(context.pairs)
-        with recipe.in_section("pretraining"):
-            structure = Structure(spec.config, **{key: getattr(pretraining, key) for key in Structure.SETTINGS})
-        if start is None:
-            auxiliary = AuxiliaryCLIP.fresh(structure, seed=settings.seed)
-        else:
-            auxiliary = AuxiliaryCLIP.of_tensors(structure, start.tensors)
-        per_layer = context.runtime.compose_per_layer
-        return ElasticStage(pretraining, auxiliary, spec, context.device, seed=settings.seed, compose_per_layer=per_layer)
-
-    def _spec(self, pairs: PairSet) -> towers.ModelSpec:
-        start = self._start(pairs)
-        return fresh_spec(self.settings, pairs) if start is None else start.spec
-
-    def _start(self, pairs: PairSet) -> Learngene | None:
-        """The learngene that is trained further.
-
-        Raises:
-            UserError: it reads other captions than the data set's, or is of another architecture or structure than the recipe's.
-        """
-        file = self.learngene
-        if file is None:
-            return None
-        gene, config = load_learngene(file), recipe_config(self.settings)
-        choose_tokenizer(pairs, gene.spec.tokenizer, self.settings.data.tokenizer, what=str(file))
-        difference = None if config is None else towers.first_difference(gene.spec.config, config)
-        found = [] if difference is None else [(f"model.config.{difference[0]}", difference[1], difference[2])]
-        found += [(f"pretraining.{key}", getattr(gene.structure, key), getattr(self.pretraining, key)) for key in Structure.SETTINGS]
-        for key, theirs, ours in found:
-            if theirs != ours:
-                told = "null" if theirs is None else theirs
-                raise UserError(f"recipe key {key}: is {'null' if ours is None else ours}, {file} has {told}. Use what the file has.")
-        return gene
-
-    def stop(self, curve: Curve) -> bool:
-        return False
 
 
 @dataclass(frozen=True)
@@ -416,7 +288,7 @@ class DescendantRole:
         if self.target_of is not None and not self.settings.family.stop_at_target:
             raise UserError("--target-of is given, and recipe key family.stop_at_target is false: the run would not stop. Change either.")
         if self.weights is not None:
-            _require_kept(self.features, self.settings)
+            require_kept(self.features, self.settings)
         if self.size.modality != "both" and self.init != "mmlg":
             raise UserError(f"--modality {self.size.modality} can only be written from a learngene. Use --init mmlg.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from contextlib import closing
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from mmlg_kernels import exchange
 
-from mmlg_scale import towers
+from mmlg_scale import recipe, towers
 from mmlg_scale.cli.benchmark import benchmark
 from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.errors import UserError
@@ -25,10 +26,11 @@ from mmlg_scale.recipe import Extraction, Pretraining, Size, Training
 from mmlg_scale.recipe_file import load_recipe
 from mmlg_scale.records import write_record
 from mmlg_scale.runtime import Runtime
-from mmlg_scale.training import roles
+from mmlg_scale.training import learngene_roles
 from mmlg_scale.training.engine import start_ranks, stop_ranks
 from mmlg_scale.training.folder import result_of
-from mmlg_scale.training.roles import AncestorRole, DescendantRole, ExtractionRole, PretrainingRole
+from mmlg_scale.training.learngene_roles import ExtractionRole, PretrainingRole
+from mmlg_scale.training.roles import AncestorRole, DescendantRole
 from mmlg_scale.training.run import run_role
 from mmlg_scale.training.session import build_session
 from mmlg_scale.training.stages import ExtractionStage
@@ -150,7 +152,7 @@ def test_a_resumed_extraction_is_not_fitted_again(options: dict[str, Any], tmp_p
     settings.extraction = Extraction(min_layers=1, num_knots=2, training=Training(steps=3, batch_size=8, eval_every=3))
     run_role(AncestorRole(settings), tmp_path / "ancestor", runtime)
     role, fits, steps = ExtractionRole(settings, tmp_path / "ancestor" / "model"), [], []
-    inherit, flops = roles.inherit, ExtractionStage.flops
+    inherit, flops = learngene_roles.inherit, ExtractionStage.flops
 
     def stop_in_the_third(stage: ExtractionStage, step: int, *rest: Any) -> Any:
         steps.append(step)
@@ -158,7 +160,7 @@ def test_a_resumed_extraction_is_not_fitted_again(options: dict[str, Any], tmp_p
             raise UserError("stopped by the test")
         return flops(stage, step, *rest)
 
-    monkeypatch.setattr(roles, "inherit", lambda *args: fits.append(1) or inherit(*args))
+    monkeypatch.setattr(learngene_roles, "inherit", lambda *args: fits.append(1) or inherit(*args))
     run_role(role, tmp_path / "straight", runtime)
     monkeypatch.setattr(ExtractionStage, "flops", stop_in_the_third)
     with pytest.raises(UserError, match="stopped by the test"):
@@ -225,6 +227,39 @@ def test_the_training_of_an_extracted_learngene_is_continued(options: dict[str, 
     with pytest.raises(UserError, match=r"no learngene file .*none\.safetensors"):
         run_role(PretrainingRole(settings, tmp_path / "none.safetensors"), tmp_path / "other", runtime)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_continuation_has_the_extractions_structure_and_its_own_training(options: dict[str, Any], tmp_path: Path) -> None:
+    """The same numbers as pre-training of the same settings; the extraction is the same run with and without it."""
+    settings, runtime = settings_for(Path(options["data.path"])), Runtime(trackers=["jsonl"])
+    structure: dict[str, Any] = {"min_layers": 1, "num_knots": 2, "width_shares": [1.0, 0.5], "embedding_rank": 2}
+    further = Training(steps=2, batch_size=16, optimizer=recipe.Optimizer(learning_rate=3e-3), eval_every=1)
+    settings.extraction = Extraction(**structure, stem_rate=0.9, training=Training(steps=2, batch_size=8, eval_every=2))
+    plain = copy.deepcopy(settings)
+    settings.extraction.continuation = recipe.Continuation(further, growth=0.5, coefficient_rate=0.7)
+    settings.pretraining = Pretraining(**structure, growth=0.5, coefficient_rate=0.7, training=further)
+    assert settings.continuations() == {"mmlg": settings.pretraining}
+    run_role(AncestorRole(settings), tmp_path / "ancestor", runtime)
+    ancestor, file = tmp_path / "ancestor" / "model", tmp_path / "gene" / "learngene.safetensors"
+    run_role(ExtractionRole(plain, ancestor), file.parent, runtime)
+    before = file.read_bytes()
+    run_role(ExtractionRole(settings, ancestor), file.parent, runtime)
+    assert file.read_bytes() == before  # complete
+    for name, method in (("continued", "mmlg"), ("pretrained", None)):
+        run_role(PretrainingRole(settings, file, method), tmp_path / name, runtime)
+    found = [load_learngene(tmp_path / name / "learngene.safetensors").tensors for name in ("continued", "pretrained")]
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], rtol=0, atol=0)
+    settings.extraction.num_knots = 3
+    with pytest.raises(UserError, match=r"recipe key extraction\.num_knots: is 3, .*learngene\.safetensors has 2\. Use what the file has"):
+        run_role(PretrainingRole(settings, file, "mmlg"), tmp_path / "other", runtime)
+    settings.extraction.min_layers = 9
+    with pytest.raises(UserError, match=r"recipe key extraction\.min_layers: is 9"):
+        run_role(PretrainingRole(settings, file, "mmlg"), tmp_path / "other", runtime)
+    with pytest.raises(UserError, match=r"--method mmlg continues the training of a learngene\. Give --learngene"):
+        run_role(PretrainingRole(settings, None, "mmlg"), tmp_path / "other", runtime)
+    with pytest.raises(UserError, match=r"recipe key baselines\.tleg\.continuation is null: that learngene is not trained further"):
+        run_role(PretrainingRole(settings, file, "tleg"), tmp_path / "other", runtime)
 
 
 def test_groups_of_the_host_are_as_patient_as_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:

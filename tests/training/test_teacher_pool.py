@@ -26,7 +26,8 @@ from mmlg_scale.data.scenes import write_scenes
 from mmlg_scale.errors import UserError
 from mmlg_scale.runtime import Runtime, TextMode
 from mmlg_scale.training.inputs import Inputs, inputs_of, text_length
-from mmlg_scale.training.roles import DescendantRole, ExtractionRole
+from mmlg_scale.training.learngene_roles import ExtractionRole
+from mmlg_scale.training.roles import DescendantRole
 from mmlg_scale.training.run import run_role
 from mmlg_scale.training.session import build_session
 from mmlg_scale.training.stages import ExtractionStage
