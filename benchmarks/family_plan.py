@@ -98,6 +98,11 @@ class Plan:
         """Name of the plan whose folders and tuning are used."""
         return self.like or self.name
 
+    def families_of(self, schedule: Settings) -> dict[str, list[list[int]]]:
+        """The families that a schedule of a learngene is for: those that it names under `families`, else all."""
+        asked = schedule.get("families", self.families)
+        return {name: sizes for name, sizes in self.families.items() if name in asked}
+
     @property
     def sizes(self) -> list[Size]:
         """Every size of any family, once."""
@@ -149,8 +154,8 @@ def as_options(settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def _of_recipe(settings: Mapping[str, Any]) -> Settings:
-    """An adaptation's settings without those that say which sizes are adapted."""
-    return {key: value for key, value in settings.items() if key not in ("sizes", "until")}
+    """A schedule's settings without those that say which families and sizes it is for."""
+    return {key: value for key, value in settings.items() if key not in ("families", "sizes", "until")}
 
 
 class Pieces:
@@ -185,7 +190,7 @@ class Pieces:
         chosen = self._chosen(method, schedule, settings)
         if method in ADAPTED:
             asked = chosen.get("sizes", self.plan.sizes)
-            for family, members in self.plan.families.items():
+            for family, members in self.plan.families_of(chosen).items():
                 for size in members:
                     if tuple(size) in map(tuple, asked):
                         yield self.adapted(method, schedule, _of_recipe(chosen), family, tuple(size))
@@ -198,7 +203,7 @@ class Pieces:
                 identifier = f"{method}/{schedule}/{size_name(size)}"
                 yield self._piece(identifier, method, schedule, words, options_of(method, chosen), needs=needs, size=size)
             return
-        for family, members in self.plan.families.items():
+        for family, members in self.plan.families_of(chosen).items():
             learngene = self.learngene(method, schedule, chosen, family)
             yield learngene
             for size in members:
@@ -227,7 +232,7 @@ class Pieces:
         """Extraction or pre-training, or pre-training that continues another schedule; for a family with the family's settings."""
         if "continues" in settings:
             return self._continued(method, schedule, settings, family)
-        settings = settings | self.plan.family_settings.get(family or "five", {})
+        settings = _of_recipe(settings) | self.plan.family_settings.get(family or "five", {})
         command = ("pretrain",) if method == "direct" else ("extract", "--method", method)
         needs = ("ancestor",) if method in NEEDS_ANCESTOR else ()
         identifier = f"{method}/{schedule}/{family}/learngene" if family else f"{method}/{schedule}"
@@ -240,7 +245,7 @@ class Pieces:
 
     def _continued(self, method: str, schedule: str, settings: Settings, family: str | None) -> Piece:
         origin, of_origin = self.continued(method, settings["continues"], family), self.plan.methods[method][settings["continues"]]
-        settings = {key: value for key, value in settings.items() if key != "continues"}
+        settings = {key: value for key, value in _of_recipe(settings).items() if key != "continues"}
         options = options_of("direct", settings | self.plan.family_settings.get(family or "five", {})) | self._structure(method, of_origin)
         identifier = f"{method}/{schedule}/{family}/learngene" if family else f"{method}/{schedule}"
         more: Settings = {"needs": (origin.id,), "family": family, "continues": origin.id}
