@@ -224,6 +224,7 @@ def run_family(settings: recipe.Recipe, runtime: Runtime, out: Path, *, launcher
         report = write_report(out)
     console.print(console_table(family))
     console.print(f"report: {report}", highlight=False)
+    console.print(f"learngene: {plan.learngene('mmlg') / 'learngene.safetensors'}", highlight=False, soft_wrap=True)
     return family
 
 

@@ -304,12 +304,13 @@ def test_a_continued_learngene_is_what_descendants_are_written_from(undisturbed:
     shutil.copytree(undisturbed, out)
     before = stamps(out)
     continuation = {"training": {"steps": 6, "batch_size": 16, "eval_every": 3}, "growth": 0.5}
-    complete(written(recipe, {**RECIPE, "extraction": {**RECIPE["extraction"], "continuation": continuation}}), out)
+    said = complete(written(recipe, {**RECIPE, "extraction": {**RECIPE["extraction"], "continuation": continuation}}), out)
     after = stamps(out)
     again = {"descendants/i2-t2-mmlg", "descendants/i2-mmlg"}
     assert {step for step in before if after[step][0] != before[step][0]} == again
     assert set(after) - set(before) == {"learngene-continued"}
     file = out / "learngene-continued" / "learngene.safetensors"
+    assert said.endswith(f"learngene: {file}\n")
     assert {after[step][1]["learngene"] for step in again} == {hashlib.sha256(file.read_bytes()).hexdigest()}
     results = [json.loads((out / name / "result.json").read_text()) for name in ("learngene", "learngene-continued")]
     entry = json.loads((out / "family.json").read_text())["learngene"]

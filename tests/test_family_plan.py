@@ -131,6 +131,22 @@ def test_a_schedule_that_continues_another_is_pre_training_of_its_end() -> None:
     assert tleg.training.steps == load_recipe("demo")[0].baselines.tleg.training.steps  # type: ignore[union-attr]
 
 
+def test_a_schedule_can_be_for_one_family_only() -> None:
+    """Its name is no setting of a run, and neither the schedule it continues nor an adaptation elsewhere depends on it."""
+    schedules = {"long": {"steps": 8, "batch_size": 4}, "later": {"families": ["one"], "continues": "long", "steps": 6, "batch_size": 8}}
+    adapted = {"long": {"steps": 4, "batch_size": 4}, "later": {"families": ["one"], "steps": 4, "batch_size": 4}}
+    plan = replace(PLAN, families={"two": [[2, 2], [4, 4]], "one": [[2, 2]]}, methods={"mmlg": schedules, "mmlg_adapted": adapted})
+    pieces = {each.id: each for each in Pieces(plan, 0, {}).all()}
+    with_later = {each.family for each in pieces.values() if each.schedule == "later"}
+    assert with_later == {"one"}
+    assert {each.family for each in pieces.values() if each.schedule == "long"} == {"one", "two"}
+    assert {each.method for each in pieces.values() if each.schedule == "later"} == {"mmlg", "mmlg_adapted"}
+    assert not [key for piece in pieces.values() for key, _ in piece.options if key.endswith("families")]
+    whole = dict(schedules, later={key: value for key, value in schedules["later"].items() if key != "families"})
+    of_all = {each.id: each for each in Pieces(replace(plan, methods={"mmlg": whole}), 0, {}).all()}
+    assert pieces["mmlg/later/one/learngene"].options == of_all["mmlg/later/one/learngene"].options
+
+
 def test_sizes_at_their_target_untrained_are_not_adapted() -> None:
     adapted = {"steps": 4, "teacher_pool": 8, "reuse_teacher_pool": True}
     methods = {
