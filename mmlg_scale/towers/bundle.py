@@ -282,8 +282,10 @@ def _replaced(out: Path, written: set[str], overwrite: bool) -> set[str]:
         raise UserError(f"{out} exists and is not a folder. Give another --out.")
     present = {path.name for path in out.iterdir()}
     is_export = bool(present & {CONFIG_FILE, TOWER_FILE})
-    if present and not (is_export and overwrite):
-        raise UserError(f"{out} exists. Give another --out" + (", or --overwrite to replace the export." if is_export else "."))
+    if present and not is_export:
+        raise UserError(f"{out} exists and is not an exported model: it contains {min(present)}. Give another --out, or an empty folder.")
+    if present and not overwrite:
+        raise UserError(f"{out} exists. Give another --out, or --overwrite to replace the export.")
     own = {CONFIG_FILE, WEIGHTS_FILE, TOWER_FILE, TOWER_WEIGHTS_FILE, SEAL_FILE}
     if _has_own_tokenizer(out):
         own |= {"tokenizer.json", "tokenizer_config.json"}

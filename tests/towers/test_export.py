@@ -87,7 +87,8 @@ def test_folders_that_are_no_export(overwrite: bool, tmp_path: Path) -> None:
     assert names(empty) == OWN
     foreign.mkdir()
     (foreign / "notes.txt").write_text("mine")
-    message = assert_one_line(lambda: towers.export(bundle(), foreign, overwrite=overwrite), "foreign", "exists. Give another --out.")
+    said = "exists and is not an exported model: it contains notes.txt. Give another --out, or an empty folder."
+    message = assert_one_line(lambda: towers.export(bundle(), foreign, overwrite=overwrite), "foreign", said)
     assert "overwrite" not in message
     assert names(foreign) == ["notes.txt"]
     file.write_text("mine")
